@@ -1,0 +1,259 @@
+//! Settings shared by the services, and how settings are read: flag, then environment (`PIPELINE_…`), then the file of
+//! `--config`, then the default. Every service flattens [`CommonArgs`] into its own clap type and calls [`parse`].
+
+use crate::stream::{Definition, DefinitionError};
+use clap::{Args, CommandFactory, FromArgMatches};
+use serde::Serialize;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Settings of every service.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct CommonArgs {
+    /// Kafka bootstrap servers, comma separated
+    #[arg(long, global = true, env = "PIPELINE_KAFKA_BROKERS", default_value = "127.0.0.1:9092")]
+    pub kafka_brokers: String,
+    /// Cassandra contact points, comma separated
+    #[arg(long, global = true, env = "PIPELINE_CASSANDRA_NODES", default_value = "127.0.0.1:9042")]
+    pub cassandra_nodes: String,
+    /// Cassandra user, where the cluster asks for one
+    #[arg(long, global = true, env = "PIPELINE_CASSANDRA_USER")]
+    pub cassandra_user: Option<String>,
+    /// File that holds the Cassandra user's password
+    #[arg(long, global = true, env = "PIPELINE_CASSANDRA_PASSWORD_FILE")]
+    pub cassandra_password_file: Option<PathBuf>,
+    /// Cassandra keyspace
+    #[arg(long, global = true, env = "PIPELINE_KEYSPACE", default_value = "pipeline")]
+    pub keyspace: String,
+    /// Stream definition file
+    #[arg(
+        long = "stream",
+        global = true,
+        env = "PIPELINE_STREAM",
+        default_value = "streams/user_created.toml"
+    )]
+    pub stream: PathBuf,
+    /// Events topic; its dead letters go to `<topic>.dlq` [default: the stream's name]
+    #[arg(long, global = true, env = "PIPELINE_TOPIC")]
+    pub topic: Option<String>,
+    /// Topic of commands to the producer
+    #[arg(long, global = true, env = "PIPELINE_CONTROL_TOPIC", default_value = "pipeline.control")]
+    pub control_topic: String,
+    /// Name of this instance, unique within its service [default: the host name]
+    #[arg(long, global = true, env = "PIPELINE_INSTANCE")]
+    pub instance: Option<String>,
+    /// Log filter, such as `info` or `info,rdkafka=debug`
+    #[arg(long, global = true, env = "PIPELINE_LOG", default_value = "info")]
+    pub log: String,
+    /// Log format; auto: pretty on a terminal, else json
+    #[arg(long, global = true, env = "PIPELINE_LOG_FORMAT", default_value = "auto")]
+    pub log_format: LogFormat,
+    /// TOML file with settings (names as flags, `_` for `-`)
+    #[arg(long = "config", global = true, env = "PIPELINE_CONFIG")]
+    #[serde(skip)]
+    pub config_file: Option<PathBuf>,
+    /// Print the settings in force as JSON, and exit
+    #[arg(long, global = true)]
+    #[serde(skip)]
+    pub print_config: bool,
+}
+
+/// How logs are written to stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Pretty on a terminal, JSON lines elsewhere.
+    Auto,
+    /// JSON lines.
+    Json,
+    /// For people.
+    Pretty,
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The stream file cannot be read.
+    #[error("stream file {file}: {cause}; name another with --stream or PIPELINE_STREAM")]
+    StreamUnreadable {
+        /// As given.
+        file: String,
+        /// The system's words.
+        cause: std::io::Error,
+    },
+    /// The stream file has mistakes.
+    #[error(transparent)]
+    Stream(#[from] DefinitionError),
+    /// A secret file cannot be read.
+    #[error("secret file {file}: {cause}")]
+    Secret {
+        /// As given.
+        file: String,
+        /// The system's words.
+        cause: std::io::Error,
+    },
+}
+
+impl CommonArgs {
+    /// Reads and checks the stream definition.
+    pub fn definition(&self) -> Result<Definition, ConfigError> {
+        let file = self.stream.display().to_string();
+        let text = std::fs::read_to_string(&self.stream)
+            .map_err(|cause| ConfigError::StreamUnreadable { file: file.clone(), cause })?;
+        Ok(Definition::parse(&file, &text)?)
+    }
+
+    /// The events topic of `definition`.
+    pub fn topic_of(&self, definition: &Definition) -> String {
+        self.topic.clone().unwrap_or_else(|| definition.stream.name.clone())
+    }
+
+    /// This instance's name.
+    pub fn instance_name(&self) -> String {
+        self.instance.clone().unwrap_or_else(host_name)
+    }
+}
+
+/// The machine's name, or `localhost` where it has none.
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .or_else(|_| std::fs::read_to_string("/etc/hostname"))
+        .map(|name| name.trim().to_owned())
+        .ok()
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "localhost".to_owned())
+}
+
+/// Reads a secret from a file, without the line end.
+pub fn read_secret(file: &std::path::Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(file)
+        .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
+        .map_err(|cause| ConfigError::Secret { file: file.display().to_string(), cause })
+}
+
+/// Parses the command line and environment of this process; a mistake prints its message and ends with exit code 2.
+pub fn parse<T: CommandFactory + FromArgMatches>() -> T {
+    let environment = std::env::var_os("PIPELINE_CONFIG");
+    parse_from(std::env::args_os().collect(), environment).unwrap_or_else(|e| e.exit())
+}
+
+/// [`parse`] over given arguments; `config_variable` is the value of `PIPELINE_CONFIG`.
+pub fn parse_from<T: CommandFactory + FromArgMatches>(
+    arguments: Vec<OsString>,
+    config_variable: Option<OsString>,
+) -> Result<T, clap::Error> {
+    let mut command = T::command();
+    if let Some(file) = config_file(&arguments).or(config_variable) {
+        command = with_file_defaults(command, &PathBuf::from(file))?;
+    }
+    T::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)
+}
+
+fn config_file(arguments: &[OsString]) -> Option<OsString> {
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let Some(text) = argument.to_str() else { continue };
+        if text == "--config" {
+            return rest.next().cloned();
+        }
+        if let Some(file) = text.strip_prefix("--config=") {
+            return Some(file.into());
+        }
+    }
+    None
+}
+
+/// Makes the file's values the defaults of the arguments of the same names; all mistakes in one message.
+fn with_file_defaults(command: clap::Command, file: &std::path::Path) -> Result<clap::Command, clap::Error> {
+    let fail = |text: String| clap::Error::raw(clap::error::ErrorKind::InvalidValue, text + "\n");
+    let name = file.display();
+    let text = std::fs::read_to_string(file).map_err(|e| fail(format!("settings file {name}: {e}")))?;
+    let table: toml::Table = text
+        .parse()
+        .map_err(|e: toml::de::Error| fail(format!("settings file {name}: {}", e.to_string().trim())))?;
+    let mut known: Vec<String> = command.get_arguments().map(|a| a.get_id().to_string()).collect();
+    for sub in command.get_subcommands() {
+        known.extend(sub.get_arguments().map(|a| a.get_id().to_string()));
+    }
+    let mut problems = Vec::new();
+    let mut values = Vec::new();
+    for (key, value) in table {
+        if !known.contains(&key) || key == "config_file" {
+            problems.push(format!("  - `{key}`: unknown setting; --help lists them"));
+        } else if value.is_table() || value.is_array() {
+            problems.push(format!("  - `{key}`: must be a single value"));
+        } else {
+            values.push((key, value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
+        }
+    }
+    if !problems.is_empty() {
+        return Err(fail(format!(
+            "settings file {name}: {} mistake(s)\n{}",
+            problems.len(),
+            problems.join("\n")
+        )));
+    }
+    Ok(values.into_iter().fold(command, |command, (key, value)| set_default(command, &key, value)))
+}
+
+fn set_default(command: clap::Command, key: &str, value: String) -> clap::Command {
+    let command = if command.get_arguments().any(|a| a.get_id() == key) {
+        command.mut_arg(key, |a| a.default_value(value.clone()))
+    } else {
+        command
+    };
+    command.mut_subcommands(|sub| {
+        if sub.get_arguments().any(|a| a.get_id() == key) {
+            sub.mut_arg(key, |a| a.default_value(value.clone()))
+        } else {
+            sub
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser, Debug)]
+    struct Cli {
+        #[command(flatten)]
+        common: CommonArgs,
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    #[derive(clap::Subcommand, Debug)]
+    enum Command {
+        Run {
+            #[arg(long, default_value_t = 5)]
+            batch: u32,
+        },
+    }
+
+    fn parse_with(file: &str, arguments: &[&str]) -> Result<Cli, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("settings.toml");
+        std::fs::write(&path, file).unwrap();
+        let arguments = std::iter::once("x").chain(arguments.iter().copied()).map(OsString::from).collect();
+        parse_from(arguments, Some(path.into())).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_flag_beats_the_file_and_the_file_beats_the_default() {
+        let cli = parse_with("keyspace = \"from_file\"\nbatch = 7", &["run"]).unwrap();
+        assert_eq!(cli.common.keyspace, "from_file");
+        let Command::Run { batch } = cli.command;
+        assert_eq!(batch, 7);
+        let cli = parse_with("keyspace = \"from_file\"", &["run", "--keyspace", "flag"]).unwrap();
+        assert_eq!(cli.common.keyspace, "flag");
+        assert_eq!(parse_with("", &["run"]).unwrap().common.keyspace, "pipeline");
+    }
+
+    #[test]
+    fn all_unknown_settings_are_named_at_once() {
+        let error = parse_with("keyspaec = \"x\"\nbrokers = [1]", &["run"]).unwrap_err();
+        assert!(error.contains("`keyspaec`: unknown setting") && error.contains("`brokers`"), "{error}");
+    }
+}

@@ -1,0 +1,130 @@
+//! The contract of one event: its headers in Kafka, its id, and where its row lives in Cassandra. Pure; decoding with the
+//! declared columns is the processor's, extracting from the source's records the producer's.
+
+use serde::Serialize;
+use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// CloudEvents attribute headers (binary mode for Kafka).
+pub const HEADER_ID: &str = "ce_id";
+/// CloudEvents source: the stream's URL without placeholders' values.
+pub const HEADER_SOURCE: &str = "ce_source";
+/// CloudEvents type.
+pub const HEADER_TYPE: &str = "ce_type";
+/// CloudEvents version, always [`SPEC_VERSION`].
+pub const HEADER_SPEC_VERSION: &str = "ce_specversion";
+/// Event time, RFC 3339 with milliseconds.
+pub const HEADER_TIME: &str = "ce_time";
+/// Media type of the value.
+pub const HEADER_CONTENT_TYPE: &str = "content-type";
+/// The run that fetched the event.
+pub const HEADER_RUN_ID: &str = "run_id";
+/// W3C trace context.
+pub const HEADER_TRACEPARENT: &str = "traceparent";
+/// Microseconds since the epoch on the producer's clock when it handed the event over: for latency figures only.
+pub const HEADER_PRODUCED_AT: &str = "produced_at";
+/// The CloudEvents version this pipeline writes.
+pub const SPEC_VERSION: &str = "1.0";
+/// Earliest event time in Unix milliseconds.
+pub const MIN_EVENT_TIME_MS: i64 = 0;
+/// Latest event time: the last millisecond of year 9999.
+pub const MAX_EVENT_TIME_MS: i64 = 253_402_300_799_999;
+
+/// Namespace of event ids without an id of their own (a v4 UUID drawn once for this project).
+const EVENT_NAMESPACE: Uuid = Uuid::from_u128(0x6f1d_2c5e_8a43_4b0e_9d57_3e1f_70c2_a9b4);
+
+/// The id of record `index` (in the order of pages and records) of the interval that starts at `interval_start_ms`:
+/// UUID v5, so that fetching an interval again gives the same ids.
+pub fn derived_event_id(stream: &str, interval_start_ms: i64, index: u64) -> Uuid {
+    Uuid::new_v5(&EVENT_NAMESPACE, format!("{stream}\n{interval_start_ms}\n{index}").as_bytes())
+}
+
+/// The Cassandra shard of an event: each Kafka partition owns `shards` of them per bucket.
+pub fn shard(kafka_partition: i32, shards: u32, event_id: &[u8]) -> i32 {
+    let within = (xxh3_64(event_id) % u64::from(shards.max(1))) as i32;
+    kafka_partition * shards.max(1) as i32 + within
+}
+
+/// The 64-bit hash by which the processor's filters know a key (event time, id).
+pub fn seen_hash(event_time_ms: i64, event_id: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64_with_seed(event_id, event_time_ms as u64)
+}
+
+/// Identity of one record of the log: key, value and broker time stamp.
+pub fn fingerprint(key: &[u8], value: &[u8], timestamp_ms: i64) -> i64 {
+    let seed = xxhash_rust::xxh3::xxh3_64_with_seed(key, timestamp_ms as u64);
+    xxhash_rust::xxh3::xxh3_64_with_seed(value, seed) as i64
+}
+
+/// The start of the span of length `span_ms` that holds `at_ms`; spans are aligned to the epoch.
+pub fn floor_to(at_ms: i64, span_ms: i64) -> i64 {
+    at_ms.div_euclid(span_ms) * span_ms
+}
+
+/// Time span of one Cassandra partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Bucket {
+    /// Ten minutes.
+    TenMinutes,
+    /// One hour.
+    Hour,
+    /// One day.
+    Day,
+}
+
+impl Bucket {
+    /// All of them, for messages and parsing.
+    pub const ALL: [Bucket; 3] = [Bucket::TenMinutes, Bucket::Hour, Bucket::Day];
+
+    /// As written in a stream file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Bucket::TenMinutes => "10m",
+            Bucket::Hour => "1h",
+            Bucket::Day => "1d",
+        }
+    }
+
+    /// Length in milliseconds.
+    pub fn millis(self) -> i64 {
+        match self {
+            Bucket::TenMinutes => 600_000,
+            Bucket::Hour => 3_600_000,
+            Bucket::Day => 86_400_000,
+        }
+    }
+
+    /// Start of the bucket that holds `event_time_ms`.
+    pub fn start_of(self, event_time_ms: i64) -> i64 {
+        floor_to(event_time_ms, self.millis())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn derived_ids_are_the_same_for_the_same_interval_and_differ_between_records() {
+        let a = derived_event_id("s", 60_000, 0);
+        assert_eq!(a, derived_event_id("s", 60_000, 0));
+        assert_ne!(a, derived_event_id("s", 60_000, 1));
+        assert_ne!(a, derived_event_id("s", 0, 0));
+        assert_eq!(a.to_string(), "c481b4a6-459d-52e1-b57a-2e607a1d9142", "stored ids depend on this value");
+    }
+
+    #[test]
+    fn the_shards_of_two_kafka_partitions_never_meet() {
+        for id in 0..1000u32 {
+            let id = id.to_string();
+            assert!((0..4).contains(&shard(0, 4, id.as_bytes())));
+            assert!((20..24).contains(&shard(5, 4, id.as_bytes())));
+        }
+    }
+
+    #[test]
+    fn spans_before_the_epoch_floor_downwards() {
+        assert_eq!(floor_to(-1, 10), -10);
+        assert_eq!(floor_to(19, 10), 10);
+    }
+}

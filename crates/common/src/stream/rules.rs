@@ -1,0 +1,232 @@
+//! What a stream file must fulfil across keys: names, placeholders, windows that divide buckets, a TTL that outlives the
+//! log. Each rule's message names the way out.
+
+use super::parse::in_words;
+use super::{Definition, EventTime, Groups, Pagination, Schedule};
+use crate::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
+use std::collections::BTreeSet;
+
+/// Lateness when the file names none: ten minutes.
+const DEFAULT_LATENESS_MS: i64 = 600_000;
+/// An event may come this many schedule intervals late and still be on time.
+const LATENESS_INTERVALS: i64 = 3;
+/// Rows outlive the log by this much at least (two days), so that a copy is recognised as long as it can be read again.
+pub const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
+const PLACEHOLDERS: [&str; 9] = [
+    "interval.start",
+    "interval.end",
+    "interval.start_unix",
+    "interval.end_unix",
+    "interval.seed",
+    "page",
+    "page_size",
+    "offset",
+    "cursor",
+];
+const MAX_COLUMNS: usize = 128;
+
+/// The nominal length of an interval; a cron expression's is only known to its planner and counts as a minute here.
+fn interval_ms(schedule: &Schedule) -> i64 {
+    match schedule {
+        Schedule::Every(ms) => *ms,
+        Schedule::Cron(_) => 60_000,
+    }
+}
+
+pub(super) fn default_lateness(schedule: &Schedule) -> i64 {
+    DEFAULT_LATENESS_MS.max(LATENESS_INTERVALS * interval_ms(schedule))
+}
+
+pub(super) fn check(d: &Definition, problems: &mut Vec<String>) {
+    check_names(d, problems);
+    check_source(d, problems);
+    check_windows(d, problems);
+    check_ttl(d, problems);
+}
+
+fn is_identifier(name: &str, most: usize) -> bool {
+    name.len() <= most
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+}
+
+fn check_names(d: &Definition, problems: &mut Vec<String>) {
+    let name = &d.stream.name;
+    if !name.is_empty() && !is_identifier(name, 40) {
+        problems.push(format!(
+            "`stream.name`: `{name}` must be lower-case letters, digits and _, start with a letter, at most 40 long"
+        ));
+    }
+    if d.columns.is_empty() || d.columns.len() > MAX_COLUMNS {
+        problems.push(format!("`column`: {} columns declared; from 1 to {MAX_COLUMNS}", d.columns.len()));
+    }
+    let mut seen = BTreeSet::new();
+    for column in &d.columns {
+        let name = &column.name;
+        if !is_identifier(name, 48) {
+            problems.push(format!(
+                "column `{name}`: must be lower-case letters, digits and _, start with a letter"
+            ));
+        }
+        if RESERVED_COLUMNS.contains(&name.as_str()) {
+            problems.push(format!("column `{name}`: the pipeline's own column; choose another name"));
+        }
+        if !seen.insert(name) {
+            problems.push(format!("column `{name}`: declared twice"));
+        }
+    }
+}
+
+fn check_source(d: &Definition, problems: &mut Vec<String>) {
+    let url = &d.source.url;
+    for placeholder in url.split('{').skip(1) {
+        let name = placeholder.split('}').next().unwrap_or(placeholder);
+        if !PLACEHOLDERS.contains(&name) {
+            problems.push(format!(
+                "`source.url`: unknown placeholder `{{{name}}}`; one of {}",
+                PLACEHOLDERS.map(|p| format!("{{{p}}}")).join(", ")
+            ));
+        }
+    }
+    let bare = url.replace(['{', '}'], "");
+    match url::Url::parse(&bare) {
+        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {}
+        _ if url.is_empty() => {}
+        _ => problems.push(format!("`source.url`: `{url}` is no http or https URL")),
+    }
+    let (needed, kind) = match d.source.pagination {
+        Pagination::Page { .. } => ("{page}", "page"),
+        Pagination::Offset => ("{offset}", "offset"),
+        Pagination::Cursor { .. } | Pagination::LastRecord { .. } => ("{cursor}", "cursor"),
+        Pagination::None | Pagination::LinkHeader | Pagination::NextUrl { .. } => return,
+    };
+    if !url.is_empty() && !url.contains(needed) {
+        problems
+            .push(format!("`source.url`: pagination kind `{kind}` needs the placeholder `{needed}` in it"));
+    }
+}
+
+fn check_windows(d: &Definition, problems: &mut Vec<String>) {
+    let w = &d.windows;
+    let bucket_ms = d.store.bucket.millis();
+    if bucket_ms % w.pane_ms != 0 {
+        problems.push(format!(
+            "`windows.pane`: {} does not divide the bucket {}; a pane's rows must lie in one bucket",
+            in_words(w.pane_ms),
+            d.store.bucket.name()
+        ));
+    }
+    let least = LATENESS_INTERVALS * interval_ms(&d.stream.schedule);
+    if w.lateness_ms < least && d.event.time == EventTime::Interval {
+        problems.push(format!(
+            "`windows.lateness`: {} is less than {LATENESS_INTERVALS} schedule intervals; at least {}",
+            in_words(w.lateness_ms),
+            in_words(least)
+        ));
+    }
+    let mut seen = BTreeSet::new();
+    for group in &w.group_by {
+        let name = &group.column;
+        if !seen.insert(name) {
+            problems.push(format!("`windows.group_by`: column `{name}` stands twice"));
+        }
+        match (d.columns.iter().find(|c| c.name == *name), &group.groups) {
+            (None, _) => problems.push(format!("`windows.group_by`: no column `{name}` is declared")),
+            (Some(c), Groups::Step { .. }) if !c.cql_type.is_numeric() => problems.push(format!(
+                "`windows.group_by`: `step` needs a numeric column, but `{name}` is {}",
+                c.cql_type.name()
+            )),
+            _ => {}
+        }
+    }
+    let mut measured = BTreeSet::new();
+    for name in &w.measures {
+        if !measured.insert(name) {
+            problems.push(format!("`windows.measures`: column `{name}` stands twice"));
+        }
+        match d.columns.iter().find(|c| c.name == *name) {
+            None => problems.push(format!("`windows.measures`: no column `{name}` is declared")),
+            Some(c) if !c.cql_type.is_numeric() => problems.push(format!(
+                "`windows.measures`: column `{name}` is {}; measures are int, bigint or double",
+                c.cql_type.name()
+            )),
+            Some(_) => {}
+        }
+    }
+}
+
+fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
+    let catch_up_ms = i64::from(d.stream.catch_up) * interval_ms(&d.stream.schedule);
+    let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms;
+    if d.store.ttl_seconds != 0 && d.store.ttl_seconds.saturating_mul(1000) < least {
+        problems.push(format!(
+            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up; \"0\" or at least {}",
+            in_words(d.store.ttl_seconds.saturating_mul(1000)),
+            in_words(least)
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Definition;
+
+    const GOOD: &str = include_str!("../../../../streams/user_created.toml");
+
+    fn mistakes(text: &str) -> Vec<String> {
+        Definition::parse("test.toml", text).expect_err("must be refused").problems
+    }
+
+    fn check(change: (&str, &str), expected: &str) {
+        assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
+        let found = mistakes(&GOOD.replace(change.0, change.1));
+        assert!(found.iter().any(|p| p.contains(expected)), "{expected} is not in {found:#?}");
+    }
+
+    #[test]
+    fn the_shipped_definitions_have_no_mistake() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../streams");
+        let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect();
+        assert!(files.len() >= 5);
+        for file in files {
+            let text = std::fs::read_to_string(&file).unwrap();
+            if let Err(e) = Definition::parse(&file.display().to_string(), &text) {
+                panic!("{e}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_mistake_is_named_with_its_key_and_the_way_out() {
+        check(("every = ", "evry = "), "`stream.schedule.evry`: unknown key; one of cron, every");
+        check(
+            ("every = \"1m\"", "every = \"1 fortnight\""),
+            "`stream.schedule.every`: `1 fortnight` is no duration",
+        );
+        check(("type = \"text\"", "type = \"number\""), "unknown CQL type `number`; one of text, int");
+        check(("kind = \"page\"", "kind = \"pages\""), "unknown `pages`; one of none, page");
+        check(
+            ("kind = \"page\"", "kind = \"cursor\", last_record = \"id\""),
+            "`id` is no JSON pointer; write `/id`",
+        );
+        check(("kind = \"page\"", "kind = \"cursor\", more = \"/m\""), "more`: goes with `last_record` only");
+        check(("time = \"interval\"", "time = \"interval\"\ntime_unit = \"s\""), "`event.time_unit`: `s`: ");
+        check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
+        check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
+        check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
+        check(("ttl = \"365d\"", "ttl = \"3d\""), "shorter than topic retention");
+        check(("name = \"email\"", "name = \"event_id\""), "the pipeline's own column");
+        check(("measures = [\"age\"]", "measures = [\"email\"]"), "measures are int, bigint or double");
+    }
+
+    #[test]
+    fn all_mistakes_come_in_one_run() {
+        let found =
+            mistakes("[stream]\nname = \"A\"\ntypo = 1\n[event]\ntime = \"now\"\n[store]\nbucket = \"2h\"");
+        for part in
+            ["`stream.typo`", "`stream.name`", "`source.url`", "`event.time`", "`store.bucket`", "`column`"]
+        {
+            assert!(found.iter().any(|p| p.contains(part)), "{part} is not in {found:#?}");
+        }
+    }
+}

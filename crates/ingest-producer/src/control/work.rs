@@ -1,0 +1,93 @@
+//! What each command does, by the same means as the command line: `stress`, `backfill`, `runs clear`, and the ledger's pause.
+
+use crate::config::{BackfillArgs, SpanArgs, StressArgs};
+use crate::run::Runner;
+use crate::{backfill, runs, stress};
+use async_trait::async_trait;
+use common::control::Action;
+use common::shutdown::Shutdown;
+use std::sync::Arc;
+
+/// Does the work of commands: for real, or a fake.
+#[async_trait]
+pub trait Work: Send + Sync {
+    /// Carries it out until done or `stop` begins; what was done in words, or why it was not.
+    async fn carry_out(&self, action: &Action, stop: &Shutdown) -> Result<String, String>;
+}
+
+/// The real work.
+pub struct Worker {
+    /// Runs backfills; knows stream and ledger.
+    pub runner: Arc<Runner>,
+    /// Bootstrap servers that loads go to.
+    pub brokers: String,
+    /// Topic that loads go to.
+    pub topic: String,
+}
+
+#[async_trait]
+impl Work for Worker {
+    async fn carry_out(&self, action: &Action, stop: &Shutdown) -> Result<String, String> {
+        match action {
+            Action::Produce { messages } => self.load(Some(*messages), 0, None, stop).await,
+            Action::Spike { rate, seconds } => self.load(None, *rate, Some(*seconds), stop).await,
+            Action::Backfill { from_ms, to_ms, reprocess, max_active_runs, newest_first } => {
+                let args = BackfillArgs {
+                    from: *from_ms,
+                    to: *to_ms,
+                    reprocess: *reprocess,
+                    max_active_runs: *max_active_runs,
+                    newest_first: *newest_first,
+                    dry_run: false,
+                };
+                let done =
+                    backfill::backfill(&self.runner, &args, stop).await.map_err(|e| format!("{e:#}"))?;
+                if done.code == 0 { Ok(done.text) } else { Err(done.text) }
+            }
+            Action::Clear { from_ms, to_ms, state } => {
+                let span = SpanArgs { from: *from_ms, to: *to_ms, state: *state };
+                let done = runs::clear(&*self.runner.ledger, &span, (self.runner.clock)()).await;
+                done.map(|done| done.text).map_err(|e| format!("{e:#}"))
+            }
+            Action::Pause => self.pause(true).await,
+            Action::Resume => self.pause(false).await,
+            Action::Cancel { .. } => Err("cancel has no work of its own".to_owned()),
+        }
+    }
+}
+
+impl Worker {
+    async fn load(
+        &self,
+        messages: Option<u64>,
+        rate: u64,
+        seconds: Option<u64>,
+        stop: &Shutdown,
+    ) -> Result<String, String> {
+        let args = StressArgs {
+            messages,
+            rate,
+            seconds,
+            payload_bytes: None,
+            duplicates: 0,
+            span: None,
+            senders: 1,
+            json: true,
+        };
+        let (brokers, topic) = (self.brokers.clone(), self.topic.clone());
+        let (definition, stop) = (self.runner.definition.clone(), stop.clone());
+        let running =
+            tokio::task::spawn_blocking(move || stress::run(&brokers, &topic, &definition, &args, &stop));
+        let report = running.await.map_err(|e| e.to_string())?.map_err(|e| format!("{e:#}"))?;
+        if report.failures > 0 { Err(report.to_string()) } else { Ok(report.to_string()) }
+    }
+
+    async fn pause(&self, paused: bool) -> Result<String, String> {
+        let done = if paused { "paused" } else { "resumed" };
+        match self.runner.ledger.set_paused(paused).await {
+            Ok(true) => Ok(done.to_owned()),
+            Ok(false) => Err("the stream has no schedule yet: no producer has planned it".to_owned()),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+}

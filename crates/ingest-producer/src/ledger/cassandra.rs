@@ -1,0 +1,489 @@
+//! The run ledger in Cassandra: `ingest_runs`, `ingest_attempts`, `stream_state`, with lightweight transactions and nothing
+//! else.
+
+use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, taken_up};
+use crate::error::shortened;
+use crate::planner::Run;
+use async_trait::async_trait;
+use backon::{ExponentialBuilder, Retryable};
+use common::cassandra::{Failure, classify};
+use common::run_ledger::{Interval, RunState, RunType};
+use scylla::client::session::Session;
+use scylla::response::query_result::{QueryResult, QueryRowsResult};
+use scylla::serialize::row::SerializeRow;
+use scylla::statement::Consistency;
+use scylla::statement::prepared::PreparedStatement;
+use scylla::value::{CqlTimestamp, CqlValue, MaybeUnset, Row};
+use scylla::{DeserializeRow, SerializeRow};
+use std::sync::Arc;
+use std::time::Duration;
+
+const DAY_MS: i64 = 86_400_000;
+/// How often a read is tried again, and the first pause; each further one is twice as long.
+const READ_AGAIN: usize = 4;
+const READ_PAUSE: Duration = Duration::from_millis(100);
+const RUN_COLUMNS: &str = "interval_start, interval_end, state, run_type, run_id, attempt, owner, epoch, lease_until, \
+                           pages, records, acked, bytes, error, started_at, finished_at, retry_at";
+const RUN_KEY: &str = "stream = ? AND day = ? AND interval_start = ?";
+
+/// The ledger of one stream.
+#[derive(Debug)]
+pub struct CassandraLedger {
+    session: Arc<Session>,
+    stream: String,
+    statements: Statements,
+}
+
+#[derive(Debug)]
+struct Statements {
+    state: PreparedStatement,
+    first_schedules: PreparedStatement,
+    schedules: PreparedStatement,
+    touch: PreparedStatement,
+    pause: PreparedStatement,
+    runs: PreparedStatement,
+    run: PreparedStatement,
+    insert: PreparedStatement,
+    claim: PreparedStatement,
+    renew: PreparedStatement,
+    finish: PreparedStatement,
+    overrule: PreparedStatement,
+    record: PreparedStatement,
+    attempts: PreparedStatement,
+}
+
+#[derive(Debug, DeserializeRow)]
+struct RunRow {
+    interval_start: CqlTimestamp,
+    interval_end: Option<CqlTimestamp>,
+    state: Option<String>,
+    run_type: Option<String>,
+    run_id: Option<String>,
+    attempt: Option<i32>,
+    owner: Option<String>,
+    epoch: Option<i64>,
+    lease_until: Option<CqlTimestamp>,
+    pages: Option<i32>,
+    records: Option<i64>,
+    acked: Option<i64>,
+    bytes: Option<i64>,
+    error: Option<String>,
+    started_at: Option<CqlTimestamp>,
+    finished_at: Option<CqlTimestamp>,
+    retry_at: Option<CqlTimestamp>,
+}
+
+#[derive(Debug, SerializeRow)]
+struct NewRun<'a> {
+    stream: &'a str,
+    day: CqlTimestamp,
+    interval_start: CqlTimestamp,
+    interval_end: CqlTimestamp,
+    state: &'a str,
+    run_type: &'a str,
+    run_id: &'a str,
+    attempt: i32,
+    owner: &'a str,
+    epoch: i64,
+    lease_until: CqlTimestamp,
+    error: &'a str,
+    created_at: CqlTimestamp,
+    started_at: MaybeUnset<CqlTimestamp>,
+    finished_at: MaybeUnset<CqlTimestamp>,
+}
+
+#[derive(Debug, DeserializeRow)]
+struct AttemptRow {
+    interval_start: CqlTimestamp,
+    attempt: i32,
+    run_id: Option<String>,
+    owner: Option<String>,
+    outcome: Option<String>,
+    cause: Option<String>,
+    http_status: Option<i32>,
+    pages: Option<i32>,
+    records: Option<i64>,
+    bytes: Option<i64>,
+    started_at: Option<CqlTimestamp>,
+    milliseconds: Option<i64>,
+}
+
+fn day(start_ms: i64) -> CqlTimestamp {
+    CqlTimestamp(common::event::floor_to(start_ms, DAY_MS))
+}
+
+fn ms(time: Option<CqlTimestamp>) -> i64 {
+    time.map_or(0, |t| t.0)
+}
+
+pub(crate) fn failed(error: &scylla::errors::ExecutionError) -> LedgerError {
+    let text = shortened(&error.to_string());
+    match classify(error) {
+        Failure::Refused => LedgerError::Refused(text),
+        Failure::Overloaded | Failure::Unavailable => LedgerError::Unavailable(text),
+    }
+}
+
+pub(crate) fn unreadable(error: impl std::fmt::Display) -> LedgerError {
+    LedgerError::Refused(format!("a row cannot be read: {error}"))
+}
+
+/// Whether a compare and set was carried out.
+pub(crate) fn applied(result: QueryResult) -> Result<bool, LedgerError> {
+    let rows = result.into_rows_result().map_err(unreadable)?;
+    let row: Row = rows.first_row().map_err(unreadable)?;
+    Ok(matches!(row.columns.first(), Some(Some(CqlValue::Boolean(true)))))
+}
+
+/// Prepares a statement; where it cannot be, the way out is named.
+pub(crate) async fn prepare(session: &Session, cql: String) -> Result<PreparedStatement, LedgerError> {
+    session.prepare(cql.as_str()).await.map_err(|e| {
+        let words = shortened(&e.to_string());
+        LedgerError::Refused(format!("{words}; are the tables there? `stream-processor init` makes them"))
+    })
+}
+
+impl RunRow {
+    fn read(self) -> Result<Run, LedgerError> {
+        Ok(Run {
+            interval: Interval { start_ms: self.interval_start.0, end_ms: ms(self.interval_end) },
+            state: self.state.unwrap_or_default().parse().map_err(unreadable)?,
+            run_type: self.run_type.unwrap_or_default().parse().map_err(unreadable)?,
+            run_id: self.run_id.unwrap_or_default(),
+            attempt: self.attempt.unwrap_or(0),
+            owner: self.owner.unwrap_or_default(),
+            epoch: self.epoch.unwrap_or(0),
+            lease_until_ms: ms(self.lease_until),
+            retry_at_ms: ms(self.retry_at),
+            started_at_ms: ms(self.started_at),
+            finished_at_ms: ms(self.finished_at),
+            pages: self.pages.unwrap_or(0),
+            records: self.records.unwrap_or(0),
+            acked: self.acked.unwrap_or(0),
+            bytes: self.bytes.unwrap_or(0),
+            error: self.error.unwrap_or_default(),
+        })
+    }
+}
+
+impl Statements {
+    async fn prepare(session: &Session, k: &str) -> Result<Statements, LedgerError> {
+        let prepare = async |cql: String| prepare(session, cql).await;
+        let mut run = prepare(format!("SELECT {RUN_COLUMNS} FROM {k}.ingest_runs WHERE {RUN_KEY}")).await?;
+        run.set_consistency(Consistency::LocalSerial);
+        let update = |set: &str| format!("UPDATE {k}.ingest_runs SET {set} WHERE {RUN_KEY} IF epoch = ?");
+        Ok(Statements {
+            run,
+            state: prepare(format!("SELECT paused, schedules, updated_at FROM {k}.stream_state WHERE stream = ?")).await?,
+            first_schedules: prepare(format!(
+                "INSERT INTO {k}.stream_state (stream, paused, schedules, updated_at) VALUES (?, false, ?, ?) IF NOT EXISTS"
+            ))
+            .await?,
+            schedules: prepare(format!(
+                "UPDATE {k}.stream_state SET schedules = ?, updated_at = ? WHERE stream = ? IF schedules = ?"
+            ))
+            .await?,
+            touch: prepare(format!("UPDATE {k}.stream_state SET updated_at = ? WHERE stream = ? IF EXISTS")).await?,
+            pause: prepare(format!("UPDATE {k}.stream_state SET paused = ? WHERE stream = ? IF EXISTS")).await?,
+            runs: prepare(format!(
+                "SELECT {RUN_COLUMNS} FROM {k}.ingest_runs WHERE stream = ? AND day = ? AND interval_start >= ? \
+                 AND interval_start < ?"
+            ))
+            .await?,
+            insert: prepare(format!(
+                "INSERT INTO {k}.ingest_runs (stream, day, interval_start, interval_end, state, run_type, run_id, attempt, \
+                 owner, epoch, lease_until, error, created_at, started_at, finished_at) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS"
+            ))
+            .await?,
+            claim: prepare(update(
+                "state = 'running', run_type = ?, run_id = ?, attempt = ?, owner = ?, epoch = ?, lease_until = ?, \
+                 started_at = ?",
+            ))
+            .await?,
+            renew: prepare(update("lease_until = ?")).await?,
+            finish: prepare(update(
+                "state = ?, pages = ?, records = ?, acked = ?, bytes = ?, error = ?, lease_until = ?, finished_at = ?, \
+                 retry_at = ?",
+            ))
+            .await?,
+            overrule: prepare(update("state = ?, error = ?, epoch = ?, attempt = ?, retry_at = ?, finished_at = ?"))
+                .await?,
+            record: prepare(format!(
+                "INSERT INTO {k}.ingest_attempts (stream, day, interval_start, attempt, run_id, owner, outcome, cause, \
+                 http_status, pages, records, bytes, started_at, milliseconds) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS"
+            ))
+            .await?,
+            attempts: prepare(format!(
+                "SELECT interval_start, attempt, run_id, owner, outcome, cause, http_status, pages, records, bytes, \
+                 started_at, milliseconds FROM {k}.ingest_attempts WHERE {RUN_KEY}"
+            ))
+            .await?,
+        })
+    }
+}
+
+impl CassandraLedger {
+    /// Prepares all statements; a missing table is named with the way out.
+    pub async fn new(
+        session: Arc<Session>,
+        keyspace: &str,
+        stream: &str,
+    ) -> Result<CassandraLedger, LedgerError> {
+        let statements = Statements::prepare(&session, keyspace).await?;
+        Ok(CassandraLedger { session, stream: stream.to_owned(), statements })
+    }
+
+    async fn execute(
+        &self,
+        statement: &PreparedStatement,
+        values: impl SerializeRow,
+    ) -> Result<QueryResult, LedgerError> {
+        self.session.execute_unpaged(statement, values).await.map_err(|e| failed(&e))
+    }
+
+    /// A read. Other owners' compare and set may be in its way for a moment: it is tried again.
+    async fn rows(
+        &self,
+        statement: &PreparedStatement,
+        values: impl SerializeRow,
+    ) -> Result<QueryRowsResult, LedgerError> {
+        let pauses = ExponentialBuilder::default().with_min_delay(READ_PAUSE).with_max_times(READ_AGAIN);
+        let read = (|| self.execute(statement, &values)).retry(pauses);
+        let answer = read.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
+        answer.into_rows_result().map_err(unreadable)
+    }
+
+    async fn insert(&self, row: NewRun<'_>) -> Result<bool, LedgerError> {
+        applied(self.execute(&self.statements.insert, row).await?)
+    }
+}
+
+#[async_trait]
+impl Ledger for CassandraLedger {
+    async fn stream_state(&self) -> Result<StreamState, LedgerError> {
+        let rows = self.rows(&self.statements.state, (&self.stream,)).await?;
+        type Stored = (Option<bool>, Option<String>, Option<CqlTimestamp>);
+        let row: Option<Stored> = rows.maybe_first_row().map_err(unreadable)?;
+        let (paused, schedules, updated_at) = row.unwrap_or_default();
+        Ok(StreamState { paused: paused.unwrap_or(false), schedules, updated_at_ms: ms(updated_at) })
+    }
+
+    async fn set_schedules(&self, old: Option<&str>, new: &str, now_ms: i64) -> Result<bool, LedgerError> {
+        let now = CqlTimestamp(now_ms);
+        applied(match old {
+            None => self.execute(&self.statements.first_schedules, (&self.stream, new, now)).await?,
+            Some(old) => self.execute(&self.statements.schedules, (new, now, &self.stream, old)).await?,
+        })
+    }
+
+    async fn set_paused(&self, paused: bool) -> Result<bool, LedgerError> {
+        applied(self.execute(&self.statements.pause, (paused, &self.stream)).await?)
+    }
+
+    async fn touch(&self, now_ms: i64) -> Result<(), LedgerError> {
+        self.execute(&self.statements.touch, (CqlTimestamp(now_ms), &self.stream)).await.map(|_| ())
+    }
+
+    async fn runs(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError> {
+        let mut found = Vec::new();
+        let mut day_ms = day(from_ms).0;
+        while day_ms < to_ms {
+            let key = (&self.stream, CqlTimestamp(day_ms), CqlTimestamp(from_ms), CqlTimestamp(to_ms));
+            let rows = self.rows(&self.statements.runs, key).await?;
+            for row in rows.rows::<RunRow>().map_err(unreadable)? {
+                found.push(row.map_err(unreadable)?.read()?);
+            }
+            day_ms += DAY_MS;
+        }
+        Ok(found)
+    }
+
+    async fn run(&self, start_ms: i64) -> Result<Option<Run>, LedgerError> {
+        let rows =
+            self.rows(&self.statements.run, (&self.stream, day(start_ms), CqlTimestamp(start_ms))).await?;
+        rows.maybe_first_row::<RunRow>().map_err(unreadable)?.map(RunRow::read).transpose()
+    }
+
+    async fn claim(
+        &self,
+        interval: Interval,
+        run_type: RunType,
+        seen: Option<&Run>,
+        lease: &Lease,
+    ) -> Result<Option<Claim>, LedgerError> {
+        let (attempt, epoch, first_started_ms) = taken_up(seen, lease.now_ms);
+        let until = CqlTimestamp(lease.until_ms);
+        let won = match seen {
+            None => {
+                let now = CqlTimestamp(lease.now_ms);
+                self.insert(NewRun {
+                    stream: &self.stream,
+                    day: day(interval.start_ms),
+                    interval_start: CqlTimestamp(interval.start_ms),
+                    interval_end: CqlTimestamp(interval.end_ms),
+                    state: RunState::Running.name(),
+                    run_type: run_type.name(),
+                    run_id: &lease.run_id,
+                    attempt,
+                    owner: &lease.owner,
+                    epoch,
+                    lease_until: until,
+                    error: "",
+                    created_at: now,
+                    started_at: MaybeUnset::Set(now),
+                    finished_at: MaybeUnset::Unset,
+                })
+                .await?
+            }
+            Some(run) => {
+                let (day, start) = (day(interval.start_ms), CqlTimestamp(interval.start_ms));
+                let (id, owner, started) = (&lease.run_id, &lease.owner, CqlTimestamp(first_started_ms));
+                let (kind, stream) = (run_type.name(), &self.stream);
+                let values = (kind, id, attempt, owner, epoch, until, started, stream, day, start, run.epoch);
+                applied(self.execute(&self.statements.claim, values).await?)?
+            }
+        };
+        // An earlier try of ours may have been carried out without an answer.
+        if !won && self.run(interval.start_ms).await?.is_none_or(|run| run.run_id != lease.run_id) {
+            return Ok(None);
+        }
+        Ok(Some(Claim {
+            interval,
+            run_type,
+            run_id: lease.run_id.clone(),
+            owner: lease.owner.clone(),
+            attempt,
+            epoch,
+            first_started_ms,
+            started_ms: lease.now_ms,
+        }))
+    }
+
+    async fn note(&self, note: &Note, now_ms: i64) -> Result<(), LedgerError> {
+        let interval = note.interval;
+        let now = CqlTimestamp(now_ms);
+        let row = NewRun {
+            stream: &self.stream,
+            day: day(interval.start_ms),
+            interval_start: CqlTimestamp(interval.start_ms),
+            interval_end: CqlTimestamp(interval.end_ms),
+            state: note.state.name(),
+            run_type: note.run_type.name(),
+            run_id: "",
+            attempt: 0,
+            owner: "",
+            epoch: 1,
+            lease_until: now,
+            error: &note.cause,
+            created_at: now,
+            started_at: MaybeUnset::Unset,
+            finished_at: if note.state == RunState::Failed {
+                MaybeUnset::Set(now)
+            } else {
+                MaybeUnset::Unset
+            },
+        };
+        self.insert(row).await.map(|_| ())
+    }
+
+    async fn renew(&self, claim: &Claim, until_ms: i64) -> Result<bool, LedgerError> {
+        let start = claim.interval.start_ms;
+        let values = (CqlTimestamp(until_ms), &self.stream, day(start), CqlTimestamp(start), claim.epoch);
+        applied(self.execute(&self.statements.renew, values).await?)
+    }
+
+    async fn finish(&self, claim: &Claim, ending: &Ending) -> Result<bool, LedgerError> {
+        let (start, now) = (claim.interval.start_ms, CqlTimestamp(ending.now_ms));
+        let over = ending.state != RunState::Retrying;
+        let finished = if over { MaybeUnset::Set(now) } else { MaybeUnset::Unset };
+        let retry = if over { MaybeUnset::Unset } else { MaybeUnset::Set(CqlTimestamp(ending.retry_at_ms)) };
+        let Counts { pages, records, acked, bytes } = ending.counts;
+        let (state, error) = (ending.state.name(), &ending.error);
+        let (day, start) = (day(start), CqlTimestamp(start));
+        let stream = &self.stream;
+        let values = (
+            state,
+            pages,
+            records,
+            acked,
+            bytes,
+            error,
+            now,
+            finished,
+            retry,
+            stream,
+            day,
+            start,
+            claim.epoch,
+        );
+        applied(self.execute(&self.statements.finish, values).await?)
+    }
+
+    async fn record(&self, a: &Attempt) -> Result<(), LedgerError> {
+        let start = a.interval.start_ms;
+        let status = a.http_status.map_or(MaybeUnset::Unset, MaybeUnset::Set);
+        let values = (
+            &self.stream,
+            day(start),
+            CqlTimestamp(start),
+            a.number,
+            &a.run_id,
+            &a.owner,
+            &a.outcome,
+            &a.cause,
+            status,
+            a.counts.pages,
+            a.counts.records,
+            a.counts.bytes,
+            CqlTimestamp(a.started_ms),
+            a.milliseconds,
+        );
+        self.execute(&self.statements.record, values).await.map(|_| ())
+    }
+
+    async fn attempts(&self, start_ms: i64) -> Result<Vec<Attempt>, LedgerError> {
+        let key = (&self.stream, day(start_ms), CqlTimestamp(start_ms));
+        let rows = self.rows(&self.statements.attempts, key).await?;
+        let rows = rows.rows::<AttemptRow>().map_err(unreadable)?;
+        rows.map(|row| {
+            let row = row.map_err(unreadable)?;
+            let start_ms = row.interval_start.0;
+            Ok(Attempt {
+                interval: Interval { start_ms, end_ms: start_ms },
+                number: row.attempt,
+                run_id: row.run_id.unwrap_or_default(),
+                owner: row.owner.unwrap_or_default(),
+                outcome: row.outcome.unwrap_or_default(),
+                cause: row.cause.unwrap_or_default(),
+                http_status: row.http_status,
+                counts: Counts {
+                    pages: row.pages.unwrap_or(0),
+                    records: row.records.unwrap_or(0),
+                    acked: 0,
+                    bytes: row.bytes.unwrap_or(0),
+                },
+                started_ms: ms(row.started_at),
+                milliseconds: row.milliseconds.unwrap_or(0),
+            })
+        })
+        .collect()
+    }
+
+    async fn overrule(
+        &self,
+        seen: &Run,
+        state: RunState,
+        cause: &str,
+        now_ms: i64,
+    ) -> Result<bool, LedgerError> {
+        let (start, now) = (seen.interval.start_ms, CqlTimestamp(now_ms));
+        let finished = if state == RunState::Failed { MaybeUnset::Set(now) } else { MaybeUnset::Unset };
+        let (epoch, attempt) = (seen.epoch + 1, seen.attempt + 1);
+        let (day, start) = (day(start), CqlTimestamp(start));
+        let values =
+            (state.name(), cause, epoch, attempt, now, finished, &self.stream, day, start, seen.epoch);
+        applied(self.execute(&self.statements.overrule, values).await?)
+    }
+}

@@ -1,0 +1,451 @@
+//! The one file that orders effects: plan → lease → fetch page by page → publish → wait for all acknowledgements →
+//! succeeded. What is due comes from the ledger alone; a tick only wakes the planner. Whatever ends in between, a crash
+//! included, leaves a lease that runs out and an interval that another attempt finishes with the same event ids.
+
+use crate::error::{AttemptError, Kind};
+use crate::ledger::{
+    Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, OUTCOME_CLEARED, OUTCOME_FAILED,
+    OUTCOME_INTERRUPTED, OUTCOME_LOST, OUTCOME_SUCCEEDED, failures,
+};
+use crate::metrics::Metrics;
+use crate::planner::{AfterFailure, FailedAttempt, Run, after_failure};
+use crate::publish::{Acks, Publish, RunHeaders};
+use crate::source::client::FetchPage;
+use crate::source::extract::{self, Event};
+use crate::source::paginate::{Fetched, Next, Pages};
+use crate::source::request::Requests;
+use common::run_ledger::{Interval, RunState, RunType};
+use common::stream::{Definition, EventTime};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Unix milliseconds; an argument, so that tests can turn it.
+pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
+
+/// Most bytes of events that wait for the last page, where event time is spread over the interval: 256 MiB.
+const MAX_HELD_BYTES: usize = 256 << 20;
+/// Pause before the ledger is asked again.
+const LEDGER_PAUSE: Duration = Duration::from_millis(500);
+/// How often the ledger is asked again once the process has been asked to stop.
+const LAST_TRIES: u32 = 6;
+
+/// Runs attempts of one stream. Everything it touches is a field.
+pub struct Runner {
+    /// The stream.
+    pub definition: Definition,
+    /// Where runs are recorded.
+    pub ledger: Arc<dyn Ledger>,
+    /// Where pages come from.
+    pub source: Arc<dyn FetchPage>,
+    /// Where events go.
+    pub publisher: Arc<dyn Publish>,
+    /// URLs of pages.
+    pub requests: Requests,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// This instance's name.
+    pub owner: String,
+    /// How long a lease holds without renewal, in milliseconds.
+    pub lease_ms: i64,
+    /// Now.
+    pub clock: Clock,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Every record acknowledged.
+    Succeeded,
+    /// Another attempt follows.
+    Retrying,
+    /// Given up on.
+    Failed,
+    /// Somebody else has the lease.
+    Lost,
+    /// Asked to stop; due again at once.
+    Interrupted,
+}
+
+/// What an attempt has done so far, readable while it goes on.
+#[derive(Debug, Default)]
+struct Progress {
+    pages: AtomicI64,
+    records: AtomicI64,
+    bytes: AtomicI64,
+    acks: Arc<Acks>,
+}
+
+impl Progress {
+    fn counts(&self) -> Counts {
+        let load = |count: &AtomicI64| count.load(Ordering::Relaxed);
+        Counts {
+            pages: i32::try_from(load(&self.pages)).unwrap_or(i32::MAX),
+            records: load(&self.records),
+            acked: i64::try_from(self.acks.acked()).unwrap_or(i64::MAX),
+            bytes: load(&self.bytes),
+        }
+    }
+}
+
+enum Outcome {
+    Done(Result<(), AttemptError>),
+    Lost,
+    Interrupted,
+}
+
+impl Runner {
+    fn now(&self) -> i64 {
+        (self.clock)()
+    }
+
+    /// Takes the lease of an interval whose row is as `seen`; `None`: somebody else was faster.
+    pub async fn claim(
+        &self,
+        interval: Interval,
+        run_type: RunType,
+        seen: Option<&Run>,
+    ) -> Result<Option<Claim>, LedgerError> {
+        if let Some(vanished) = seen.filter(|run| run.state == RunState::Running) {
+            let cause = format!("the lease of {} ran out", vanished.owner);
+            let last_sign_ms = vanished.lease_until_ms - self.lease_ms;
+            let lost = noted(vanished, vanished.attempt, OUTCOME_LOST, cause);
+            self.ledger.record(&Attempt { started_ms: last_sign_ms, ..lost }).await?;
+        }
+        let now_ms = self.now();
+        let until_ms = now_ms + self.lease_ms;
+        let lease = Lease { run_id: Uuid::new_v4().to_string(), owner: self.owner.clone(), now_ms, until_ms };
+        let claimed = self.ledger.claim(interval, run_type, seen, &lease).await?;
+        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.is_over())) {
+            let cause = format!("was {}; run again by a {}", over.state, run_type);
+            let cleared = noted(over, claim.attempt - 1, OUTCOME_CLEARED, cause);
+            let cleared = Attempt { owner: self.owner.clone(), started_ms: now_ms, ..cleared };
+            // Without it earlier failures count on: no reason to leave a run that is claimed.
+            if let Err(e) = self.ledger.record(&cleared).await {
+                tracing::debug!(error = %e, run_id = claim.run_id, "a run's new beginning was not recorded");
+            }
+        }
+        Ok(claimed)
+    }
+
+    /// One attempt, from the first page to the ledger. `stop` interrupts it.
+    pub async fn attempt(self: Arc<Self>, claim: Claim, stop: CancellationToken) -> Ended {
+        self.metrics.runs_active.inc();
+        tracing::info!(
+            interval = claim.interval.start_ms,
+            run_id = claim.run_id,
+            attempt = claim.attempt,
+            run_type = claim.run_type.name(),
+            "run begins"
+        );
+        let progress = Progress::default();
+        let (lost, over) = (CancellationToken::new(), CancellationToken::new());
+        // Whatever ends this attempt ends its keeper: a lease that nobody works for must run out.
+        let _over = over.clone().drop_guard();
+        let keeper = tokio::spawn(self.clone().keep_lease(claim.clone(), lost.clone(), over.clone()));
+        let deadline_ms = claim.first_started_ms + self.definition.stream.retry.deadline_ms;
+        let left = Duration::from_millis((deadline_ms - claim.started_ms).max(0).unsigned_abs());
+        let outcome = tokio::select! {
+            done = self.fetch_and_publish(&claim, &progress) => Outcome::Done(done),
+            () = tokio::time::sleep(left) => Outcome::Done(Err(self.cut_off(progress.counts()))),
+            () = lost.cancelled() => Outcome::Lost,
+            () = stop.cancelled() => Outcome::Interrupted,
+        };
+        over.cancel();
+        // Joined, not aborted: a request given up on would keep its place in the connection.
+        if let Err(e) = keeper.await {
+            tracing::error!(error = %e, "the lease's keeper ended badly");
+        }
+        let ended = self.conclude(&claim, progress.counts(), outcome, &stop).await;
+        self.metrics.runs_active.dec();
+        ended
+    }
+
+    /// Why an attempt ends that goes on at its run's deadline.
+    fn cut_off(&self, counts: Counts) -> AttemptError {
+        let seconds = self.definition.stream.retry.deadline_ms as f64 / 1000.0;
+        let Counts { pages, records, acked, .. } = counts;
+        AttemptError::fatal(format!(
+            "cut off by the run's deadline of {seconds} s after {pages} pages, {records} records, {acked} acknowledged; \
+             raise stream.retry.deadline, or choose a shorter schedule"
+        ))
+    }
+
+    /// Renews the lease at a third of its time until `over`; cancels `lost` once it cannot be held any more.
+    async fn keep_lease(self: Arc<Self>, claim: Claim, lost: CancellationToken, over: CancellationToken) {
+        let mut until_ms = claim.started_ms + self.lease_ms;
+        let mut pause = Duration::from_millis((self.lease_ms / 3).unsigned_abs());
+        loop {
+            tokio::select! {
+                () = over.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            let asked_until_ms = self.now() + self.lease_ms;
+            match self.ledger.renew(&claim, asked_until_ms).await {
+                Ok(true) => {
+                    until_ms = asked_until_ms;
+                    pause = Duration::from_millis((self.lease_ms / 3).unsigned_abs());
+                }
+                Ok(false) => return lost.cancel(),
+                Err(e) if self.now() >= until_ms => {
+                    tracing::warn!(error = %e, run_id = claim.run_id, "the lease ran out while the ledger was away");
+                    return lost.cancel();
+                }
+                Err(e) => {
+                    tracing::debug!(error = %e, run_id = claim.run_id, "the lease was not renewed");
+                    pause = LEDGER_PAUSE;
+                }
+            }
+        }
+    }
+
+    async fn fetch_and_publish(&self, claim: &Claim, progress: &Progress) -> Result<(), AttemptError> {
+        let definition = &self.definition;
+        let fatal = |e: &dyn std::fmt::Display| AttemptError::fatal(e.to_string());
+        let run_id = Uuid::parse_str(&claim.run_id).map_err(|e| fatal(&e))?;
+        let headers = RunHeaders::new(self.requests.name(), definition.event.event_type.clone(), &run_id);
+        let spread = definition.event.time == EventTime::Interval;
+        let limits = &definition.source.limits;
+        let mut pages = Pages::new(&definition.source.pagination, definition.source.page_size, limits.pages);
+        let mut url = self.requests.url(claim.interval, &pages.first()).map_err(|e| fatal(&e))?;
+        let mut held = Held::default();
+        loop {
+            let timer = self.metrics.fetch_seconds.start_timer();
+            let page = self.source.fetch(&url).await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
+            timer.observe_duration();
+            let records = extract::records(definition, &page.body)
+                .map_err(|e| AttemptError::retryable(e.to_string()))?;
+            self.count(progress, records.len(), page.bytes);
+            let before = progress.records.load(Ordering::Relaxed) - records.len() as i64;
+            if before + records.len() as i64 > i64::from(limits.records) {
+                let most = limits.records;
+                return Err(AttemptError::fatal(format!(
+                    "more than {most} records; raise source.limits.records"
+                )));
+            }
+            let indexed = records.iter().zip(before.unsigned_abs()..);
+            let events: Vec<Event> = indexed
+                .map(|(record, index)| extract::event(definition, claim.interval, index, record))
+                .collect();
+            if spread {
+                held.add(events)?;
+            } else {
+                self.publisher.publish(&headers, &events, &progress.acks).await?;
+            }
+            let fetched = Fetched { records, body: &page.body, link: page.link.as_deref() };
+            url = match pages.after(fetched).map_err(|e| fatal(&e))? {
+                Next::End => break,
+                Next::At(position) => self.requests.url(claim.interval, &position).map_err(|e| fatal(&e))?,
+                Next::Named(name) => self.requests.next(&url, &name).map_err(|e| fatal(&e))?,
+            };
+        }
+        let held = held.spread(claim.interval);
+        self.publisher.publish(&headers, &held, &progress.acks).await?;
+        progress.acks.all().await
+    }
+
+    fn count(&self, progress: &Progress, records: usize, bytes: u64) {
+        progress.pages.fetch_add(1, Ordering::Relaxed);
+        progress.records.fetch_add(records as i64, Ordering::Relaxed);
+        progress.bytes.fetch_add(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
+        self.metrics.pages.inc();
+        self.metrics.records_fetched.inc_by(records as u64);
+        self.metrics.bytes.inc_by(bytes);
+    }
+
+    /// Writes what became of an attempt: its own row first, then the run's, which makes it true.
+    async fn conclude(
+        &self,
+        claim: &Claim,
+        counts: Counts,
+        outcome: Outcome,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let (word, error) = match &outcome {
+            Outcome::Done(Ok(())) => (OUTCOME_SUCCEEDED, None),
+            Outcome::Done(Err(error)) => (OUTCOME_FAILED, Some(error)),
+            Outcome::Lost => (OUTCOME_LOST, None),
+            Outcome::Interrupted => (OUTCOME_INTERRUPTED, None),
+        };
+        let now_ms = self.now();
+        let attempt = Attempt {
+            interval: claim.interval,
+            number: claim.attempt,
+            run_id: claim.run_id.clone(),
+            owner: claim.owner.clone(),
+            outcome: word.to_owned(),
+            cause: error.map(|e| e.cause.clone()).unwrap_or_default(),
+            http_status: error.and_then(|e| e.http_status).map(i32::from),
+            counts,
+            started_ms: claim.started_ms,
+            milliseconds: now_ms - claim.started_ms,
+        };
+        let recorded = self.until_answered(stop, || self.ledger.record(&attempt)).await;
+        self.metrics.attempt_ended(word);
+        if recorded.is_none() || matches!(outcome, Outcome::Lost) {
+            tracing::warn!(
+                interval = claim.interval.start_ms,
+                run_id = claim.run_id,
+                outcome = word,
+                "run left to others"
+            );
+            return Ended::Lost;
+        }
+        let ending = |state, error, retry_at_ms| Ending { state, counts, error, now_ms, retry_at_ms };
+        let (ending, ended) = match outcome {
+            Outcome::Done(Ok(())) => (ending(RunState::Succeeded, String::new(), 0), Ended::Succeeded),
+            Outcome::Done(Err(error)) => self.after(claim, error, &ending, stop).await,
+            _ => (ending(RunState::Retrying, "interrupted by a stop".to_owned(), now_ms), Ended::Interrupted),
+        };
+        self.finish(claim, &ending, ended, stop).await
+    }
+
+    async fn after(
+        &self,
+        claim: &Claim,
+        error: AttemptError,
+        ending: &(dyn Fn(RunState, String, i64) -> Ending + Sync),
+        stop: &CancellationToken,
+    ) -> (Ending, Ended) {
+        let attempts = self.until_answered(stop, || self.ledger.attempts(claim.interval.start_ms)).await;
+        let failed = FailedAttempt {
+            retryable: error.kind == Kind::Retryable,
+            failures: attempts.map_or(1, |attempts| failures(&attempts)),
+            elapsed_ms: self.now() - claim.first_started_ms,
+            retry_after_ms: error.retry_after_ms,
+            jitter: jitter(claim),
+        };
+        match after_failure(&self.definition.stream.retry, &failed) {
+            AfterFailure::RetryIn { pause_ms } => {
+                (ending(RunState::Retrying, error.cause, self.now() + pause_ms), Ended::Retrying)
+            }
+            AfterFailure::GiveUp { because } => {
+                (ending(RunState::Failed, format!("{} ({because})", error.cause), 0), Ended::Failed)
+            }
+        }
+    }
+
+    async fn finish(&self, claim: &Claim, ending: &Ending, ended: Ended, stop: &CancellationToken) -> Ended {
+        let (interval, run_id) = (claim.interval.start_ms, &claim.run_id);
+        let held = self.until_answered(stop, || self.finished(claim, ending)).await;
+        if held != Some(true) {
+            tracing::warn!(interval, run_id, "the lease was lost before the run's end was written");
+            return Ended::Lost;
+        }
+        match ended {
+            Ended::Succeeded => {
+                self.metrics.last_success.set(self.now() / 1000);
+                tracing::info!(interval, run_id, records = ending.counts.records, "run succeeded");
+            }
+            Ended::Failed => {
+                self.metrics.runs_failed.inc();
+                tracing::error!(
+                    interval,
+                    run_id,
+                    cause = ending.error,
+                    "run failed; `runs clear` runs it again"
+                );
+            }
+            _ => tracing::warn!(
+                interval,
+                run_id,
+                cause = ending.error,
+                retry_at = ending.retry_at_ms,
+                "run retries"
+            ),
+        }
+        ended
+    }
+
+    /// Whether the run ends as written here, now or by an earlier try that got no answer.
+    async fn finished(&self, claim: &Claim, ending: &Ending) -> Result<bool, LedgerError> {
+        if self.ledger.finish(claim, ending).await? {
+            return Ok(true);
+        }
+        let found = self.ledger.run(claim.interval.start_ms).await?;
+        Ok(found.is_some_and(|run| {
+            run.epoch == claim.epoch && run.run_id == claim.run_id && run.state == ending.state
+        }))
+    }
+
+    /// Asks the ledger until it answers; after a stop only a few times more. `None`: it did not, or refuses.
+    async fn until_answered<T, F>(&self, stop: &CancellationToken, ask: impl Fn() -> F) -> Option<T>
+    where
+        F: Future<Output = Result<T, LedgerError>>,
+    {
+        let mut tries_left = LAST_TRIES;
+        loop {
+            match ask().await {
+                Ok(answer) => return Some(answer),
+                Err(e @ LedgerError::Refused(_)) => {
+                    tracing::error!(error = %e, "a run cannot be recorded");
+                    return None;
+                }
+                Err(e) => tracing::debug!(error = %e, "asking the ledger again"),
+            }
+            if stop.is_cancelled() {
+                tries_left = tries_left.checked_sub(1)?;
+            }
+            tokio::time::sleep(LEDGER_PAUSE).await;
+        }
+    }
+}
+
+/// Events that wait for the last page: only then is known how far apart they are.
+#[derive(Default)]
+struct Held {
+    events: Vec<Event>,
+    bytes: usize,
+}
+
+impl Held {
+    fn add(&mut self, events: Vec<Event>) -> Result<(), AttemptError> {
+        self.bytes += events.iter().map(|e| e.value.len() + 2 * e.key.len()).sum::<usize>();
+        if self.bytes > MAX_HELD_BYTES {
+            let most = MAX_HELD_BYTES >> 20;
+            let way_out = "choose a shorter schedule, or an event.time pointer";
+            return Err(AttemptError::fatal(format!("the interval's events exceed {most} MiB; {way_out}")));
+        }
+        self.events.extend(events);
+        Ok(())
+    }
+
+    fn spread(mut self, interval: Interval) -> Vec<Event> {
+        let count = self.events.len() as u64;
+        for (event, index) in self.events.iter_mut().zip(0..) {
+            event.time_ms = Some(extract::spread(interval, index, count));
+        }
+        self.events
+    }
+}
+
+/// An attempt number that nobody else has said anything about.
+fn noted(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
+    Attempt {
+        interval: run.interval,
+        number,
+        run_id: run.run_id.clone(),
+        owner: run.owner.clone(),
+        outcome: outcome.to_owned(),
+        cause,
+        http_status: None,
+        counts: Counts::default(),
+        started_ms: 0,
+        milliseconds: 0,
+    }
+}
+
+/// In `[0, 1)`: another one for each owner, interval and attempt, so that those who failed together come back apart.
+fn jitter(claim: &Claim) -> f64 {
+    let drawn = common::event::seen_hash(
+        claim.interval.start_ms,
+        format!("{}/{}", claim.owner, claim.attempt).as_bytes(),
+    );
+    (drawn >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

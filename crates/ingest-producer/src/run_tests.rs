@@ -1,0 +1,306 @@
+//! Runs and the whole loop on fakes that fail on a seeded schedule.
+
+use super::*;
+use crate::ledger::memory::MemoryLedger;
+use crate::service::Service;
+use crate::source::client::Page;
+use async_trait::async_trait;
+use common::admin::Health;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+use url::Url;
+
+const MINUTE: i64 = 60_000;
+const T0: i64 = 1_767_225_600_000;
+/// Records of each page.
+const PAGE: usize = 20;
+
+/// SplitMix64: the same failures for the same seed.
+#[derive(Debug)]
+struct Luck(AtomicU64);
+
+impl Luck {
+    fn draw(&self, below: u64) -> u64 {
+        let mut z = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::SeqCst);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % below
+    }
+}
+
+/// Two pages an interval, ids fixed by seed and page; one of `fail_one_in` requests fails.
+struct FakeSource {
+    luck: Arc<Luck>,
+    fail_one_in: u64,
+}
+
+#[async_trait]
+impl FetchPage for FakeSource {
+    async fn fetch(&self, url: &Url) -> Result<Page, AttemptError> {
+        if self.fail_one_in > 0 && self.luck.draw(self.fail_one_in) == 0 {
+            let mut error = AttemptError::retryable("the source answers 500");
+            error.http_status = Some(500);
+            return Err(error);
+        }
+        let of = |name: &str| url.query_pairs().find(|(k, _)| k == name).unwrap().1.into_owned();
+        let people = (0..PAGE).map(|n| {
+            json!({"login": {"uuid": format!("{}/{}/{n}", of("seed"), of("page"))},
+                   "name": {"first": "Ada", "last": "L"}})
+        });
+        Ok(Page { body: json!({"results": people.collect::<Vec<_>>()}), link: None, bytes: 100 })
+    }
+}
+
+/// Keeps what was acknowledged, by (id, time); one of `fail_one_in` records is not delivered.
+struct FakeKafka {
+    luck: Arc<Luck>,
+    fail_one_in: AtomicU64,
+    delivered: Mutex<BTreeMap<(String, i64), usize>>,
+}
+
+#[async_trait]
+impl Publish for FakeKafka {
+    async fn publish(&self, _: &RunHeaders, events: &[Event], acks: &Arc<Acks>) -> Result<(), AttemptError> {
+        for event in events {
+            acks.sent();
+            let one_in = self.fail_one_in.load(Ordering::SeqCst);
+            if one_in > 0 && self.luck.draw(one_in) == 0 {
+                acks.settled(Err("timed out".to_owned()));
+                continue;
+            }
+            let key = (event.id.clone().unwrap(), event.time_ms.unwrap());
+            *self.delivered.lock().unwrap().entry(key).or_default() += 1;
+            acks.settled(Ok(()));
+        }
+        Ok(())
+    }
+}
+
+struct World {
+    ledger: Arc<MemoryLedger>,
+    kafka: Arc<FakeKafka>,
+    now: Arc<AtomicI64>,
+    luck: Arc<Luck>,
+    source_fails: u64,
+}
+
+impl World {
+    fn new(seed: u64, source_fails: u64, kafka_fails: u64) -> World {
+        let luck = Arc::new(Luck(AtomicU64::new(seed)));
+        let fail_one_in = AtomicU64::new(kafka_fails);
+        let kafka = FakeKafka { luck: luck.clone(), fail_one_in, delivered: Mutex::default() };
+        World {
+            ledger: Arc::new(MemoryLedger::default()),
+            kafka: Arc::new(kafka),
+            now: Arc::new(AtomicI64::new(T0)),
+            luck,
+            source_fails,
+        }
+    }
+
+    fn runner(&self, owner: &str) -> Arc<Runner> {
+        let text = include_str!("../../../streams/user_created.toml");
+        let mut definition = Definition::parse("users", text).unwrap();
+        definition.stream.retry.attempts = 50;
+        definition.stream.retry.deadline_ms = 1000 * MINUTE;
+        let now = self.now.clone();
+        Arc::new(Runner {
+            requests: Requests::new(&definition, None).unwrap(),
+            definition,
+            ledger: self.ledger.clone(),
+            source: Arc::new(FakeSource { luck: self.luck.clone(), fail_one_in: self.source_fails }),
+            publisher: self.kafka.clone(),
+            metrics: Metrics::new().unwrap(),
+            owner: owner.to_owned(),
+            lease_ms: 30_000,
+            clock: Arc::new(move || now.load(Ordering::SeqCst)),
+        })
+    }
+
+    fn service(&self, owner: &str) -> Service {
+        Service::new(self.runner(owner), Health::new(Duration::from_secs(60), &[]))
+    }
+
+    fn pass(&self, ms: i64) {
+        self.now.fetch_add(ms, Ordering::SeqCst);
+    }
+
+    /// The promise: every interval succeeded once, all its records delivered with the same ids and times each time.
+    fn check(&self, seed: u64) {
+        let runs = self.ledger.all();
+        let mut at = runs[0].interval.start_ms;
+        let delivered = self.kafka.delivered.lock().unwrap();
+        for run in &runs {
+            assert_eq!(run.interval.start_ms, at, "seed {seed}: a gap in the ledger");
+            assert_eq!((run.state, run.error.as_str()), (RunState::Succeeded, ""), "seed {seed}: {run:?}");
+            assert_eq!((run.records, run.acked), (2 * PAGE as i64, 2 * PAGE as i64), "seed {seed}");
+            at = run.interval.end_ms;
+        }
+        assert!(at >= self.now.load(Ordering::SeqCst) - MINUTE, "seed {seed}: the ledger ends early");
+        assert_eq!(delivered.len(), runs.len() * 2 * PAGE, "seed {seed}: a record is missing or changed");
+    }
+}
+
+fn starts(runs: &[Run]) -> Vec<i64> {
+    runs.iter().map(|run| (run.interval.start_ms - T0) / MINUTE).collect()
+}
+
+#[tokio::test]
+async fn a_first_start_catches_up_and_every_record_is_acknowledged() {
+    let world = World::new(1, 0, 0);
+    let mut service = world.service("a");
+    for _ in 0..5 {
+        service.tick().await.unwrap();
+        service.wait_for_active().await;
+    }
+    assert_eq!(starts(&world.ledger.all()), (-10..0).collect::<Vec<_>>());
+    world.check(1);
+    let times: Vec<i64> = world.kafka.delivered.lock().unwrap().keys().map(|(_, time)| *time).collect();
+    assert_eq!(
+        times.iter().filter(|t| (T0 - MINUTE..T0).contains(t)).count(),
+        2 * PAGE,
+        "times lie in their interval"
+    );
+}
+
+#[tokio::test]
+async fn a_failed_attempt_is_recorded_and_followed_by_another() {
+    let world = World::new(3, 1, 0);
+    let runner = world.runner("a");
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    assert_eq!(runner.clone().attempt(claim, CancellationToken::new()).await, Ended::Retrying);
+    let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
+    assert_eq!((run.state, run.error.as_str()), (RunState::Retrying, "the source answers 500"));
+    assert!((T0 + 500..=T0 + 1000).contains(&run.retry_at_ms), "a jittered second: {}", run.retry_at_ms - T0);
+    let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
+    assert_eq!((attempts[0].outcome.as_str(), attempts[0].http_status), (OUTCOME_FAILED, Some(500)));
+}
+
+#[tokio::test]
+async fn a_run_whose_lease_was_taken_changes_nothing() {
+    let world = World::new(5, 0, 0);
+    let (first, second) = (world.runner("a"), world.runner("b"));
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let claim = first.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    assert!(
+        second.claim(interval, RunType::Scheduled, None).await.unwrap().is_none(),
+        "it has a row already"
+    );
+    world.pass(31_000);
+    let seen = world.ledger.run(interval.start_ms).await.unwrap();
+    let taken = second.claim(interval, RunType::Scheduled, seen.as_ref()).await.unwrap().unwrap();
+    assert_eq!(first.clone().attempt(claim, CancellationToken::new()).await, Ended::Lost);
+    assert_eq!(world.ledger.run(interval.start_ms).await.unwrap().unwrap().state, RunState::Running);
+    assert_eq!(second.attempt(taken, CancellationToken::new()).await, Ended::Succeeded);
+    let outcomes: Vec<String> =
+        world.ledger.attempts(interval.start_ms).await.unwrap().into_iter().map(|a| a.outcome).collect();
+    assert_eq!(outcomes, [OUTCOME_LOST, OUTCOME_SUCCEEDED]);
+    world.check(5);
+}
+
+#[tokio::test]
+async fn a_stop_leaves_the_interval_due() {
+    let world = World::new(7, 0, 0);
+    let runner = world.runner("a");
+    let stop = CancellationToken::new();
+    stop.cancel();
+    let runner = Arc::into_inner(runner).unwrap();
+    let runner = Arc::new(Runner { source: Arc::new(Never), ..runner });
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    assert_eq!(runner.attempt(claim, stop).await, Ended::Interrupted);
+    let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
+    assert_eq!((run.state, run.retry_at_ms), (RunState::Retrying, T0));
+}
+
+/// A source that never answers.
+struct Never;
+
+#[async_trait]
+impl FetchPage for Never {
+    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_goes_on_at_its_runs_deadline_is_cut_off() {
+    let world = World::new(9, 0, 0);
+    let runner = Arc::into_inner(world.runner("a")).unwrap();
+    let mut runner = Runner { source: Arc::new(Never), ..runner };
+    runner.definition.stream.retry.deadline_ms = 90_000;
+    let runner = Arc::new(runner);
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    let begun = tokio::time::Instant::now();
+    assert_eq!(runner.attempt(claim, CancellationToken::new()).await, Ended::Failed);
+    assert_eq!(begun.elapsed().as_secs(), 90);
+    let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
+    let cause = "cut off by the run's deadline of 90 s after 0 pages, 0 records, 0 acknowledged";
+    assert!(run.state == RunState::Failed && run.error.starts_with(cause), "{run:?}");
+    let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
+    assert_eq!(attempts[0].outcome, OUTCOME_FAILED);
+    assert!(attempts[0].cause.starts_with(cause), "{attempts:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_that_is_over_and_run_again_has_all_its_attempts_again() {
+    let world = World::new(11, 1, 0);
+    let mut runner = Arc::into_inner(world.runner("a")).unwrap();
+    runner.definition.stream.retry.attempts = 2;
+    let runner = Arc::new(runner);
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let mut ends = Vec::new();
+    for _ in 0..4 {
+        let seen = world.ledger.run(interval.start_ms).await.unwrap();
+        let claim = runner.claim(interval, RunType::Backfill, seen.as_ref()).await.unwrap().unwrap();
+        ends.push(runner.clone().attempt(claim, CancellationToken::new()).await);
+        world.pass(MINUTE);
+    }
+    assert_eq!(ends, [Ended::Retrying, Ended::Failed, Ended::Retrying, Ended::Failed]);
+    let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
+    let outcomes: Vec<(i32, &str)> = attempts.iter().map(|a| (a.number, a.outcome.as_str())).collect();
+    let (failed, cleared) = (OUTCOME_FAILED, OUTCOME_CLEARED);
+    assert_eq!(outcomes, [(1, failed), (2, failed), (3, cleared), (4, failed), (5, failed)]);
+}
+
+/// Two producers whose sources, Kafka and ledger fail by seed, and that die at any moment.
+#[tokio::test(start_paused = true)]
+async fn whatever_fails_every_interval_is_finished_and_no_record_lost() {
+    for seed in 0..40 {
+        let mut world = World::new(seed, 4, 60);
+        let mut services = [Some(world.service("a")), Some(world.service("b"))];
+        for _ in 0..60 {
+            world.pass(world.luck.draw(40_000) as i64);
+            let who = world.luck.draw(2) as usize;
+            match world.luck.draw(8) {
+                // Killed: its tasks end wherever they are, its leases stay.
+                0 => drop(services[who].take()),
+                1 => world.ledger.fail_next(world.luck.draw(6) as u32),
+                _ => {}
+            }
+            let name = ["a", "b"][who];
+            let service = services[who].get_or_insert_with(|| world.service(name));
+            // An outage of the ledger ends the tick; the next one goes on.
+            let _ = service.tick().await;
+            for _ in 0..world.luck.draw(30) {
+                tokio::task::yield_now().await;
+            }
+        }
+        world.ledger.fail_next(0);
+        drop(services);
+        world.pass(40_000);
+        world.source_fails = 0;
+        world.kafka.fail_one_in.store(0, Ordering::SeqCst);
+        let mut last = world.service("c");
+        for _ in 0..200 {
+            world.pass(1000);
+            last.tick().await.unwrap();
+            last.wait_for_active().await;
+        }
+        world.check(seed);
+    }
+}

@@ -1,0 +1,235 @@
+//! `run`: wakes the planner, carries its decisions out through [`Runner`], stops in order. It keeps nothing that is not in
+//! the ledger but a shortcut: up to where every interval is over.
+
+use crate::ledger::{LedgerError, Note};
+use crate::planner::{self, Decision, Facts, Run};
+use crate::run::{Ended, Runner};
+use crate::schedule::{ScheduleError, Timeline};
+use common::admin::Health;
+use common::run_ledger::{Interval, RunState, RunType};
+use common::shutdown::Shutdown;
+use futures::StreamExt;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Name of Cassandra among the dependencies of `/readyz`.
+pub const DEPENDENCY: &str = "cassandra";
+/// How often the planner is woken. What is due comes from the ledger: a missed tick changes nothing.
+const TICK: Duration = Duration::from_millis(500);
+/// How far back unfinished runs are looked for after a start: 31 days.
+const LOOK_BACK_MS: i64 = 31 * 86_400_000;
+/// How many intervals back at most: it bounds what one planning holds in memory.
+const LOOK_BACK_INTERVALS: u32 = 50_000;
+/// Rows of intervals that are not begun now, written at once.
+const NOTES_IN_FLIGHT: usize = 16;
+/// How long runs may go on after a stop before they are interrupted.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Why the service cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The ledger refuses.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The schedule tiles nothing.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+}
+
+/// The planner's loop.
+pub struct Service {
+    runner: Arc<Runner>,
+    health: Arc<Health>,
+    timeline: Option<Timeline>,
+    /// Every interval that began before this is over.
+    settled_to_ms: i64,
+    /// As last seen; another value means: look back again.
+    updated_at_ms: i64,
+    active: JoinSet<Ended>,
+    stop: CancellationToken,
+}
+
+impl Service {
+    /// Nothing is asked of the ledger yet.
+    pub fn new(runner: Arc<Runner>, health: Arc<Health>) -> Service {
+        Service {
+            runner,
+            health,
+            timeline: None,
+            settled_to_ms: 0,
+            updated_at_ms: -1,
+            active: JoinSet::new(),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// Runs until shutdown, then lets what goes on come to an end.
+    pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), ServiceError> {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while !shutdown.has_begun() {
+            self.health.beat();
+            match self.tick().await {
+                Ok(()) => self.health.set(DEPENDENCY, Ok(())),
+                Err(ServiceError::Ledger(LedgerError::Unavailable(cause))) => {
+                    self.runner.metrics.ledger_is_away();
+                    self.health.set(DEPENDENCY, Err(cause));
+                }
+                Err(e) => {
+                    self.drain().await;
+                    return Err(e);
+                }
+            }
+            tokio::select! {
+                _ = ticks.tick() => {}
+                Some(_) = self.active.join_next() => {}
+                () = shutdown.begun() => {}
+            }
+        }
+        self.health.stopping();
+        self.drain().await;
+        Ok(())
+    }
+
+    /// One planning, carried out.
+    pub async fn tick(&mut self) -> Result<(), ServiceError> {
+        let now_ms = (self.runner.clock)();
+        let runner = self.runner.clone();
+        let state = runner.ledger.stream_state().await?;
+        runner.metrics.paused.set(i64::from(state.paused));
+        let timeline = match (&self.timeline, &state.schedules) {
+            (None, stored) => self.begin(stored.as_deref(), now_ms).await?,
+            (Some(timeline), Some(stored)) if timeline.to_json() != *stored => Timeline::from_json(stored)?,
+            (Some(timeline), _) => timeline.clone(),
+        };
+        if state.updated_at_ms != self.updated_at_ms {
+            self.updated_at_ms = state.updated_at_ms;
+            self.settled_to_ms = look_back(&timeline, runner.definition.stream.catch_up, now_ms);
+        }
+        let found = runner.ledger.runs(self.settled_to_ms, now_ms).await?;
+        runner.metrics.ledger(found.iter());
+        let present = timeline.containing(now_ms);
+        runner.metrics.interval_seconds.set((present.end_ms - present.start_ms) / 1000);
+        let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
+        let plan = planner::plan(&Facts {
+            now_ms,
+            timeline: &timeline,
+            settled_to_ms: self.settled_to_ms,
+            catch_up_from_ms: timeline.back(now_ms, runner.definition.stream.catch_up),
+            runs: &runs,
+            max_active_runs: runner.definition.stream.max_active_runs,
+            // The ledger answered just now: what is not ready is Kafka, and runs would only fail on it.
+            paused: state.paused || self.kafka_is_away(),
+        });
+        self.settled_to_ms = plan.settled_to_ms;
+        self.timeline = Some(timeline);
+        runner.metrics.settled.set(plan.settled_to_ms / 1000);
+        self.carry_out(plan.decisions, now_ms).await
+    }
+
+    fn kafka_is_away(&self) -> bool {
+        self.health.set(DEPENDENCY, Ok(()));
+        !self.health.is_ready()
+    }
+
+    /// The timeline at a start: stored, or first, or changed where the definition's schedule is another one now.
+    async fn begin(&self, stored: Option<&str>, now_ms: i64) -> Result<Timeline, ServiceError> {
+        let settings = &self.runner.definition.stream;
+        let ledger = &self.runner.ledger;
+        let (timeline, old) = match stored {
+            None => {
+                (Timeline::first(&settings.schedule, settings.start_ms, settings.catch_up, now_ms)?, None)
+            }
+            Some(text) => {
+                let timeline = Timeline::from_json(text)?;
+                if timeline.ends_with(&settings.schedule) {
+                    return Ok(timeline);
+                }
+                let from_ms = look_back(&timeline, settings.catch_up, now_ms);
+                let runs = ledger.runs(from_ms, now_ms).await?;
+                let end_ms = runs.last().map_or(timeline.start_ms(), |run| run.interval.end_ms);
+                tracing::info!(from = end_ms, schedule = ?settings.schedule, "the schedule has changed");
+                (timeline.changed(&settings.schedule, end_ms)?, Some(text))
+            }
+        };
+        if ledger.set_schedules(old, &timeline.to_json(), now_ms).await? {
+            return Ok(timeline);
+        }
+        // Another producer was faster: its timeline counts.
+        let state = ledger.stream_state().await?;
+        Ok(Timeline::from_json(state.schedules.as_deref().unwrap_or_default())?)
+    }
+
+    async fn carry_out(&mut self, decisions: Vec<Decision>, now_ms: i64) -> Result<(), ServiceError> {
+        let mut notes = Vec::new();
+        for decision in decisions {
+            match decision {
+                Decision::Begin { interval, run_type } => self.start(interval, run_type, None).await?,
+                Decision::Resume { run } => self.start(run.interval, run.run_type, Some(&run)).await?,
+                Decision::Schedule { interval, run_type } => {
+                    notes.push(Note { interval, run_type, state: RunState::Scheduled, cause: String::new() });
+                }
+                Decision::Miss { interval } => notes.push(self.missed(interval)),
+            }
+        }
+        let mut missed = notes.iter().filter(|note| note.state == RunState::Failed);
+        if let Some(first) = missed.next() {
+            let to = missed.clone().next_back().unwrap_or(first).interval.end_ms;
+            let (from, count) = (first.interval.start_ms, missed.count() + 1);
+            tracing::error!(from, to, count, "intervals lie behind the catch-up limit; a backfill runs them");
+            self.runner.metrics.attempts.with_label_values(&["missed"]).inc_by(count as u64);
+        }
+        let ledger = &self.runner.ledger;
+        let written = notes.iter().map(|note| ledger.note(note, now_ms));
+        let written: Vec<Result<(), LedgerError>> =
+            futures::stream::iter(written).buffer_unordered(NOTES_IN_FLIGHT).collect().await;
+        Ok(written.into_iter().collect::<Result<(), LedgerError>>()?)
+    }
+
+    async fn start(
+        &mut self,
+        interval: Interval,
+        run_type: RunType,
+        seen: Option<&Run>,
+    ) -> Result<(), LedgerError> {
+        if let Some(claim) = self.runner.claim(interval, run_type, seen).await? {
+            self.active.spawn(self.runner.clone().attempt(claim, self.stop.clone()));
+        }
+        Ok(())
+    }
+
+    fn missed(&self, interval: Interval) -> Note {
+        let limit = self.runner.definition.stream.catch_up;
+        let cause =
+            format!("missed: more than {limit} intervals ago when a producer came back; `backfill` runs it");
+        Note { interval, run_type: RunType::CatchUp, state: RunState::Failed, cause }
+    }
+
+    /// Lets runs end by themselves for a while, then interrupts them; each writes its row.
+    async fn drain(&mut self) {
+        let deadline = tokio::time::sleep(DRAIN);
+        tokio::pin!(deadline);
+        loop {
+            tokio::select! {
+                ended = self.active.join_next() => if ended.is_none() { return },
+                () = &mut deadline, if !self.stop.is_cancelled() => self.stop.cancel(),
+            }
+        }
+    }
+
+    /// Runs going on.
+    #[cfg(test)]
+    pub(crate) async fn wait_for_active(&mut self) {
+        while self.active.join_next().await.is_some() {}
+    }
+}
+
+/// From where on unfinished runs are looked for.
+fn look_back(timeline: &Timeline, catch_up: u32, now_ms: i64) -> i64 {
+    let start_ms = timeline.start_ms();
+    let by_time = timeline.containing((now_ms - LOOK_BACK_MS).max(start_ms)).start_ms;
+    by_time.max(timeline.back(now_ms, LOOK_BACK_INTERVALS.max(catch_up)))
+}

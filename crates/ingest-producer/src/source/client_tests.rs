@@ -1,0 +1,189 @@
+//! The client against a server that answers badly in every way.
+
+use super::*;
+use crate::error::Kind;
+use common::stream::Definition;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use std::io::Write;
+use wiremock::matchers::{header as has_header, method};
+use wiremock::{Mock, MockServer, ResponseTemplate};
+
+fn source(change: impl FnOnce(&mut Source)) -> Source {
+    let text = include_str!("../../../../streams/user_created.toml");
+    let mut source = Definition::parse("test", text).unwrap().source;
+    source.limits.page_bytes = 10_000;
+    source.limits.request_timeout_ms = 400;
+    change(&mut source);
+    source
+}
+
+async fn serve(answer: ResponseTemplate) -> MockServer {
+    let server = MockServer::start().await;
+    Mock::given(method("GET")).respond_with(answer).mount(&server).await;
+    server
+}
+
+async fn fetch(answer: ResponseTemplate) -> Result<Page, AttemptError> {
+    let server = serve(answer).await;
+    SourceClient::new(&source(|_| {})).unwrap().fetch(&server.uri().parse().unwrap()).await
+}
+
+async fn check(answer: ResponseTemplate, kind: Kind, words: &str) -> AttemptError {
+    let error = fetch(answer).await.expect_err(words);
+    assert_eq!(error.kind, kind, "{error}");
+    assert!(error.cause.contains(words), "`{words}` is not in `{error}`");
+    error
+}
+
+fn status(code: u16) -> ResponseTemplate {
+    ResponseTemplate::new(code)
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(text).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn packed(body: Vec<u8>) -> ResponseTemplate {
+    status(200).insert_header("content-encoding", "gzip").set_body_bytes(body)
+}
+
+#[tokio::test]
+async fn a_page_comes_with_its_link_and_size() {
+    let page = fetch(status(200).insert_header("link", "</2>; rel=next").set_body_string("{\"a\": 1}"))
+        .await
+        .unwrap();
+    assert_eq!(
+        (page.body["a"].as_i64(), page.link.as_deref(), page.bytes),
+        (Some(1), Some("</2>; rel=next"), 8)
+    );
+    let page = fetch(packed(gzip(b"[1, 2]"))).await.unwrap();
+    assert_eq!(page.body, serde_json::json!([1, 2]));
+}
+
+#[tokio::test]
+async fn answers_that_may_change_are_retried_and_others_are_not() {
+    check(status(500), Kind::Retryable, "500").await;
+    check(status(503), Kind::Retryable, "503").await;
+    check(status(408), Kind::Retryable, "408").await;
+    check(status(404), Kind::Fatal, "404").await;
+    check(status(401), Kind::Fatal, "401").await;
+    check(status(200).set_body_string("{\"results\": ["), Kind::Retryable, "no JSON (13 bytes)").await;
+    check(status(200).set_body_string("[".repeat(500)), Kind::Retryable, "recursion limit").await;
+    let slow = status(200).set_body_string("[]").set_delay(Duration::from_secs(5));
+    check(slow, Kind::Retryable, "no complete answer within 0.4 s").await;
+    let mut broken = gzip(&[b'x'; 500]);
+    broken.truncate(20);
+    check(packed(broken), Kind::Retryable, "broken gzip").await;
+}
+
+#[tokio::test]
+async fn retry_after_is_taken_as_seconds_and_as_a_date() {
+    let error = check(status(429).insert_header("retry-after", "7"), Kind::Retryable, "429").await;
+    assert_eq!((error.retry_after_ms, error.http_status), (Some(7000), Some(429)));
+    let now_ms = 1_445_412_470_000;
+    assert_eq!(retry_after_ms("Wed, 21 Oct 2015 07:28:00 GMT", now_ms), Some(10_000));
+    assert_eq!(retry_after_ms("Wed, 21 Oct 2015 07:27:00 GMT", now_ms), Some(0), "a date that has passed");
+    assert_eq!(retry_after_ms("99999999", now_ms), Some(MAX_RETRY_AFTER_MS));
+    assert_eq!(retry_after_ms("soon", now_ms), None);
+}
+
+#[tokio::test]
+async fn bodies_are_bounded_before_and_after_decompression() {
+    check(status(200).set_body_bytes(vec![b' '; 10_001]), Kind::Fatal, "larger than 10000 bytes; raise")
+        .await;
+    let bomb = gzip(&vec![b' '; 5_000_000]);
+    assert!(bomb.len() < 10_000, "the bomb is small before it goes off");
+    check(packed(bomb), Kind::Fatal, "larger than 10000 bytes unpacked").await;
+    let brotli = status(200).insert_header("content-encoding", "br").set_body_string("x");
+    check(brotli, Kind::Fatal, "`br` was not asked for").await;
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed() {
+    let inside = "http://169.254.169.254/latest/meta-data/";
+    check(status(302).insert_header("location", inside), Kind::Fatal, inside).await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_may_come_back() {
+    let client = SourceClient::new(&source(|_| {})).unwrap();
+    let error = client.fetch(&"http://127.0.0.1:1/".parse().unwrap()).await.unwrap_err();
+    assert_eq!(error.kind, Kind::Retryable);
+    assert!(error.cause.contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn private_addresses_are_refused_as_literals_and_as_names() {
+    let client = SourceClient::new(&source(|s| s.allow_private = false)).unwrap();
+    let inside = [
+        "127.0.0.1",
+        "10.1.2.3",
+        "2130706433",
+        "0x7f.1",
+        "[::1]",
+        "[::ffff:192.168.0.1]",
+        "localhost",
+        "100.64.0.1",
+    ];
+    for host in inside {
+        let error = client.fetch(&format!("http://{host}:9/").parse().unwrap()).await.expect_err(host);
+        assert_eq!(error.kind, Kind::Fatal, "{host}: {error}");
+        assert!(error.cause.contains("is a private address"), "{host}: {error}");
+    }
+}
+
+#[test]
+fn public_addresses_are_not_private() {
+    for address in
+        ["1.1.1.1", "100.128.0.1", "192.0.1.1", "198.20.0.1", "2606:4700::1111", "64:ff9b::808:808"]
+    {
+        assert!(!is_private(address.parse().unwrap()), "{address}");
+    }
+    for address in
+        ["0.0.0.0", "255.255.255.255", "198.18.0.1", "fe80::1", "fd00::1", "64:ff9b::a00:1", "2002:a00:1::"]
+    {
+        assert!(is_private(address.parse().unwrap()), "{address}");
+    }
+}
+
+#[tokio::test]
+async fn requests_identify_themselves_as_the_definition_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("secret").display().to_string();
+    std::fs::write(&file, "open sesame\n").unwrap();
+    let cases = [
+        (Auth::Bearer { token_file: file.clone() }, "authorization", "Bearer open sesame"),
+        (
+            Auth::Basic { user: "ali".into(), password_file: file.clone() },
+            "authorization",
+            "Basic YWxpOm9wZW4gc2VzYW1l",
+        ),
+        (Auth::ApiKey { header: "X-Key".into(), key_file: file.clone() }, "x-key", "open sesame"),
+    ];
+    for (auth, name, value) in cases {
+        let server = MockServer::start().await;
+        let expected = Mock::given(has_header(name, value)).and(has_header("x-own", "1"));
+        expected.respond_with(status(200).set_body_string("[]")).mount(&server).await;
+        let source = source(|s| {
+            s.auth = auth;
+            s.headers = vec![("x-own".to_owned(), "1".to_owned())];
+        });
+        SourceClient::new(&source).unwrap().fetch(&server.uri().parse().unwrap()).await.expect(value);
+    }
+    let missing = source(|s| s.auth = Auth::Bearer { token_file: "/nowhere".into() });
+    assert!(SourceClient::new(&missing).unwrap_err().to_string().contains("secret file /nowhere"));
+}
+
+#[tokio::test]
+async fn requests_keep_the_rate() {
+    let server = serve(status(200).set_body_string("[]")).await;
+    let client = SourceClient::new(&source(|s| s.requests_per_second = Some(50.0))).unwrap();
+    let started = Instant::now();
+    for _ in 0..6 {
+        client.fetch(&server.uri().parse().unwrap()).await.unwrap();
+    }
+    assert!(started.elapsed() >= Duration::from_millis(100), "{:?}", started.elapsed());
+}

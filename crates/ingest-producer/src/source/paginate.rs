@@ -1,0 +1,279 @@
+//! Where the next page of an interval is. Pure.
+
+use common::stream::Pagination;
+use serde_json::Value;
+use std::collections::HashSet;
+
+/// Longest cursor or URL that a page may name.
+const MAX_NEXT_BYTES: usize = 8 << 10;
+
+/// A place in the sequence of pages.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Position {
+    /// The only page, or the first of those that name their next one.
+    Start,
+    /// By number.
+    Page(u64),
+    /// By records before it.
+    Offset(u64),
+    /// By the last page's cursor; `None`: the first.
+    Cursor(Option<String>),
+}
+
+/// What a fetched page says about the next one.
+#[derive(Debug, Clone, Copy)]
+pub struct Fetched<'a> {
+    /// Records in it.
+    pub records: &'a [Value],
+    /// Its body.
+    pub body: &'a Value,
+    /// Its `Link` header.
+    pub link: Option<&'a str>,
+}
+
+/// What comes after a page.
+#[derive(Debug, PartialEq)]
+pub enum Next {
+    /// Nothing.
+    End,
+    /// That place.
+    At(Position),
+    /// The page that this text names; relative to the page it stood in.
+    Named(String),
+}
+
+/// Pages that do not end.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum PaginationError {
+    /// The source names the same next page twice.
+    #[error("endless pagination: the source names the same next page again after {0} pages")]
+    Loop(u32),
+    /// More pages than allowed.
+    #[error("more than {0} pages; raise source.limits.pages, or choose a shorter schedule")]
+    TooMany(u32),
+    /// What should name the next page does not.
+    #[error("pagination pointer {pointer}: {found} names no next page")]
+    NoName {
+        /// The definition's pointer.
+        pointer: String,
+        /// What stands there, shortened.
+        found: String,
+    },
+}
+
+/// Counts the pages of one interval and finds the next.
+#[derive(Debug)]
+pub struct Pages<'a> {
+    pagination: &'a Pagination,
+    page_size: u32,
+    limit: u32,
+    read: u32,
+    records: u64,
+    /// The places named so far; bounded by `limit`.
+    named: HashSet<Position>,
+}
+
+impl<'a> Pages<'a> {
+    /// At the beginning of an interval; `limit` pages at most.
+    pub fn new(pagination: &'a Pagination, page_size: u32, limit: u32) -> Pages<'a> {
+        Pages { pagination, page_size, limit, read: 0, records: 0, named: HashSet::new() }
+    }
+
+    /// Where the first page is.
+    pub fn first(&self) -> Position {
+        match self.pagination {
+            Pagination::Page { first, .. } => Position::Page(u64::from(*first)),
+            Pagination::Offset => Position::Offset(0),
+            Pagination::Cursor { .. } | Pagination::LastRecord { .. } => Position::Cursor(None),
+            Pagination::None | Pagination::LinkHeader | Pagination::NextUrl { .. } => Position::Start,
+        }
+    }
+
+    /// Pages read so far.
+    pub fn read(&self) -> u32 {
+        self.read
+    }
+
+    /// Notes a page and says what comes after it.
+    pub fn after(&mut self, page: Fetched<'_>) -> Result<Next, PaginationError> {
+        self.read += 1;
+        self.records += page.records.len() as u64;
+        let short = page.records.len() < self.page_size as usize;
+        let next = match self.pagination {
+            Pagination::None => Next::End,
+            Pagination::Page { pages: Some(pages), .. } if self.read >= *pages => Next::End,
+            Pagination::Page { pages: None, .. } | Pagination::Offset if short => Next::End,
+            Pagination::Page { first, .. } => {
+                Next::At(Position::Page(u64::from(*first) + u64::from(self.read)))
+            }
+            Pagination::Offset => Next::At(Position::Offset(self.records)),
+            Pagination::Cursor { pointer } => match self.named(page.body, pointer)? {
+                Some(cursor) => Next::At(Position::Cursor(Some(cursor))),
+                None => Next::End,
+            },
+            Pagination::LastRecord { pointer, more } => match (page.records.last(), more) {
+                (None, _) => Next::End,
+                (Some(_), Some(more)) if !self.has_more(page.body, more)? => Next::End,
+                (Some(last), _) => match self.named(last, pointer)? {
+                    Some(cursor) => Next::At(Position::Cursor(Some(cursor))),
+                    // To end here would drop what is behind it.
+                    None => return Err(no_name(pointer, "null")),
+                },
+            },
+            Pagination::NextUrl { pointer } => self.named(page.body, pointer)?.map_or(Next::End, Next::Named),
+            Pagination::LinkHeader => page.link.and_then(next_link).map_or(Next::End, Next::Named),
+        };
+        let place = match &next {
+            Next::End => return Ok(Next::End),
+            Next::At(position) => position.clone(),
+            Next::Named(name) => Position::Cursor(Some(name.clone())),
+        };
+        if !self.named.insert(place) {
+            return Err(PaginationError::Loop(self.read));
+        }
+        if self.read >= self.limit {
+            return Err(PaginationError::TooMany(self.limit));
+        }
+        Ok(next)
+    }
+
+    fn named(&self, body: &Value, pointer: &str) -> Result<Option<String>, PaginationError> {
+        match body.pointer(pointer) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) if text.is_empty() => Ok(None),
+            Some(Value::String(text)) if text.len() <= MAX_NEXT_BYTES => Ok(Some(text.clone())),
+            Some(Value::Number(number)) => Ok(Some(number.to_string())),
+            Some(other) => Err(no_name(pointer, &other.to_string())),
+        }
+    }
+
+    fn has_more(&self, body: &Value, pointer: &str) -> Result<bool, PaginationError> {
+        match body.pointer(pointer) {
+            Some(Value::Bool(more)) => Ok(*more),
+            other => Err(no_name(pointer, &other.unwrap_or(&Value::Null).to_string())),
+        }
+    }
+}
+
+fn no_name(pointer: &str, found: &str) -> PaginationError {
+    PaginationError::NoName { pointer: pointer.to_owned(), found: crate::error::shortened(found) }
+}
+
+/// The target of `rel="next"` in an RFC 8288 `Link` header.
+fn next_link(header: &str) -> Option<String> {
+    let mut rest = header;
+    while let Some((_, after)) = rest.split_once('<') {
+        let (target, behind) = after.split_once('>')?;
+        // Parameters reach to the next `<`: a comma may stand in a quoted value.
+        let parameters = behind.split('<').next().unwrap_or_default();
+        let is_next = parameters.split(';').any(|parameter| {
+            let (name, value) = parameter.split_once('=').unwrap_or_default();
+            let relations = value.trim().trim_end_matches(',').trim().trim_matches('"');
+            name.trim().eq_ignore_ascii_case("rel")
+                && relations.split_ascii_whitespace().any(|relation| relation.eq_ignore_ascii_case("next"))
+        });
+        if is_next {
+            return Some(target.to_owned());
+        }
+        rest = behind;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const RECORDS: [Value; 10] = [const { Value::Null }; 10];
+
+    fn fetched(records: usize, body: &Value) -> Fetched<'_> {
+        Fetched { records: &RECORDS[..records], body, link: None }
+    }
+
+    /// Walks through pages of `sizes` records and returns the places.
+    fn walk(pagination: &Pagination, sizes: &[usize]) -> Result<Vec<Position>, PaginationError> {
+        let mut pages = Pages::new(pagination, 10, 5);
+        let mut places = vec![pages.first()];
+        for size in sizes {
+            match pages.after(fetched(*size, &Value::Null))? {
+                Next::At(position) => places.push(position),
+                _ => break,
+            }
+        }
+        Ok(places)
+    }
+
+    #[test]
+    fn pages_and_offsets_count_up_to_a_short_page() {
+        let pages = |n: &[u64]| Ok(n.iter().map(|n| Position::Page(*n)).collect());
+        assert_eq!(walk(&Pagination::Page { first: 1, pages: None }, &[10, 10, 3]), pages(&[1, 2, 3]));
+        assert_eq!(walk(&Pagination::Page { first: 0, pages: Some(2) }, &[10, 10, 10]), pages(&[0, 1]));
+        assert_eq!(
+            walk(&Pagination::Page { first: 1, pages: Some(2) }, &[3, 10]),
+            pages(&[1, 2]),
+            "pages are fixed"
+        );
+        let offsets = Ok([0, 10, 20].map(Position::Offset).to_vec());
+        assert_eq!(walk(&Pagination::Offset, &[10, 10, 0]), offsets);
+        assert_eq!(walk(&Pagination::None, &[10, 10]), Ok(vec![Position::Start]));
+    }
+
+    #[test]
+    fn more_pages_than_allowed_are_an_error_not_an_end() {
+        assert_eq!(walk(&Pagination::Offset, &[10; 9]), Err(PaginationError::TooMany(5)));
+    }
+
+    #[test]
+    fn a_cursor_ends_where_it_is_absent_null_or_empty() {
+        let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
+        let after = |body: Value| Pages::new(&cursor, 10, 5).after(fetched(10, &body));
+        for body in [json!({}), json!({"next": null}), json!({"next": ""})] {
+            assert_eq!(after(body), Ok(Next::End));
+        }
+        assert_eq!(after(json!({"next": 17})), Ok(Next::At(Position::Cursor(Some("17".to_owned())))));
+        assert!(matches!(after(json!({"next": {}})), Err(PaginationError::NoName { .. })));
+    }
+
+    #[test]
+    fn the_last_record_names_the_next_page_until_there_is_no_more() {
+        let last = |more: Option<&str>| Pagination::LastRecord {
+            pointer: "/id".to_owned(),
+            more: more.map(str::to_owned),
+        };
+        let after = |pagination: &Pagination, ids: &[Value], body: Value| {
+            let records: Vec<Value> = ids.iter().map(|id| json!({"id": id})).collect();
+            Pages::new(pagination, 10, 5).after(Fetched { records: &records, body: &body, link: None })
+        };
+        let at = |id: &str| Ok(Next::At(Position::Cursor(Some(id.to_owned()))));
+        let more = last(Some("/has_more"));
+        let ids = [json!("ch_1"), json!("ch_2")];
+        assert_eq!(after(&more, &ids, json!({"has_more": true})), at("ch_2"));
+        assert_eq!(after(&more, &ids, json!({"has_more": false})), Ok(Next::End));
+        assert_eq!(after(&more, &[], json!({"has_more": true})), Ok(Next::End));
+        assert_eq!(after(&last(None), &[json!(7)], json!({})), at("7"));
+        assert!(matches!(after(&more, &ids, json!({})), Err(PaginationError::NoName { .. })));
+        assert!(matches!(after(&last(None), &[Value::Null], json!({})), Err(PaginationError::NoName { .. })));
+    }
+
+    #[test]
+    fn a_page_that_is_named_again_is_an_endless_pagination() {
+        let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
+        let mut pages = Pages::new(&cursor, 10, 50);
+        for name in ["a", "b"] {
+            pages.after(fetched(10, &json!({"next": name}))).unwrap();
+        }
+        assert_eq!(pages.after(fetched(10, &json!({"next": "a"}))), Err(PaginationError::Loop(3)));
+    }
+
+    #[test]
+    fn links_are_read_as_rfc_8288_has_them() {
+        let next = |header| next_link(header);
+        let github = r#"<https://h/?page=1>; rel="prev", <https://h/?page=3>; rel="next", <https://h/?page=9>; rel="last""#;
+        assert_eq!(next(github).as_deref(), Some("https://h/?page=3"));
+        assert_eq!(next(r#"</x?a=1,2>; title="a, b"; REL="last next""#).as_deref(), Some("/x?a=1,2"));
+        assert_eq!(next("</y>; rel=next").as_deref(), Some("/y"));
+        assert_eq!(next(r#"<https://h/>; rel="prev""#), None);
+        assert_eq!(next("nonsense"), None);
+    }
+}

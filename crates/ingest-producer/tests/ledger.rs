@@ -1,0 +1,33 @@
+//! The suite of every ledger over the real one. `./test e2e` starts Cassandra and names this target.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking, helpers included"
+)]
+
+#[path = "../src/ledger/suite.rs"]
+mod suite;
+
+use common::schema;
+use ingest_producer::ledger::Ledger;
+use ingest_producer::ledger::cassandra::CassandraLedger;
+use scylla::client::session_builder::SessionBuilder;
+use std::sync::Arc;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cassandra_ledger_passes_the_suite_of_every_ledger() {
+    let node = std::env::var("PIPELINE_TEST_CASSANDRA").expect("this test is started by ./test e2e");
+    let session = Arc::new(SessionBuilder::new().known_node(node).build().await.unwrap());
+    let keyspace = format!("ledger_{}", std::process::id());
+    let replication = "{'class': 'SimpleStrategy', 'replication_factor': 1}";
+    let create = format!("CREATE KEYSPACE {keyspace} WITH replication = {replication}");
+    session.query_unpaged(create, ()).await.unwrap();
+    for (_, table) in schema::shared_tables(&keyspace) {
+        session.query_unpaged(table, ()).await.unwrap();
+    }
+    suite::all(async |stream| {
+        Arc::new(CassandraLedger::new(session.clone(), &keyspace, stream).await.unwrap()) as Arc<dyn Ledger>
+    })
+    .await;
+}

@@ -1,0 +1,182 @@
+# Sourced by ./run and ./test: finds or installs what the build and the servers need, then builds. Everything else
+# is in the program local-stack. As root on Debian it installs by apt, saying so; otherwise it lists all that is
+# missing with the one command that installs it. Nothing here calls sudo.
+# shellcheck shell=bash
+
+toolchain=$(sed -n 's/^channel *= *"\(.*\)"/\1/p' rust-toolchain.toml)
+target=${CARGO_TARGET_DIR:-target}
+[ -z "${HOME:-}" ] || [ ! -d "$HOME/.cargo/bin" ] || PATH="$HOME/.cargo/bin:$PATH"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "fail $*"; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# The major version of a JVM, nothing where it does not run: 17, 21, 8.
+java_major() {
+  "$1" -version 2>&1 | sed -n '1s/.*version "\(1\.\)\{0,1\}\([0-9]*\).*/\2/p'
+}
+
+# Sets JAVA_HOME to a JDK 17. 1: none found. 2: JAVA_HOME names another version, told in java_problem.
+find_java() {
+  local candidate major
+  if [ -n "${JAVA_HOME:-}" ]; then
+    major=$(java_major "$JAVA_HOME/bin/java")
+    [ "$major" != 17 ] || return 0
+    if [ -n "$major" ]; then major="is Java $major"; else major="holds no bin/java"; fi
+    java_problem="JAVA_HOME=$JAVA_HOME $major, and Cassandra 5.0 needs Java 17: set it to a JDK 17, or unset it"
+    return 2
+  fi
+  if have java && [ "$(java_major java)" = 17 ]; then
+    candidate=$(readlink -f "$(command -v java)")
+    case $candidate in
+      */bin/java) export JAVA_HOME=${candidate%/bin/java}; return 0 ;;
+    esac
+  fi
+  for candidate in /usr/lib/jvm/*/; do
+    if [ -x "${candidate}bin/java" ] && [ "$(java_major "${candidate}bin/java")" = 17 ]; then
+      export JAVA_HOME=${candidate%/}
+      return 0
+    fi
+  done
+  return 1
+}
+
+node_is_missing() { ! have node || ! have npm || [ "$(node -p 'process.versions.node.split(".")[0] >= 18')" != true ]; }
+
+# The pinned toolchain by rustup, or any rustc of that version or later.
+rust_is_missing() {
+  if have rustup; then
+    ! rustup toolchain list 2>/dev/null | grep -q "^$toolchain-"
+  else
+    ! have cargo || ! have rustc ||
+      [ "$(printf '%s\n' "$toolchain" "$(rustc --version | cut -d' ' -f2)" | sort -V | head -n 1)" != "$toolchain" ]
+  fi
+}
+
+# Fills the lists: what is missing (for people), the Debian packages that bring it.
+missing=() packages=() java_problem=
+need() { # what it is, Debian packages
+  local what=$1; shift
+  missing+=("$what"); packages+=("$@")
+}
+look() { # "page-tests" adds the browser
+  missing=() packages=()
+  find_java
+  [ $? -ne 1 ] || need "JDK 17" openjdk-17-jdk-headless
+  have mvn || need "Maven" maven
+  ! node_is_missing || need "Node 18 or later with npm" nodejs npm
+  { have gcc && have g++; } || need "a C and C++ compiler" gcc g++ libc6-dev
+  have make || need "make" make
+  have cmake || need "cmake" cmake
+  have pkg-config || need "pkg-config" pkg-config
+  have curl || need "curl" curl
+  [ -e /etc/ssl/certs/ca-certificates.crt ] || need "CA certificates" ca-certificates
+  if [ "${1:-}" = page-tests ]; then
+    have chromium || have google-chrome || need "Chromium, for the tests of the page" chromium
+  fi
+  if rust_is_missing; then missing+=("Rust $toolchain"); rust_missing=1; else rust_missing=; fi
+}
+
+rust_command() {
+  if have rustup; then
+    printf 'rustup toolchain install %s --profile minimal --component clippy --component rustfmt' "$toolchain"
+  else
+    printf "curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --default-toolchain %s --component clippy --component rustfmt" "$toolchain"
+  fi
+}
+
+# The one command that installs all that is missing.
+the_command() {
+  local command=
+  if [ ${#packages[@]} -gt 0 ]; then
+    command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+    [ "$(id -u)" = 0 ] || command="sudo sh -c '$command'"
+  fi
+  if [ -n "$rust_missing" ]; then command="${command:+$command && }$(rust_command)"; fi
+  printf '%s' "$command"
+}
+
+report_missing() {
+  local what
+  for what in "${missing[@]}"; do say "missing: $what"; done
+  say "install all of it with:"
+  say "  $(the_command)"
+}
+
+# Everything a build needs, installed as root or named.
+require() {
+  look "$@"
+  [ -z "$java_problem" ] || die "$java_problem"
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" != 0 ] || ! have apt-get; then
+    report_missing
+    exit 1
+  fi
+  say "installing what is missing as root: ${missing[*]}"
+  if [ ${#packages[@]} -gt 0 ]; then
+    say "  apt-get install ${packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null; } ||
+      die "apt-get could not install them; its words are above"
+  fi
+  if [ -n "$rust_missing" ]; then
+    say "  $(rust_command)"
+    sh -c "$(rust_command)" >&2 || die "the Rust toolchain could not be installed; https://rustup.rs has other ways"
+    PATH="$HOME/.cargo/bin:$PATH"
+  fi
+  look "$@"
+  [ ${#missing[@]} -eq 0 ] || { report_missing; die "still missing after the installation"; }
+}
+
+# The page is embedded into the dashboard, so it is built first, when it is older than its sources.
+build_page() {
+  local web=crates/metrics-dashboard/web stamp=crates/metrics-dashboard/web/node_modules/.page-built
+  [ -e "$web/package.json" ] || return 0
+  if [ -e "$web/dist/index.html" ] && [ -e "$stamp" ] &&
+    [ -z "$(find "$web" \( -name node_modules -o -name dist -o -name ".?*" \) -prune -o -type f -newer "$stamp" -print -quit)" ]; then
+    return 0
+  fi
+  say "building the page"
+  (cd "$web" && npm ci --no-audit --no-fund --loglevel=error >&2 && npm run --silent build >&2) ||
+    die "the page could not be built; npm's words are above"
+  : >"$stamp"
+}
+
+# Builds the whole workspace and sets `program`. The profile is "release" or "dev".
+build() {
+  # Tests kill the processor at steps of its own.
+  local flag='--features stream-processor/failpoints' folder=debug
+  if [ "$1" = release ]; then flag=--release folder=release; fi
+  build_page
+  say "building the programs ($1)"
+  # shellcheck disable=SC2086
+  cargo build $flag --workspace || die "the programs could not be built; cargo's words are above"
+  # shellcheck disable=SC2034 # the scripts that source this execute it
+  program=$target/$folder/local-stack
+}
+
+# ./run doctor: only reports, on stdout.
+doctor() {
+  local healthy=0
+  exec 2>&1
+  look
+  if [ -n "$java_problem" ]; then say "fail  $java_problem"; healthy=1; fi
+  if [ ${#missing[@]} -gt 0 ]; then report_missing; healthy=1; else say "ok    tools    nothing is missing"; fi
+  if [ -x "$target/release/local-stack" ]; then
+    "$target/release/local-stack" doctor "$@" || healthy=1
+  else
+    # The program that checks exactly is not built yet; the same figures in short.
+    local free_mib disk_mib port
+    free_mib=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
+    disk_mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
+    if [ "$free_mib" -ge 2636 ]; then say "ok    memory   $free_mib MiB available"; else say "fail  memory   $free_mib MiB available, 2636 MiB needed"; healthy=1; fi
+    # A first build writes about 6 GiB.
+    if [ "$disk_mib" -ge 8192 ]; then say "ok    disk     $disk_mib MiB free"; else say "fail  disk     $disk_mib MiB free, 8192 MiB needed to build and start"; healthy=1; fi
+    for port in 9092 9093 9042 7000 7199 9404 9405 8090 9101 9102 8050 9090; do
+      if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        say "fail  port     $port is taken; free it, or move every port with --port-base 20000"; healthy=1
+      fi
+    done
+  fi
+  return $healthy
+}

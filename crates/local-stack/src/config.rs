@@ -1,0 +1,295 @@
+//! Where everything is on this machine: ports, folders, heaps, tools. The only reader of the environment here.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How many ports `--port-base B` uses, from `B` upwards.
+pub const PORTS: u16 = 12;
+
+/// Settings of every command that starts or examines parts.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PlaceArgs {
+    /// Moves every port: the parts listen on B, B+1, … instead of their usual ports
+    #[arg(long, value_name = "B", env = "PIPELINE_PORT_BASE", value_parser = clap::value_parser!(u16).range(1024..=65000))]
+    pub port_base: Option<u16>,
+
+    /// Folder for downloaded servers, shared by all checkouts [default: ~/.cache/event-pipeline]
+    #[arg(long, value_name = "FOLDER", env = "PIPELINE_CACHE")]
+    pub cache: Option<PathBuf>,
+}
+
+/// One loopback port for each part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ports {
+    /// Kafka's clients.
+    pub kafka: u16,
+    /// Kafka's KRaft controller.
+    pub controller: u16,
+    /// CQL.
+    pub cassandra: u16,
+    /// Cassandra between its nodes.
+    pub storage: u16,
+    /// JMX of Cassandra, for nodetool.
+    pub jmx: u16,
+    /// JMX agent in Kafka: `/metrics`.
+    pub kafka_agent: u16,
+    /// JMX agent in Cassandra: `/metrics`.
+    pub cassandra_agent: u16,
+    /// Source simulator.
+    pub source: u16,
+    /// Admin address of ingest-producer.
+    pub producer: u16,
+    /// Admin address of stream-processor.
+    pub processor: u16,
+    /// Page, API and metrics of metrics-dashboard.
+    pub dashboard: u16,
+    /// Prometheus.
+    pub prometheus: u16,
+}
+
+impl Default for Ports {
+    /// The ports of DESIGN section 8.
+    fn default() -> Self {
+        Self {
+            kafka: 9092,
+            controller: 9093,
+            cassandra: 9042,
+            storage: 7000,
+            jmx: 7199,
+            kafka_agent: 9404,
+            cassandra_agent: 9405,
+            source: 8090,
+            producer: 9101,
+            processor: 9102,
+            dashboard: 8050,
+            prometheus: 9090,
+        }
+    }
+}
+
+impl Ports {
+    /// The ports `base`, `base + 1`, … in the order of the fields. `base` is at most 65,000.
+    pub fn from_base(base: u16) -> Self {
+        Self {
+            kafka: base,
+            controller: base + 1,
+            cassandra: base + 2,
+            storage: base + 3,
+            jmx: base + 4,
+            kafka_agent: base + 5,
+            cassandra_agent: base + 6,
+            source: base + 7,
+            producer: base + 8,
+            processor: base + 9,
+            dashboard: base + 10,
+            prometheus: base + 11,
+        }
+    }
+
+    /// Ports that nobody listens on now, below the range the system gives to outgoing connections.
+    pub fn private() -> Result<Self> {
+        let first = 20_000 + (std::process::id() % 500) as u16 * 20;
+        (0..500u16)
+            .map(|step| 20_000 + (first - 20_000 + step * 20) % 10_000)
+            .map(Self::from_base)
+            .find(|ports| ports.all().iter().all(|(_, port)| is_free(*port)))
+            .ok_or_else(|| Error::Refused("no twelve free ports in a row between 20000 and 30000".to_owned()))
+    }
+
+    /// Every port with the part that listens on it.
+    pub fn all(&self) -> [(&'static str, u16); PORTS as usize] {
+        [
+            ("kafka", self.kafka),
+            ("kafka controller", self.controller),
+            ("cassandra", self.cassandra),
+            ("cassandra storage", self.storage),
+            ("cassandra jmx", self.jmx),
+            ("kafka metrics", self.kafka_agent),
+            ("cassandra metrics", self.cassandra_agent),
+            ("source", self.source),
+            ("ingest-producer", self.producer),
+            ("stream-processor", self.processor),
+            ("metrics-dashboard", self.dashboard),
+            ("prometheus", self.prometheus),
+        ]
+    }
+}
+
+/// Whether this process could listen on the loopback port now.
+pub fn is_free(port: u16) -> bool {
+    TcpListener::bind(("127.0.0.1", port)).is_ok()
+}
+
+/// A loopback address as clients name it.
+pub fn loopback(port: u16) -> String {
+    format!("127.0.0.1:{port}")
+}
+
+/// Heap sizes of the two servers, in MiB.
+#[derive(Clone, Copy, Debug)]
+pub struct Heaps {
+    /// Kafka's.
+    pub kafka_mib: u32,
+    /// Cassandra's.
+    pub cassandra_mib: u32,
+}
+
+impl Heaps {
+    /// Small: the whole system runs in 4 GiB of free memory.
+    pub const SMALL: Self = Self { kafka_mib: 512, cassandra_mib: 1024 };
+    /// For measurements: large enough that collections do not decide the figures.
+    pub const BENCH: Self = Self { kafka_mib: 2048, cassandra_mib: 6144 };
+}
+
+/// The folders of one running system.
+#[derive(Clone, Debug)]
+pub struct Folders {
+    /// `.local` of the checkout, or a temporary folder of a test.
+    pub root: PathBuf,
+}
+
+impl Folders {
+    /// What Kafka, Cassandra and Prometheus keep.
+    pub fn data(&self) -> PathBuf {
+        self.root.join("data")
+    }
+
+    /// Generated configuration.
+    pub fn config(&self) -> PathBuf {
+        self.root.join("config")
+    }
+
+    /// One log file a part.
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+
+    /// One record a running part.
+    pub fn run(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    /// Drops what the servers keep, so that a folder kept for its logs is small.
+    pub fn drop_data(&self) {
+        let _ = std::fs::remove_dir_all(self.data());
+    }
+
+    /// Makes all of them.
+    pub fn create(&self) -> Result<()> {
+        for folder in [self.data(), self.config(), self.logs(), self.run()] {
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        }
+        Ok(())
+    }
+}
+
+/// Everything a command needs to know about the machine and the checkout.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Root of the checkout: the current folder.
+    pub checkout: PathBuf,
+    /// Where the parts keep what they write.
+    pub folders: Folders,
+    /// Where the processor keeps its checkpoints.
+    pub checkpoints: PathBuf,
+    /// Downloaded servers.
+    pub cache: PathBuf,
+    /// The JVM both servers run on.
+    pub java: PathBuf,
+    /// Ports of all parts.
+    pub ports: Ports,
+    /// Heaps of the two servers.
+    pub heaps: Heaps,
+    /// Folder of the binaries: the one this program stands in.
+    pub binaries: PathBuf,
+    /// Stream definition the services work on.
+    pub stream: PathBuf,
+    /// `PIPELINE_SOURCE_ORIGIN` as the user set it.
+    pub source_origin: Option<String>,
+    /// `CARGO` or `cargo`.
+    pub cargo: PathBuf,
+}
+
+impl Settings {
+    /// Reads the environment; the current folder must be the root of a checkout.
+    pub fn load(args: &PlaceArgs) -> Result<Self> {
+        let checkout = std::env::current_dir().map_err(Error::io("."))?;
+        if !checkout.join("crates/local-stack/Cargo.toml").is_file() {
+            return Err(Error::Refused(format!(
+                "{} is not a checkout of the pipeline; start ./run or ./test there",
+                checkout.display()
+            )));
+        }
+        let binaries = std::env::current_exe().map_err(Error::io("the path of this program"))?;
+        let binaries = binaries.parent().unwrap_or(Path::new("/")).to_owned();
+        let stream = variable("PIPELINE_STREAM").unwrap_or_else(|| "streams/user_created.toml".to_owned());
+        Ok(Self {
+            folders: Folders { root: checkout.join(".local") },
+            checkpoints: checkout.join("checkpoints"),
+            cache: args.cache.clone().map_or_else(default_cache, Ok)?,
+            java: variable("JAVA_HOME").map_or("java".into(), |home| Path::new(&home).join("bin/java")),
+            ports: args.port_base.map_or_else(Ports::default, Ports::from_base),
+            heaps: Heaps::SMALL,
+            stream: checkout.join(stream),
+            source_origin: variable("PIPELINE_SOURCE_ORIGIN"),
+            cargo: variable("CARGO").unwrap_or_else(|| "cargo".to_owned()).into(),
+            binaries,
+            checkout,
+        })
+    }
+
+    /// The same machine, measured: bench heaps where they fit, and whether they do.
+    pub fn with_bench_heaps(mut self) -> (Self, bool) {
+        let fit = crate::checks::memory(Heaps::BENCH).is_ok();
+        self.heaps = if fit { Heaps::BENCH } else { Heaps::SMALL };
+        (self, fit)
+    }
+
+    /// The same machine with private ports, everything written below `folder`.
+    pub fn private(&self, folder: &Path) -> Result<Self> {
+        Ok(Self {
+            folders: Folders { root: folder.to_owned() },
+            checkpoints: folder.join("checkpoints"),
+            ports: Ports::private()?,
+            ..self.clone()
+        })
+    }
+}
+
+/// False where the user set `NO_COLOR` (no-color.org).
+pub fn colours_allowed() -> bool {
+    variable("NO_COLOR").is_none()
+}
+
+fn default_cache() -> Result<PathBuf> {
+    variable("HOME")
+        .map(|home| Path::new(&home).join(".cache/event-pipeline"))
+        .ok_or_else(|| Error::Refused("HOME is not set; name a folder with --cache FOLDER".to_owned()))
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_base_moves_every_port_to_one_of_its_own() {
+        let ports: std::collections::BTreeSet<u16> =
+            Ports::from_base(20_000).all().map(|(_, port)| port).into();
+        assert_eq!(ports, (20_000..20_000 + PORTS).collect());
+    }
+
+    #[test]
+    fn private_ports_are_free_and_below_the_ephemeral_range() {
+        let ports = Ports::private().unwrap();
+        assert!(ports.all().iter().all(|(_, port)| (20_000..30_100).contains(port) && is_free(*port)));
+    }
+}

@@ -1,0 +1,250 @@
+//! One Kafka broker in KRaft's combined mode: its configuration, the formatting of its folder, its command line, and how
+//! a topic is read from outside the pipeline.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use super::write_config;
+use crate::config::{Settings, loopback};
+use crate::error::{Error, Result};
+use crate::install::Installed;
+use crate::process::Spec;
+
+/// How long one question for metadata may take.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long one record below the high watermark, or one answer about a topic, may be waited for.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Heap of `kafka-producer-perf-test`: its buffer of 256 MiB and room.
+const PERF_HEAP_MIB: u32 = 768;
+
+/// Bytes of a cluster id, written in base64 (Kafka's `Uuid`).
+const CLUSTER_ID_BYTES: usize = 16;
+
+/// Gives the data folder a cluster id, once; the configuration is written every time.
+pub async fn format(settings: &Settings, installed: &Installed) -> Result<()> {
+    write_properties(settings)?;
+    if data(settings).join("meta.properties").is_file() {
+        return Ok(());
+    }
+    let mut tool = tokio::process::Command::new(&settings.java);
+    tool.args(jvm(settings, installed, 128)).arg("kafka.tools.StorageTool").args([
+        "format",
+        "-t",
+        &new_cluster_id(),
+        "-c",
+    ]);
+    tool.arg(properties(settings)).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tool.output().await.map_err(Error::io(&settings.java))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    Err(Error::Tool {
+        tool: "kafka.tools.StorageTool".to_owned(),
+        cause: said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no words").to_owned(),
+        way_out: "./run reset starts with empty folders".to_owned(),
+    })
+}
+
+/// The broker's process.
+pub fn spec(settings: &Settings, installed: &Installed) -> Result<Spec> {
+    write_properties(settings)?;
+    let mut arguments = jvm(settings, installed, settings.heaps.kafka_mib);
+    let rules = settings.checkout.join("prometheus/jmx/kafka.yml");
+    if rules.is_file() {
+        let agent = installed.jmx_agent.display();
+        let address = loopback(settings.ports.kafka_agent);
+        arguments.push(format!("-javaagent:{agent}={address}:{}", rules.display()).into());
+    }
+    arguments.push("kafka.Kafka".into());
+    arguments.push(properties(settings).into());
+    Ok(Spec {
+        name: "kafka".to_owned(),
+        program: settings.java.clone(),
+        arguments,
+        environment: vec![("MALLOC_ARENA_MAX".to_owned(), "2".to_owned())],
+        folder: settings.folders.logs(),
+        address: loopback(settings.ports.kafka),
+        grace: Duration::from_secs(30),
+    })
+}
+
+/// `kafka-producer-perf-test` with the settings of the pipeline's load: as fast as it can, all acknowledged. Runs and ends.
+pub fn perf_test(
+    settings: &Settings,
+    installed: &Installed,
+    topic: &str,
+    records: u64,
+    payloads: &Path,
+) -> Spec {
+    let mut arguments = jvm(settings, installed, PERF_HEAP_MIB);
+    let options = format!(
+        "org.apache.kafka.tools.ProducerPerformance --topic {topic} --num-records {records} --throughput -1 --producer-props \
+         bootstrap.servers={} acks=all compression.type=lz4 linger.ms=10 batch.size=1000000 buffer.memory=268435456 \
+         --payload-file",
+        loopback(settings.ports.kafka)
+    );
+    arguments.extend(options.split_whitespace().map(OsString::from));
+    arguments.push(payloads.into());
+    Spec {
+        name: "kafka-producer-perf-test".to_owned(),
+        program: settings.java.clone(),
+        arguments,
+        environment: Vec::new(),
+        folder: settings.folders.logs(),
+        address: String::new(),
+        grace: Duration::from_secs(5),
+    }
+}
+
+/// Whether metadata names a broker.
+pub async fn answers(address: &str) -> bool {
+    let address = address.to_owned();
+    let asked = tokio::task::spawn_blocking(move || {
+        let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", address).create().ok()?;
+        let metadata = consumer.fetch_metadata(None, METADATA_TIMEOUT).ok()?;
+        (!metadata.brokers().is_empty()).then_some(())
+    });
+    matches!(asked.await, Ok(Some(())))
+}
+
+/// A reader of topics that belongs to no group; its calls block.
+#[derive(Clone)]
+pub struct Reader {
+    consumer: Arc<BaseConsumer>,
+    topic: String,
+}
+
+impl Reader {
+    /// A reader of one topic.
+    pub fn new(settings: &Settings, topic: &str) -> Result<Self> {
+        let consumer = common::kafka::client_config(&loopback(settings.ports.kafka), "local-stack")
+            .set("group.id", "local-stack")
+            .set("enable.auto.commit", "false")
+            .create()
+            .map_err(failed)?;
+        Ok(Self { consumer: Arc::new(consumer), topic: topic.to_owned() })
+    }
+
+    /// How many partitions the topic has.
+    pub fn partitions(&self) -> Result<i32> {
+        let metadata = self.consumer.fetch_metadata(Some(&self.topic), RECORD_TIMEOUT).map_err(failed)?;
+        Ok(metadata.topics().first().map_or(0, |topic| topic.partitions().len()) as i32)
+    }
+
+    /// Offset after the last record of a partition.
+    pub fn end(&self, partition: i32) -> Result<i64> {
+        let watermarks = self.consumer.fetch_watermarks(&self.topic, partition, RECORD_TIMEOUT);
+        watermarks.map(|(_, high)| high).map_err(failed)
+    }
+
+    /// Hands over every record of a partition up to its present end, which is given back.
+    pub fn read(&self, partition: i32, mut take: impl FnMut(&BorrowedMessage<'_>)) -> Result<i64> {
+        let (consumer, topic) = (&self.consumer, &self.topic);
+        let (low, high) = consumer.fetch_watermarks(topic, partition, RECORD_TIMEOUT).map_err(failed)?;
+        let mut assignment = TopicPartitionList::new();
+        assignment.add_partition_offset(topic, partition, Offset::Offset(low)).map_err(failed)?;
+        consumer.assign(&assignment).map_err(failed)?;
+        let mut next = low;
+        while next < high {
+            let Some(message) = consumer.poll(RECORD_TIMEOUT) else {
+                return Err(Error::Refused(format!(
+                    "topic {topic}, partition {partition}: nothing at offset {next}"
+                )));
+            };
+            let message = message.map_err(failed)?;
+            next = message.offset() + 1;
+            take(&message);
+        }
+        Ok(high)
+    }
+}
+
+fn failed(error: rdkafka::error::KafkaError) -> Error {
+    Error::Tool {
+        tool: "kafka".to_owned(),
+        cause: error.to_string(),
+        way_out: "its log is in the folder that is kept".to_owned(),
+    }
+}
+
+fn jvm(settings: &Settings, installed: &Installed, heap_mib: u32) -> Vec<OsString> {
+    let logging = settings.folders.config().join("kafka-log4j2.yaml");
+    vec![
+        format!("-Xmx{heap_mib}m").into(),
+        format!("-Xms{}m", heap_mib.min(256)).into(),
+        "-XX:+UseG1GC".into(),
+        "-XX:MaxGCPauseMillis=20".into(),
+        "-XX:+ExitOnOutOfMemoryError".into(),
+        "-Djava.awt.headless=true".into(),
+        format!("-Dlog4j2.configurationFile={}", logging.display()).into(),
+        format!("-Dkafka.logs.dir={}", settings.folders.logs().display()).into(),
+        "-cp".into(),
+        installed.kafka.join("*").into(),
+    ]
+}
+
+fn write_properties(settings: &Settings) -> Result<()> {
+    let logging = settings.folders.config().join("kafka-log4j2.yaml");
+    write_config(&logging, include_str!("../../resources/kafka-log4j2.yaml"), &[])?;
+    fs::create_dir_all(data(settings)).map_err(Error::io(data(settings)))?;
+    let values = [
+        ("kafka", settings.ports.kafka.to_string()),
+        ("controller_port", settings.ports.controller.to_string()),
+        ("data", data(settings).display().to_string()),
+    ];
+    write_config(&properties(settings), include_str!("../../resources/kafka.properties"), &values)
+}
+
+fn properties(settings: &Settings) -> PathBuf {
+    settings.folders.config().join("kafka.properties")
+}
+
+fn data(settings: &Settings) -> PathBuf {
+    settings.folders.data().join("kafka")
+}
+
+/// A random cluster id in URL-safe base64 without padding, as `kafka-storage random-uuid` makes it.
+fn new_cluster_id() -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let bits = uuid::Uuid::new_v4().as_u128();
+    let digits = (CLUSTER_ID_BYTES * 8).div_ceil(6);
+    // The first digit carries the highest six bits; the last one the lowest two, filled up with zeros.
+    let digit = |place: usize| {
+        let shift = 122 - 6 * place as i32;
+        let value = if shift >= 0 { bits >> shift } else { bits << -shift };
+        char::from(ALPHABET[(value & 63) as usize])
+    };
+    let id: String = (0..digits).map(digit).collect();
+    // A leading hyphen would be read as an option.
+    if id.starts_with('-') { new_cluster_id() } else { id }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_id_has_the_form_that_kafka_expects() {
+        for _ in 0..200 {
+            let id = new_cluster_id();
+            assert_eq!(id.len(), 22);
+            assert!(
+                !id.starts_with('-')
+                    && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            );
+            assert!("AQgw".contains(&id[21..]), "the last digit holds two bits: {id}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The programs of this workspace as processes: the source simulator and the three services, set up by their
+//! environment the way a user would do it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use common::stream::Definition;
+
+use crate::config::{Settings, loopback};
+use crate::error::{Error, Result};
+use crate::process::Spec;
+
+/// Where the shipped stream definition expects the source: moved ports must be told to the producer.
+const DEFAULT_SOURCE: &str = "127.0.0.1:8090";
+
+/// How long a service may take to finish its work after SIGTERM.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// The source simulator: `local-stack source`.
+pub fn source(settings: &Settings) -> Result<Spec> {
+    let address = loopback(settings.ports.source);
+    let spec = service(settings, "source", "local-stack", &["source", "--listen", &address])?;
+    Ok(Spec { address: format!("http://{address}"), ..spec })
+}
+
+/// Keyspace, tables and topics: runs and ends.
+pub fn init(settings: &Settings) -> Result<Spec> {
+    service(settings, "init", "stream-processor", &["init"])
+}
+
+/// REST API → Kafka.
+pub fn producer(settings: &Settings) -> Result<Spec> {
+    service(settings, "ingest-producer", "ingest-producer", &["run"])
+        .map(|spec| listening(spec, settings.ports.producer))
+}
+
+/// Events as fast as Kafka takes them: runs and ends.
+pub fn stress(settings: &Settings, arguments: &[&str]) -> Result<Spec> {
+    service(settings, "stress", "ingest-producer", &[&["stress"], arguments].concat())
+}
+
+/// Events at a steady rate for some seconds, five in a hundred of them twice: runs and ends.
+pub fn load(settings: &Settings, seconds: u64, rate: u64) -> Result<Spec> {
+    let (seconds, rate) = (seconds.to_string(), rate.to_string());
+    let arguments = ["stress", "--seconds", &seconds, "--rate", &rate, "--duplicates", "5"];
+    service(settings, "stress", "ingest-producer", &arguments)
+}
+
+/// Panes and totals compared with the rows: runs and ends, well only when nothing differs.
+pub fn verify(settings: &Settings) -> Result<Spec> {
+    service(settings, "verify", "stream-processor", &["verify"])
+}
+
+/// Variables that give a run names of its own on servers of its own.
+pub fn names(name: &str) -> Vec<(String, String)> {
+    [
+        ("PIPELINE_KEYSPACE", name.to_owned()),
+        ("PIPELINE_TOPIC", name.to_owned()),
+        ("PIPELINE_CONTROL_TOPIC", format!("{name}.control")),
+        ("PIPELINE_GROUP_ID", name.to_owned()),
+        ("PIPELINE_INSTANCE", name.to_owned()),
+    ]
+    .map(|(variable, value)| (variable.to_owned(), value))
+    .into()
+}
+
+/// The stream definition that the services work on.
+pub fn definition(settings: &Settings) -> Result<Definition> {
+    let text = fs::read_to_string(&settings.stream).map_err(Error::io(&settings.stream))?;
+    Definition::parse(&settings.stream.display().to_string(), &text)
+        .map_err(|error| Error::Refused(error.to_string()))
+}
+
+/// Kafka → Cassandra.
+pub fn processor(settings: &Settings) -> Result<Spec> {
+    service(settings, "stream-processor", "stream-processor", &["run"])
+        .map(|spec| listening(spec, settings.ports.processor))
+}
+
+/// Cassandra and Kafka → page.
+pub fn dashboard(settings: &Settings) -> Result<Spec> {
+    service(settings, "metrics-dashboard", "metrics-dashboard", &[])
+        .map(|spec| listening(spec, settings.ports.dashboard))
+}
+
+fn service(settings: &Settings, name: &str, program: &str, arguments: &[&str]) -> Result<Spec> {
+    let program = settings.binaries.join(program);
+    if !program.is_file() {
+        return Err(Error::Refused(format!(
+            "{} is not built; start ./run, or cargo build --workspace",
+            program.display()
+        )));
+    }
+    Ok(Spec {
+        name: name.to_owned(),
+        program,
+        arguments: arguments.iter().map(Into::into).collect(),
+        environment: environment(settings),
+        folder: settings.checkout.clone(),
+        address: String::new(),
+        grace: GRACE,
+    })
+}
+
+fn listening(mut spec: Spec, port: u16) -> Spec {
+    spec.address = format!("http://{}", loopback(port));
+    spec.environment.push(("PIPELINE_HTTP_LISTEN".to_owned(), loopback(port)));
+    spec
+}
+
+fn environment(settings: &Settings) -> Vec<(String, String)> {
+    let mut environment = vec![
+        ("PIPELINE_KAFKA_BROKERS", loopback(settings.ports.kafka)),
+        ("PIPELINE_CASSANDRA_NODES", loopback(settings.ports.cassandra)),
+        ("PIPELINE_STREAM", settings.stream.display().to_string()),
+        ("PIPELINE_CHECKPOINTS", settings.checkpoints.display().to_string()),
+    ];
+    if let Some(origin) = source_origin(settings) {
+        environment.push(("PIPELINE_SOURCE_ORIGIN", origin));
+    }
+    environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Where the producer finds the source: as the user says, else the simulator where the definition means it.
+fn source_origin(settings: &Settings) -> Option<String> {
+    if settings.source_origin.is_some() {
+        return settings.source_origin.clone();
+    }
+    let definition = fs::read_to_string(&settings.stream).ok()?;
+    definition.contains(DEFAULT_SOURCE).then(|| format!("http://{}", loopback(settings.ports.source)))
+}
+
+/// Binaries a start needs.
+pub fn programs(settings: &Settings) -> [PathBuf; 3] {
+    ["ingest-producer", "stream-processor", "metrics-dashboard"].map(|name| settings.binaries.join(name))
+}

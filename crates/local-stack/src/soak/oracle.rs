@@ -1,0 +1,313 @@
+//! What is true, from Kafka's log alone: every key counts once, at its first offset. Compared with rows, totals and panes,
+//! partition by partition. Shares no code with the processor.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use chrono::DateTime;
+use common::stream::Definition;
+use futures::TryStreamExt;
+use rdkafka::message::{Headers, Message};
+use scylla::client::session::Session;
+use scylla::value::CqlTimestamp;
+
+use super::{NAME, THINGS};
+use crate::config::Settings;
+use crate::error::{Error, Result};
+use crate::servers::cassandra::{connect, failed};
+use crate::servers::kafka::Reader;
+use crate::services;
+
+/// Event time in ms and event id.
+type Key = (i64, Box<[u8]>);
+
+/// Dimension and start of a pane, in ms.
+type PaneKey = (String, i64);
+
+/// What one Kafka partition's log says.
+#[derive(Debug, Default)]
+struct Log {
+    /// Where each key stands first.
+    first: HashMap<Key, i64>,
+    /// Records without id or time: the processor cannot take them.
+    unreadable: i64,
+    records: i64,
+    end: i64,
+}
+
+/// A row of `partition_progress`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    next_offset: i64,
+    events: i64,
+    duplicates: i64,
+    dead_letters: i64,
+}
+
+/// The comparison.
+#[derive(Debug, Default)]
+pub(super) struct Truth {
+    /// Distinct keys of the log.
+    pub(super) events: u64,
+    /// Records that repeat an earlier one.
+    pub(super) copies: u64,
+    /// Rows that are missing, and events that totals or panes lack.
+    pub(super) lost: u64,
+    /// Rows without a record or of another copy, and events that totals or panes have too many.
+    pub(super) doubled: u64,
+    /// The first differences in words.
+    pub(super) differences: Vec<String>,
+}
+
+impl Truth {
+    fn differs(&mut self, lost: u64, doubled: u64, what: impl FnOnce() -> String) {
+        self.lost += lost;
+        self.doubled += doubled;
+        if lost + doubled > 0 && self.differences.len() < THINGS {
+            self.differences.push(what());
+        }
+    }
+
+    fn number(&mut self, place: &str, log: i64, stored: i64) {
+        let (lost, doubled) = ((log - stored).max(0), (stored - log).max(0));
+        self.differs(lost as u64, doubled as u64, || {
+            format!("{place}: the log says {log}, stored is {stored}")
+        });
+    }
+
+    /// Takes one row of the event table and strikes its key from the log's.
+    fn row(&mut self, partition: i32, log: &mut Log, key: Key, offset: i64) {
+        let id = String::from_utf8_lossy(&key.1).into_owned();
+        match log.first.remove(&key) {
+            Some(first) if first == offset => {}
+            Some(first) => self.differs(0, 1, || {
+                format!("partition {partition}: {id} stands first at {first}, its row says {offset}")
+            }),
+            None => self.differs(0, 1, || {
+                format!("partition {partition}: the row of {id} at {offset} has no record")
+            }),
+        }
+    }
+
+    /// What is left of the log has no row.
+    fn rows_end(&mut self, partition: i32, log: &Log) {
+        let Some(((_, id), offset)) = log.first.iter().min_by_key(|(_, offset)| **offset) else { return };
+        let (missing, id) = (log.first.len() as u64, String::from_utf8_lossy(id));
+        let last = log.first.values().max().unwrap_or(offset);
+        self.differs(missing, 0, || {
+            format!("partition {partition}: {missing} events have no row, from {id} at {offset} to {last}")
+        });
+    }
+
+    fn totals(&mut self, partition: i32, log: &Log, progress: Progress) {
+        let events = log.first.len() as i64;
+        let copies = log.records - log.unreadable - events;
+        self.events += events as u64;
+        self.copies += copies as u64;
+        let place = |what: &str| format!("partition {partition}, {what} of the progress row");
+        self.number(&place("next offset"), log.end, progress.next_offset);
+        self.number(&place("events"), events, progress.events);
+        self.number(&place("duplicates"), copies, progress.duplicates);
+        self.number(&place("dead letters"), log.unreadable, progress.dead_letters);
+    }
+
+    fn panes(&mut self, partition: i32, log: &BTreeMap<PaneKey, i64>, stored: &BTreeMap<PaneKey, i64>) {
+        let all: BTreeSet<&PaneKey> = log.keys().chain(stored.keys()).collect();
+        for pane in all {
+            let of = |panes: &BTreeMap<PaneKey, i64>| panes.get(pane).copied().unwrap_or(0);
+            self.number(&format!("partition {partition}, pane {pane:?}"), of(log), of(stored));
+        }
+    }
+}
+
+/// Compares everything; the processor must have dealt with the whole log, and nothing may write meanwhile.
+pub(super) async fn compare(settings: &Settings) -> Result<Truth> {
+    let definition = services::definition(settings)?;
+    let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
+    let progress = progress(&session).await?;
+    let stored = stored_panes(&session, &definition).await?;
+    let tables = cassandra_partitions(&session, &definition).await?;
+    let asked = reader.clone();
+    let partitions = blocking(move || asked.partitions()).await?;
+    let mut truth = Truth::default();
+    for partition in 0..partitions {
+        let of_log = reader.clone();
+        let mut log = blocking(move || read(&of_log, partition)).await?;
+        truth.totals(partition, &log, progress.get(&partition).copied().unwrap_or_default());
+        let empty = BTreeMap::new();
+        truth.panes(partition, &panes(&log, &definition), stored.get(&partition).unwrap_or(&empty));
+        let shards = definition.store.shards as i32;
+        for (bucket, shard) in tables.iter().filter(|(_, shard)| shard.div_euclid(shards) == partition) {
+            let cql = format!(
+                "SELECT event_time, event_id, kafka_offset FROM {NAME}.{} WHERE bucket = ? AND shard = ?",
+                definition.stream.name
+            );
+            let pages = session.query_iter(cql, (CqlTimestamp(*bucket), *shard)).await.map_err(failed)?;
+            let mut rows = pages.rows_stream::<(CqlTimestamp, String, i64)>().map_err(failed)?;
+            while let Some((time, id, offset)) = rows.try_next().await.map_err(failed)? {
+                truth.row(partition, &mut log, (time.0, id.into_bytes().into()), offset);
+            }
+        }
+        truth.rows_end(partition, &log);
+    }
+    Ok(truth)
+}
+
+/// Whether the progress rows have reached the log's end, and how many records they have passed together.
+pub(super) async fn drained(session: &Session, reader: &Reader) -> Result<(bool, i64)> {
+    let progress = progress(session).await?;
+    let reader = reader.clone();
+    let ends = blocking(move || (0..reader.partitions()?).map(|p| reader.end(p)).collect::<Result<Vec<_>>>());
+    let next = |partition: usize| progress.get(&(partition as i32)).map_or(0, |row| row.next_offset);
+    let ends = ends.await?;
+    let behind = ends.iter().enumerate().any(|(partition, end)| next(partition) < *end);
+    Ok((!behind, progress.values().map(|row| row.next_offset).sum()))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Refused(error.to_string()))?
+}
+
+fn read(reader: &Reader, partition: i32) -> Result<Log> {
+    let mut log = Log::default();
+    let end = reader.read(partition, |message| {
+        log.records += 1;
+        match key(message) {
+            Some(key) => {
+                log.first.entry(key).or_insert(message.offset());
+            }
+            None => log.unreadable += 1,
+        }
+    })?;
+    log.end = end;
+    Ok(log)
+}
+
+fn key(message: &impl Message) -> Option<Key> {
+    let headers = message.headers()?;
+    let header = |name: &str| headers.iter().find(|header| header.key == name)?.value;
+    let time = DateTime::parse_from_rfc3339(std::str::from_utf8(header("ce_time")?).ok()?).ok()?;
+    Some((time.timestamp_millis(), header("ce_id")?.into()))
+}
+
+/// Events per pane: of all, and of each dimension, in which every event has one value.
+fn panes(log: &Log, definition: &Definition) -> BTreeMap<PaneKey, i64> {
+    let pane_ms = definition.windows.pane_ms;
+    let mut counts: BTreeMap<i64, i64> = BTreeMap::new();
+    for (time, _) in log.first.keys() {
+        *counts.entry(time.div_euclid(pane_ms) * pane_ms).or_default() += 1;
+    }
+    let columns = definition.windows.group_by.iter().map(|group_by| group_by.column.clone());
+    let dimensions: Vec<String> = std::iter::once(String::new()).chain(columns).collect();
+    let of = |(start, count): (&i64, &i64)| {
+        dimensions.iter().map(|d| ((d.clone(), *start), *count)).collect::<Vec<_>>()
+    };
+    counts.iter().flat_map(of).collect()
+}
+
+async fn progress(session: &Session) -> Result<HashMap<i32, Progress>> {
+    let query = format!(
+        "SELECT kafka_partition, next_offset, events, duplicates, dead_letters FROM {NAME}.partition_progress"
+    );
+    let rows = session.query_unpaged(query, ()).await.map_err(failed)?.into_rows_result().map_err(failed)?;
+    let rows = rows.rows::<(i32, i64, Option<i64>, Option<i64>, Option<i64>)>().map_err(failed)?;
+    let mut progress = HashMap::new();
+    for row in rows {
+        let (partition, next_offset, events, duplicates, dead_letters) = row.map_err(failed)?;
+        let number = Option::unwrap_or_default;
+        progress.insert(
+            partition,
+            Progress {
+                next_offset,
+                events: number(events),
+                duplicates: number(duplicates),
+                dead_letters: number(dead_letters),
+            },
+        );
+    }
+    Ok(progress)
+}
+
+/// What the pane table counts, per Kafka partition, the values of a dimension together.
+async fn stored_panes(
+    session: &Session,
+    definition: &Definition,
+) -> Result<BTreeMap<i32, BTreeMap<PaneKey, i64>>> {
+    let query = format!(
+        "SELECT kafka_partition, pane_start, dimension, count FROM {NAME}.{}_panes",
+        definition.stream.name
+    );
+    let pages = session.query_iter(query, ()).await.map_err(failed)?;
+    let mut rows = pages.rows_stream::<(i32, CqlTimestamp, String, i64)>().map_err(failed)?;
+    let mut panes: BTreeMap<i32, BTreeMap<PaneKey, i64>> = BTreeMap::new();
+    while let Some((partition, start, dimension, count)) = rows.try_next().await.map_err(failed)? {
+        *panes.entry(partition).or_default().entry((dimension, start.0)).or_default() += count;
+    }
+    Ok(panes)
+}
+
+/// Bucket and shard of every Cassandra partition of the event table.
+async fn cassandra_partitions(session: &Session, definition: &Definition) -> Result<Vec<(i64, i32)>> {
+    let query = format!("SELECT DISTINCT bucket, shard FROM {NAME}.{}", definition.stream.name);
+    let pages = session.query_iter(query, ()).await.map_err(failed)?;
+    let rows = pages.rows_stream::<(CqlTimestamp, i32)>().map_err(failed)?;
+    rows.map_ok(|(bucket, shard)| (bucket.0, shard)).try_collect().await.map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(keys: &[(i64, &str, i64)], records: i64) -> Log {
+        let first = keys.iter().map(|(time, id, offset)| ((*time, id.as_bytes().into()), *offset)).collect();
+        Log { first, records, end: records, unreadable: 0 }
+    }
+
+    fn check(rows: &[(i64, &str, i64)], lost: u64, doubled: u64) {
+        let (mut log, mut truth) = (log(&[(5, "a", 0), (6, "b", 1)], 3), Truth::default());
+        for (time, id, offset) in rows {
+            truth.row(0, &mut log, (*time, id.as_bytes().into()), *offset);
+        }
+        truth.rows_end(0, &log);
+        assert_eq!((truth.lost, truth.doubled), (lost, doubled), "{:?}", truth.differences);
+    }
+
+    #[test]
+    fn every_key_has_one_row_at_its_first_offset() {
+        check(&[(5, "a", 0), (6, "b", 1)], 0, 0);
+        check(&[(5, "a", 0)], 1, 0);
+        check(&[(5, "a", 2), (6, "b", 1)], 0, 1);
+        check(&[(5, "a", 0), (6, "b", 1), (7, "b", 1)], 0, 1);
+        check(&[(5, "a", 0), (6, "b", 1), (6, "b", 1)], 0, 1);
+    }
+
+    #[test]
+    fn totals_must_be_the_logs() {
+        let check = |progress, lost, doubled| {
+            let mut truth = Truth::default();
+            truth.totals(0, &log(&[(5, "a", 0), (6, "b", 1)], 3), progress);
+            assert_eq!((truth.lost, truth.doubled), (lost, doubled), "{:?}", truth.differences);
+            assert_eq!((truth.events, truth.copies), (2, 1));
+        };
+        let right = Progress { next_offset: 3, events: 2, duplicates: 1, dead_letters: 0 };
+        check(right, 0, 0);
+        check(Progress { events: 3, duplicates: 0, ..right }, 1, 1);
+        check(Progress::default(), 6, 0);
+    }
+
+    #[test]
+    fn panes_count_every_event_once_in_each_dimension() {
+        let definition =
+            Definition::parse("user_created.toml", include_str!("../../../../streams/user_created.toml"));
+        let expected = panes(&log(&[(59_999, "a", 0), (60_000, "b", 1)], 2), &definition.unwrap());
+        assert_eq!(expected.get(&(String::new(), 0)), Some(&1));
+        assert_eq!(expected.get(&("gender".to_owned(), 60_000)), Some(&1));
+        let mut truth = Truth::default();
+        truth.panes(0, &expected, &expected);
+        assert_eq!((truth.lost, truth.doubled), (0, 0));
+        let mut stored = expected.clone();
+        stored.remove(&(String::new(), 0));
+        stored.insert((String::new(), 120_000), 4);
+        truth.panes(0, &expected, &stored);
+        assert_eq!((truth.lost, truth.doubled), (1, 4));
+    }
+}

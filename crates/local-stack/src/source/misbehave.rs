@@ -1,0 +1,105 @@
+//! Carries a fault out on the way between request and answer.
+
+use super::faults::{Fault, Faults};
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use futures::stream::{self, StreamExt};
+use std::io::Write;
+use std::time::Duration;
+
+/// Longest body that is held to be spoilt.
+const MAX_BODY: usize = 64 << 20;
+/// Piece of an oversized body.
+const PIECE: usize = 64 << 10;
+
+/// The answer to a request that never reaches its handler; `None` where the fault spoils a real answer.
+pub fn instead(fault: Fault, faults: &Faults) -> Option<Response<Body>> {
+    match fault {
+        Fault::Error => Some(plain(StatusCode::INTERNAL_SERVER_ERROR, r#"{"error":"simulated"}"#)),
+        Fault::NotFound => Some(plain(StatusCode::NOT_FOUND, r#"{"error":"simulated"}"#)),
+        Fault::Throttle => {
+            let answer = plain(StatusCode::TOO_MANY_REQUESTS, r#"{"error":"slow down"}"#);
+            Some(with_header(answer, header::RETRY_AFTER, &faults.retry_after))
+        }
+        Fault::Redirect => {
+            Some(with_header(plain(StatusCode::FOUND, ""), header::LOCATION, &faults.redirect_to))
+        }
+        Fault::Oversized => Some(Response::new(oversized(faults.oversized_bytes))),
+        Fault::Bomb => {
+            let answer = Response::new(Body::from(bomb(faults.oversized_bytes)));
+            Some(with_header(answer, header::CONTENT_ENCODING, "gzip"))
+        }
+        Fault::Drip | Fault::Truncated | Fault::Malformed | Fault::Reset | Fault::Endless => None,
+    }
+}
+
+/// A real answer, spoilt.
+pub async fn spoil(fault: Fault, faults: &Faults, answer: Response<Body>) -> Response<Body> {
+    let (mut parts, body) = answer.into_parts();
+    let Ok(bytes) = axum::body::to_bytes(body, MAX_BODY).await else {
+        return plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer is too large to be spoilt");
+    };
+    parts.headers.remove(header::CONTENT_LENGTH);
+    let half = bytes.slice(..bytes.len() / 2);
+    let body = match fault {
+        Fault::Truncated => Body::from(half),
+        Fault::Malformed => Body::from([b"<html>".as_slice(), &half].concat()),
+        Fault::Reset => {
+            let broken = Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+            // A pause lets the first half leave before the connection ends.
+            let pause = Duration::from_millis(20);
+            let end = stream::once(async move {
+                tokio::time::sleep(pause).await;
+                broken
+            });
+            Body::from_stream(stream::once(async move { Ok(half) }).chain(end))
+        }
+        Fault::Drip => drip(bytes, faults),
+        _ => Body::from(bytes),
+    };
+    Response::from_parts(parts, body)
+}
+
+fn drip(bytes: Bytes, faults: &Faults) -> Body {
+    let pause = Duration::from_millis(faults.drip_ms);
+    let size = faults.drip_bytes;
+    let pieces = (0..bytes.len()).step_by(size).map(move |at| bytes.slice(at..bytes.len().min(at + size)));
+    Body::from_stream(stream::iter(pieces.collect::<Vec<_>>()).then(move |piece| async move {
+        tokio::time::sleep(pause).await;
+        Ok::<_, std::io::Error>(piece)
+    }))
+}
+
+fn oversized(bytes: usize) -> Body {
+    let piece = Bytes::from(vec![b' '; PIECE]);
+    Body::from_stream(stream::iter(
+        (0..bytes.div_ceil(PIECE)).map(move |_| Ok::<_, std::io::Error>(piece.clone())),
+    ))
+}
+
+fn bomb(bytes: usize) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    let piece = vec![b' '; PIECE];
+    for _ in 0..bytes.div_ceil(PIECE) {
+        // Writing to memory does not fail; a shorter bomb would still be one.
+        if encoder.write_all(&piece).is_err() {
+            break;
+        }
+    }
+    encoder.finish().unwrap_or_default()
+}
+
+fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
+    let mut answer = Response::new(Body::from(text));
+    *answer.status_mut() = status;
+    with_header(answer, header::CONTENT_TYPE, "application/json")
+}
+
+fn with_header(mut answer: Response<Body>, name: header::HeaderName, value: &str) -> Response<Body> {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        answer.headers_mut().insert(name, value);
+    }
+    answer
+}

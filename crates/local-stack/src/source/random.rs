@@ -1,0 +1,79 @@
+//! Numbers that look random and depend on the seed alone, the same in every version of every library: SplitMix64
+//! (Steele, Lea, Flood 2014) seeded by FNV-1a. Not for secrets.
+
+/// A sequence of numbers fixed by its seed.
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    /// The sequence of a text and up to any number of counters.
+    pub fn new(seed: &str, counters: &[u64]) -> Random {
+        const PRIME: u64 = 0x0000_0100_0000_01b3;
+        let mut state = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in seed.bytes() {
+            state = (state ^ u64::from(byte)).wrapping_mul(PRIME);
+        }
+        let mut random = Random(state);
+        for counter in counters {
+            random = Random(random.next() ^ counter.wrapping_mul(PRIME));
+        }
+        random
+    }
+
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`, which must be above 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    /// A number in `[0, 1)`.
+    pub fn fraction(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// One of a list separated by `|`.
+    pub fn pick(&mut self, list: &'static str) -> &'static str {
+        let count = list.split('|').count() as u64;
+        list.split('|').nth(self.below(count) as usize).unwrap_or(list)
+    }
+
+    /// `pattern` with `#` made a digit and `?` a capital letter; the first `#` is no 0.
+    pub fn fill(&mut self, pattern: &str) -> String {
+        let mut first = true;
+        pattern
+            .chars()
+            .map(|c| match c {
+                '#' => {
+                    let low = u64::from(std::mem::take(&mut first));
+                    char::from(b'0' + (low + self.below(10 - low)) as u8)
+                }
+                '?' => char::from(b'A' + self.below(26) as u8),
+                other => other,
+            })
+            .collect()
+    }
+
+    /// `count` lower-case hexadecimal digits.
+    pub fn hex(&mut self, count: usize) -> String {
+        let mut text = String::with_capacity(count + 16);
+        while text.len() < count {
+            text.push_str(&format!("{:016x}", self.next()));
+        }
+        text.truncate(count);
+        text
+    }
+
+    /// A version 4 UUID.
+    pub fn uuid(&mut self) -> uuid::Uuid {
+        let bits = (u128::from(self.next()) << 64) | u128::from(self.next());
+        uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
+    }
+}

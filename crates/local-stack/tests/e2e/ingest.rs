@@ -1,0 +1,270 @@
+//! Ingestion against a source that fails in every way it can, outages of both sides, and a backfill beside it all.
+
+use std::collections::BTreeSet;
+
+use local_stack::source::orders;
+use serde_json::{Value, json};
+
+use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
+
+const MINUTE_MS: i64 = 60_000;
+const HOUR_MS: i64 = 3_600_000;
+const DAY_MS: i64 = 86_400_000;
+
+fn rfc3339(ms: i64) -> String {
+    chrono::DateTime::from_timestamp_millis(ms).unwrap().to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
+}
+
+/// A fault, and what must become of an interval that is fetched while it is there.
+struct Case {
+    faults: Value,
+    /// Outcomes of the attempts.
+    outcomes: &'static [&'static str],
+    /// In the cause of the first attempt.
+    cause: &'static str,
+    status: Option<i32>,
+}
+
+const PASSES: &[&str] = &["failed", "succeeded"];
+const FINAL: &[&str] = &["failed"];
+const STAYS: &[&str] = &["failed", "failed", "failed"];
+
+fn cases() -> Vec<Case> {
+    let next = |kind: &str| json!({"faults": {kind: {"next": 1}}});
+    let always = |kind: &str| json!({"faults": {kind: {"rate": 1.0}}});
+    let case = |faults, outcomes, cause, status| Case { faults, outcomes, cause, status };
+    let large = |kind: &str| json!({"oversized_bytes": 4 << 20, "faults": {kind: {"next": 1}}});
+    let drip = json!({"drip_ms": 300, "drip_bytes": 4096, "faults": {"drip": {"next": 1}}});
+    let throttle = json!({"retry_after": "2", "faults": {"throttle": {"next": 1}}});
+    vec![
+        case(next("error"), PASSES, "answers 500", Some(500)),
+        case(always("error"), STAYS, "answers 500", Some(500)),
+        case(throttle, PASSES, "answers 429", Some(429)),
+        case(next("reset"), PASSES, "cannot be read", Some(200)),
+        case(drip, PASSES, "no complete answer within 2 s", Some(200)),
+        case(next("truncated"), PASSES, "the page is no JSON", Some(200)),
+        case(next("malformed"), PASSES, "the page is no JSON", Some(200)),
+        case(large("oversized"), FINAL, "larger than 1048576 bytes; raise", Some(200)),
+        case(large("bomb"), FINAL, "larger than 1048576 bytes unpacked", Some(200)),
+        case(always("endless"), FINAL, "endless pagination", None),
+        case(next("redirect"), FINAL, "redirects are not followed; http://169.254.169.254", Some(302)),
+        case(next("not_found"), FINAL, "answers 404", Some(404)),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_source_does_an_interval_ends_succeeded_or_failed_with_its_cause() {
+    let edit = |text: String| {
+        let retry =
+            "retry = { attempts = 3, backoff = \"100ms\", max_backoff = \"500ms\", deadline = \"60s\" }";
+        let limits = "limits = { page_bytes = 1048576, request_timeout = \"2s\" }";
+        text.replace("max_active_runs = 1", &format!("max_active_runs = 1\n{retry}"))
+            .replace("page_size = 200", &format!("page_size = 200\n{limits}"))
+    };
+    let pipeline = Pipeline::with_file("faults", "orders", edit).await;
+    pipeline.init().await;
+    let _source = pipeline.source().await;
+    let first_ms = (now_ms() - 2 * HOUR_MS).div_euclid(HOUR_MS) * HOUR_MS;
+    let interval =
+        |n: usize| (first_ms + n as i64 * 2 * MINUTE_MS, first_ms + (n as i64 + 1) * 2 * MINUTE_MS);
+    let cases = cases();
+    for (n, case) in cases.iter().enumerate() {
+        pipeline.faults(&case.faults).await;
+        let (from, to) = interval(n);
+        let output = pipeline
+            .run("ingest-producer", &["backfill", "--from", &rfc3339(from), "--to", &rfc3339(to)], &[])
+            .await;
+        let passes = case.outcomes.last() == Some(&"succeeded");
+        assert_eq!(
+            output.status.code(),
+            Some(i32::from(!passes)),
+            "{}: {}",
+            case.faults,
+            text(&output.stderr)
+        );
+    }
+    pipeline.faults(&json!({})).await;
+    let (runs, attempts, sent) = (pipeline.runs().await, pipeline.attempts().await, pipeline.sent().await);
+    let ids: BTreeSet<&str> = sent.keys().map(|(id, _)| id.as_str()).collect();
+    for (n, case) in cases.iter().enumerate() {
+        let (from, to) = interval(n);
+        let (run, of_run) = (&runs[&from], &attempts[&from]);
+        let outcomes: Vec<&str> = of_run.iter().map(|a| a.outcome.as_str()).collect();
+        assert_eq!(outcomes, case.outcomes, "{}: {of_run:?}", case.faults);
+        assert!(of_run[0].cause.contains(case.cause), "{}: {of_run:?}", case.faults);
+        assert_eq!(of_run[0].http_status, case.status, "{}: {of_run:?}", case.faults);
+        if *outcomes.last().unwrap() == "failed" {
+            assert!(run.state == "failed" && run.error.contains(case.cause), "{run:?}");
+            continue;
+        }
+        assert!(run.state == "succeeded" && run.error.is_empty() && run.records == run.acked, "{run:?}");
+        let expected = orders_of(from, to);
+        assert_eq!(run.records, expected.len() as i64, "{}", case.faults);
+        assert!(
+            expected.iter().all(|id| ids.contains(id.as_str())),
+            "{}: a record is not in Kafka",
+            case.faults
+        );
+    }
+    let throttled = &attempts[&interval(2).0];
+    let pause_ms = throttled[1].started_ms - throttled[0].ended_ms(0);
+    assert!(pause_ms >= 2000, "Retry-After: 2, but the next attempt came after {pause_ms} ms");
+}
+
+/// Ids of the orders of an interval.
+fn orders_of(from_ms: i64, to_ms: i64) -> Vec<String> {
+    let (mut ids, mut cursor) = (Vec::new(), None);
+    loop {
+        let page = orders::page(from_ms, to_ms, 1000, cursor.as_deref()).unwrap();
+        ids.extend(page.items.iter().map(|order| order["order"]["id"].as_str().unwrap().to_owned()));
+        cursor = page.next;
+        if cursor.is_none() {
+            return ids;
+        }
+    }
+}
+
+/// The default stream with short intervals of a few records, and a source that may be away for long.
+pub fn short_intervals(text: String, every: &str) -> String {
+    text.replace("every = \"1m\"", &format!("every = \"{every}\""))
+        .replace("catch_up = 10", "catch_up = 2000")
+        .replace(
+            "attempts = 5, backoff = \"1s\", max_backoff = \"1m\"",
+            "attempts = 100, backoff = \"200ms\", max_backoff = \"1s\"",
+        )
+        .replace("page_size = 500", "page_size = 5")
+        .replace("lateness = \"10m\"", "lateness = \"1h\"")
+}
+
+/// Intervals of each outage.
+const OUTAGE: i64 = 10;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_an_outage_of_the_source_and_one_of_the_producer_every_interval_is_there_once() {
+    let edit = |text| short_intervals(text, "2s").replace("catch_up = 2000", "catch_up = 5");
+    let mut pipeline = Pipeline::with_stream("outage", edit).await;
+    // A first start reaches back five intervals; from then on as far as the outage.
+    pipeline.init().await;
+    let source = pipeline.source().await;
+    let mut producer = pipeline.producer();
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    producer.ready().await;
+    wait_until("intervals succeed", SOON, || async {
+        pipeline.runs().await.values().filter(|run| run.state == "succeeded").count() >= 6
+    })
+    .await;
+    source.kill().await;
+    wait_until("ten intervals wait for the source", PATIENT, || async {
+        pipeline.runs().await.values().filter(|run| run.state != "succeeded").count() as i64 >= OUTAGE
+    })
+    .await;
+    producer.kill().await;
+    let killed_ms = now_ms();
+    wait_until("ten intervals went by", SOON, || async {
+        now_ms() > killed_ms + (OUTAGE + 1) * pipeline.interval_ms()
+    })
+    .await;
+    pipeline.edit_stream(|text| text.replace("catch_up = 5", "catch_up = 100"));
+    let _source = pipeline.source().await;
+    let mut producer = pipeline.producer();
+    producer.ready().await;
+    let until_ms = now_ms();
+    wait_until("all is caught up", PATIENT, || async { pipeline.succeeded_up_to(until_ms).await }).await;
+    producer.stop().await;
+    let checked = pipeline.assert_complete(until_ms - pipeline.interval_ms()).await;
+    assert!(checked as i64 > 2 * OUTAGE + 5, "{checked}");
+    let caught_up = pipeline.runs().await.values().filter(|run| run.run_type == "catch_up").count();
+    assert!(caught_up as i64 >= OUTAGE, "{caught_up} were caught up");
+    wait_until("the log is processed", PATIENT, || async {
+        pipeline.progress().await.next_offsets == pipeline.log_end(&pipeline.topic).await
+    })
+    .await;
+    pipeline.assert_counted_once(pipeline.sent().await.len() as i64).await;
+    processor.stop().await;
+}
+
+/// Records of an interval of [`short_intervals`]: two pages of five.
+const RECORDS: i64 = 10;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seven_days_are_backfilled_newest_first_beside_live_ingestion() {
+    let mut pipeline = Pipeline::with_stream("backfill", |text| {
+        short_intervals(text, "15m").replace("catch_up = 2000", "catch_up = 1")
+    })
+    .await;
+    pipeline.init().await;
+    let _source = pipeline.source().await;
+    let mut producer = pipeline.producer();
+    producer.ready().await;
+    wait_until("the first interval succeeds", SOON, || async {
+        pipeline.runs().await.values().any(|run| run.state == "succeeded")
+    })
+    .await;
+    producer.stop().await;
+    let to_ms = *pipeline.runs().await.keys().next().unwrap();
+    let from_ms = to_ms - 7 * DAY_MS;
+    // Before the start the first schedule holds: quarters of an hour. From its end on the new one: live ingestion.
+    pipeline.edit_stream(|text| {
+        text.replace("every = \"15m\"", "every = \"2s\"").replace("catch_up = 1", "catch_up = 2000")
+    });
+    let mut producer = pipeline.producer();
+    let mut processor = pipeline.processor("one");
+    producer.ready().await;
+    processor.ready().await;
+
+    let backfill = |more: &[&str], from_ms: i64| {
+        let (from, to) = (rfc3339(from_ms), rfc3339(to_ms));
+        let arguments: Vec<String> = ["backfill", "--from", &from, "--to", &to, "--newest-first"]
+            .iter()
+            .chain(more)
+            .map(|word| (*word).to_owned())
+            .collect();
+        let pipeline = &pipeline;
+        async move {
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let output = pipeline.run("ingest-producer", &arguments, &[]).await;
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            text(&output.stdout)
+        }
+    };
+    let announced = backfill(&["--dry-run"], from_ms).await;
+    let announced: Vec<String> =
+        announced.lines().filter(|line| line.contains(" to ")).map(|line| line[..20].to_owned()).collect();
+    assert_eq!(announced.len(), 7 * 24 * 4);
+    assert!(pipeline.runs().await.values().all(|run| run.run_type != "backfill"), "a dry run runs nothing");
+    let begun_ms = now_ms();
+    let words = backfill(&[], from_ms).await;
+    assert!(words.starts_with("backfill: 672 succeeded, 0 failed, 0 taken by others"), "{words}");
+    let runs = pipeline.runs().await;
+    let mut done: Vec<_> = runs.values().filter(|run| run.run_type == "backfill").collect();
+    // Where two began in the same millisecond, the newer one counts as first.
+    done.sort_by_key(|run| (run.started_ms, -run.start_ms));
+    let done: Vec<String> = done.iter().map(|run| rfc3339(run.start_ms)).collect();
+    assert_eq!(done, announced, "what ran, in the order of its beginning, is what the dry run said");
+    let beside = runs
+        .values()
+        .filter(|run| run.run_type != "backfill" && run.state == "succeeded" && run.finished_ms > begun_ms);
+    assert!(beside.count() >= 5, "live ingestion stood still");
+    producer.stop().await;
+    fetched_again(&pipeline, backfill(&["--reprocess", "completed"], to_ms - 6 * HOUR_MS)).await;
+    processor.stop().await;
+}
+
+/// The same intervals once more give the same events: the processor counts nothing twice.
+async fn fetched_again(pipeline: &Pipeline, again: impl Future<Output = String>) {
+    let processed = || async {
+        wait_until("the log is processed", PATIENT, || async {
+            pipeline.progress().await.next_offsets == pipeline.log_end(&pipeline.topic).await
+        })
+        .await;
+        pipeline.progress().await
+    };
+    let before = processed().await;
+    let words = again.await;
+    assert!(words.starts_with("backfill: 24 succeeded"), "{words}");
+    let after = processed().await;
+    assert_eq!(after.events, before.events);
+    assert_eq!(after.duplicates, before.duplicates + 24 * RECORDS);
+    pipeline.assert_counted_once(after.events).await;
+}

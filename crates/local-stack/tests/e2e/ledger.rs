@@ -1,0 +1,176 @@
+//! The run ledger and the events topic as they are, read without the producer's own code, and what the source would have
+//! given for an interval.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use local_stack::source::people;
+use rdkafka::message::OwnedMessage;
+use scylla::value::CqlTimestamp;
+
+use crate::harness::Pipeline;
+use crate::oracle::header;
+
+/// A row of `ingest_runs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    pub start_ms: i64,
+    pub end_ms: i64,
+    pub state: String,
+    pub run_type: String,
+    pub records: i64,
+    pub acked: i64,
+    pub error: String,
+    pub started_ms: i64,
+    pub finished_ms: i64,
+}
+
+/// A row of `ingest_attempts`.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    pub number: i32,
+    pub outcome: String,
+    pub cause: String,
+    pub http_status: Option<i32>,
+    pub started_ms: i64,
+    pub milliseconds: i64,
+}
+
+impl Attempt {
+    /// Until when somebody worked on it at most: one that was lost, until its lease ran out.
+    pub fn ended_ms(&self, lease_ms: i64) -> i64 {
+        self.started_ms + if self.outcome == "lost" { lease_ms } else { self.milliseconds }
+    }
+}
+
+impl Pipeline {
+    /// All runs, by interval start.
+    pub async fn runs(&self) -> BTreeMap<i64, Run> {
+        let query = format!(
+            "SELECT interval_start, interval_end, state, run_type, records, acked, error, started_at, finished_at \
+             FROM {}.ingest_runs",
+            self.keyspace
+        );
+        let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
+        type Row = (
+            CqlTimestamp,
+            CqlTimestamp,
+            String,
+            String,
+            Option<i64>,
+            Option<i64>,
+            Option<String>,
+            Option<CqlTimestamp>,
+            Option<CqlTimestamp>,
+        );
+        let runs = rows.rows::<Row>().unwrap().map(|row| {
+            let (start, end, state, run_type, records, acked, error, started, finished) = row.unwrap();
+            let run = Run {
+                start_ms: start.0,
+                end_ms: end.0,
+                state,
+                run_type,
+                records: records.unwrap_or(0),
+                acked: acked.unwrap_or(0),
+                error: error.unwrap_or_default(),
+                started_ms: started.map_or(0, |at| at.0),
+                finished_ms: finished.map_or(0, |at| at.0),
+            };
+            (start.0, run)
+        });
+        runs.collect()
+    }
+
+    /// The attempts of each run, by interval start, each in order.
+    pub async fn attempts(&self) -> BTreeMap<i64, Vec<Attempt>> {
+        let query = format!(
+            "SELECT interval_start, attempt, outcome, cause, http_status, started_at, milliseconds FROM {}.ingest_attempts",
+            self.keyspace
+        );
+        let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
+        type Row =
+            (CqlTimestamp, i32, String, Option<String>, Option<i32>, Option<CqlTimestamp>, Option<i64>);
+        let mut attempts: BTreeMap<i64, Vec<Attempt>> = BTreeMap::new();
+        for row in rows.rows::<Row>().unwrap() {
+            let (start, number, outcome, cause, http_status, started, milliseconds) = row.unwrap();
+            attempts.entry(start.0).or_default().push(Attempt {
+                number,
+                outcome,
+                cause: cause.unwrap_or_default(),
+                http_status,
+                started_ms: started.map_or(0, |at| at.0),
+                milliseconds: milliseconds.unwrap_or(0),
+            });
+        }
+        attempts.values_mut().for_each(|of_run| of_run.sort_by_key(|a| a.number));
+        attempts
+    }
+
+    /// Every event of the topic: (id, event time) → how often it was sent.
+    pub async fn sent(&self) -> BTreeMap<(String, i64), usize> {
+        let mut sent = BTreeMap::new();
+        for record in self.all_records(&self.topic).await {
+            *sent.entry(identity(&record)).or_default() += 1;
+        }
+        sent
+    }
+
+    /// Ids of the people whom the default stream's source gives for an interval.
+    pub fn people_of(&self, start_ms: i64) -> BTreeSet<String> {
+        let (size, seed) = (u64::from(self.definition.source.page_size), format!("user_created-{start_ms}"));
+        let people = (1..=2).flat_map(|page| (0..size).map(move |index| (page, index)));
+        people
+            .map(|(page, index)| {
+                people::person(&seed, page, index)["login"]["uuid"].as_str().unwrap().to_owned()
+            })
+            .collect()
+    }
+
+    /// No gap, no overlap from the first run up to `until_ms`; every run before that succeeded, and every one of its records
+    /// is in Kafka, with a time within its interval. Returns how many runs that are.
+    pub async fn assert_complete(&self, until_ms: i64) -> usize {
+        let (runs, sent) = (self.runs().await, self.sent().await);
+        let mut times: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
+        for (id, time_ms) in sent.keys() {
+            times.entry(id).or_default().push(*time_ms);
+        }
+        let mut at = *runs.keys().next().expect("a run");
+        let mut checked = 0;
+        for run in runs.values().take_while(|run| run.end_ms <= until_ms) {
+            assert_eq!(run.start_ms, at, "a gap or an overlap: {run:?}");
+            assert!(run.state == "succeeded" && run.records == run.acked, "{run:?}");
+            for id in self.people_of(run.start_ms) {
+                let found = times.get(id.as_str()).unwrap_or_else(|| panic!("{id} is not in Kafka: {run:?}"));
+                assert!(
+                    found.len() == 1 && (run.start_ms..run.end_ms).contains(&found[0]),
+                    "{id} at {found:?}: {run:?}"
+                );
+            }
+            at = run.end_ms;
+            checked += 1;
+        }
+        assert!(at + self.interval_ms() >= until_ms, "the ledger ends at {at}, before {until_ms}");
+        checked
+    }
+
+    /// Length of an interval of a stream with a plain schedule.
+    pub fn interval_ms(&self) -> i64 {
+        match self.definition.stream.schedule {
+            common::stream::Schedule::Every(ms) => ms,
+            common::stream::Schedule::Cron(_) => panic!("a cron schedule has no one length"),
+        }
+    }
+
+    /// Whether every interval that ended by `until_ms` has succeeded.
+    pub async fn succeeded_up_to(&self, until_ms: i64) -> bool {
+        let runs = self.runs().await;
+        let settled = runs.values().take_while(|run| run.state == "succeeded").last();
+        settled.is_some_and(|run| run.end_ms + self.interval_ms() > until_ms)
+    }
+}
+
+/// Id and event time, which together name an event.
+fn identity(record: &OwnedMessage) -> (String, i64) {
+    let time = header(record, "ce_time").expect("a time");
+    let time = chrono::DateTime::parse_from_rfc3339(&time).unwrap().timestamp_millis();
+    (header(record, "ce_id").expect("an id"), time)
+}

@@ -1,0 +1,271 @@
+//! The rules of CONTRIBUTING.md that a program can check, over the files that git tracks.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, helpers included")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const MOST_LINES: usize = 500;
+const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
+/// Modules that must stay pure: no async, no clock, no I/O, no logging.
+const PURE: [&str; 26] = [
+    "common/src/stream.rs",
+    "common/src/stream/parse.rs",
+    "common/src/stream/rules.rs",
+    "common/src/event.rs",
+    "common/src/schema.rs",
+    "common/src/run_ledger.rs",
+    "common/src/control.rs",
+    "common/src/windows.rs",
+    "ingest-producer/src/schedule.rs",
+    "ingest-producer/src/planner.rs",
+    "ingest-producer/src/source/request.rs",
+    "ingest-producer/src/source/paginate.rs",
+    "ingest-producer/src/source/extract.rs",
+    "stream-processor/src/chunk.rs",
+    "stream-processor/src/decode.rs",
+    "stream-processor/src/decode/value.rs",
+    "stream-processor/src/partition.rs",
+    "stream-processor/src/start.rs",
+    "stream-processor/src/write_plan.rs",
+    "stream-processor/src/windows.rs",
+    "stream-processor/src/windows/filter.rs",
+    "stream-processor/src/windows/hot.rs",
+    "stream-processor/src/windows/pane.rs",
+    "metrics-dashboard/src/rates.rs",
+    "metrics-dashboard/src/lag.rs",
+    "metrics-dashboard/src/overview.rs",
+];
+const IMPURE: [&str; 9] = [
+    "async fn",
+    ".await",
+    "tokio::",
+    "tracing::",
+    "SystemTime",
+    "Instant::now",
+    "Utc::now",
+    "std::fs",
+    "std::net",
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+/// Tracked files below `under` that end with `ending`; what git does not know yet and does not ignore counts too.
+fn files(under: &str, ending: &str) -> Vec<String> {
+    let listed = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard", "--", under])
+        .current_dir(root())
+        .output()
+        .expect("git lists the files");
+    let mut files: Vec<String> = String::from_utf8(listed.stdout)
+        .unwrap()
+        .lines()
+        .filter(|f| f.ends_with(ending) && root().join(f).is_file())
+        .map(str::to_owned)
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "no {ending} files below {under}");
+    files
+}
+
+fn read(file: &str) -> String {
+    std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
+}
+
+/// A source file without its tests.
+fn code(file: &str) -> String {
+    read(file).split("\n#[cfg(test)]").next().unwrap_or_default().to_owned()
+}
+
+fn is_test(file: &str) -> bool {
+    file.contains("/tests/") || file.ends_with("/tests.rs")
+}
+
+fn assert_none(broken: &[String], rule: &str) {
+    assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
+}
+
+#[test]
+fn every_file_opens_with_what_lives_in_it() {
+    let broken: Vec<_> = files("crates", ".rs").into_iter().filter(|f| !read(f).starts_with("//!")).collect();
+    assert_none(&broken, "a file opens with `//!`");
+}
+
+#[test]
+fn no_file_is_longer_than_a_reader_can_hold() {
+    let broken: Vec<_> = files("crates", ".rs")
+        .into_iter()
+        .filter_map(|f| Some((code(&f).lines().count(), f)).filter(|(lines, _)| *lines > MOST_LINES))
+        .map(|(lines, f)| format!("{f}: {lines} lines without tests, at most {MOST_LINES}"))
+        .collect();
+    assert_none(&broken, "files are short");
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    let marks = [["TO", "DO"].concat(), ["FIX", "ME"].concat(), ["#[ig", "nore"].concat()];
+    let mut broken = Vec::new();
+    for file in [files("crates", ".rs"), files("crates", ".ts"), files("crates", ".sh")].concat() {
+        for (number, line) in read(&file).lines().enumerate() {
+            if marks.iter().any(|mark| line.contains(mark.as_str())) {
+                broken.push(format!("{file}:{}: {}", number + 1, line.trim()));
+            }
+        }
+    }
+    assert_none(&broken, "no marks of unfinished work, no ignored test");
+}
+
+#[test]
+fn pure_modules_stay_pure() {
+    let mut broken = Vec::new();
+    for file in PURE {
+        let code = code(&format!("crates/{file}"));
+        for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
+            if let Some(word) = IMPURE.iter().find(|w| line.contains(**w)) {
+                broken.push(format!("crates/{file}: {word}"));
+            }
+        }
+    }
+    assert_none(&broken, "pure modules have no async, clock, I/O or logging");
+}
+
+#[test]
+fn only_config_reads_the_environment() {
+    let readers = ["env::var", "env::vars", "env::args"];
+    let broken: Vec<_> = files("crates", ".rs")
+        .into_iter()
+        .filter(|f| !f.ends_with("/config.rs") && !is_test(f))
+        .filter(|f| readers.iter().any(|r| code(f).contains(r)))
+        .collect();
+    assert_none(&broken, "only config.rs reads the environment");
+}
+
+#[test]
+fn the_services_never_import_each_other() {
+    let mut broken = Vec::new();
+    for service in SERVICES {
+        let manifest = read(&format!("crates/{service}/Cargo.toml"));
+        for other in SERVICES.iter().filter(|o| **o != service) {
+            if manifest.contains(&format!("{other}.workspace")) || manifest.contains(&format!("{other} =")) {
+                broken.push(format!("{service} imports {other}"));
+            }
+        }
+    }
+    let stack = read("crates/local-stack/Cargo.toml");
+    broken.extend(
+        SERVICES
+            .iter()
+            .filter(|s| stack.contains(&format!("{s}.")))
+            .map(|s| format!("local-stack imports {s}")),
+    );
+    assert_none(&broken, "services meet in common, Kafka and Cassandra only");
+}
+
+/// Names of metrics: string literals of `metrics.rs` with one of the pipeline's prefixes.
+fn metrics() -> BTreeSet<String> {
+    let prefixes = ["processor_", "ingest_", "dashboard_", "pipeline_"];
+    let mut names = BTreeSet::new();
+    for part in SERVICES.iter().chain(&["common"]) {
+        let code = code(&format!("crates/{part}/src/metrics.rs"));
+        for literal in code.split('"').skip(1).step_by(2) {
+            let is_name = literal.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+            if is_name && prefixes.iter().any(|p| literal.starts_with(p) && literal.len() > p.len()) {
+                names.insert(literal.to_owned());
+            }
+        }
+    }
+    assert!(names.len() > 20, "the metrics are no longer found in metrics.rs: {names:?}");
+    names
+}
+
+#[test]
+fn only_metrics_rs_names_metrics() {
+    let names = metrics();
+    let broken: Vec<_> = files("crates", ".rs")
+        .into_iter()
+        .filter(|f| SERVICES.iter().any(|s| f.starts_with(&format!("crates/{s}/src/"))))
+        .filter(|f| !f.ends_with("/metrics.rs") && !is_test(f))
+        .filter(|f| names.iter().any(|n| code(f).contains(&format!("\"{n}\""))))
+        .collect();
+    assert_none(&broken, "only metrics.rs names metrics");
+}
+
+#[test]
+fn every_metric_stands_in_a_dashboard_an_alert_or_the_readme() {
+    let mut shown = read("README.md");
+    for file in [files("grafana", ".json"), files("prometheus", ".yml")].concat() {
+        shown.push_str(&read(&file));
+    }
+    let broken: Vec<_> = metrics().into_iter().filter(|name| !shown.contains(name.as_str())).collect();
+    assert_none(&broken, "each metric is shown somewhere");
+}
+
+#[test]
+fn every_setting_stands_in_the_readme_with_its_default() {
+    let readme = read("README.md");
+    let mut broken = Vec::new();
+    for file in files("crates", "config.rs") {
+        let code = code(&file);
+        for (at, _) in code.match_indices("env = \"PIPELINE_") {
+            let name: String = code[at + 7..].chars().take_while(|c| *c != '"').collect();
+            let attribute = code[at..].split(")]").next().unwrap_or_default();
+            let default = attribute
+                .split("default_value_t = ")
+                .nth(1)
+                .or_else(|| attribute.split("default_value = \"").nth(1))
+                .map(|d| d.split([',', '"', ')']).next().unwrap_or_default().trim().replace('_', ""));
+            let row = readme.lines().find(|l| l.starts_with('|') && l.contains(&format!("`{name}`")));
+            match (row, default) {
+                (None, _) => broken.push(format!("{file}: {name} is not in the README's table")),
+                (Some(row), Some(default)) if !row.replace('_', "").contains(&default) => {
+                    broken.push(format!(
+                        "{file}: the README's row of {name} does not name its default {default}"
+                    ));
+                }
+                _ => {}
+            }
+        }
+    }
+    assert_none(&broken, "each setting is in the README with its default");
+}
+
+#[test]
+fn every_path_that_the_architecture_names_exists() {
+    let text = read("ARCHITECTURE.md");
+    let paths: Vec<&str> = text
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|p| {
+            p.contains('/')
+                && p.rsplit('.').next().is_some_and(|e| ["rs", "toml", "yml", "md", "ts"].contains(&e))
+        })
+        .filter(|p| !p.contains([' ', '{', '<', '*']))
+        .collect();
+    assert!(paths.len() > 10, "the map of ARCHITECTURE.md is no longer found");
+    let broken: Vec<_> = paths.into_iter().filter(|p| !root().join(p).exists()).map(str::to_owned).collect();
+    assert_none(&broken, "each path that ARCHITECTURE.md names exists");
+}
+
+#[test]
+fn no_committed_file_names_a_home_folder_or_a_package_registry() {
+    let words = [
+        ["/ro", "ot/"].concat(),
+        ["static.cr", "ates.io"].concat(),
+        ["registry.npm", "js.org"].concat(),
+        ["repo1.ma", "ven.org"].concat(),
+        ["repo.maven.ap", "ache.org"].concat(),
+    ];
+    let mut broken = Vec::new();
+    for file in files(".", "") {
+        // A lock file names the index in its own form.
+        if file == "Cargo.lock" {
+            continue;
+        }
+        let Ok(text) = std::fs::read_to_string(root().join(&file)) else { continue };
+        broken.extend(words.iter().filter(|w| text.contains(w.as_str())).map(|w| format!("{file}: {w}")));
+    }
+    assert_none(&broken, "no machine and no registry in a committed file");
+}

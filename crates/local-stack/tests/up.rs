@@ -1,0 +1,145 @@
+//! What `./run` says and leaves behind when it cannot start: the program itself, in a checkout that holds nothing.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use local_stack::config::Ports;
+use local_stack::process::Record;
+use tempfile::TempDir;
+
+/// "Within seconds", on a busy machine.
+const SECONDS: Duration = Duration::from_secs(30);
+
+static NEXT: AtomicU16 = AtomicU16::new(0);
+
+struct Checkout {
+    folder: TempDir,
+    base: u16,
+}
+
+impl Checkout {
+    /// A checkout whose cache holds the right folders and no server.
+    fn hollow() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for file in [
+            "crates/local-stack/Cargo.toml",
+            "cache/kafka-4.3.1/none.jar",
+            "cache/cassandra-5.0.9/jamm-0.jar",
+            "cache/jmx-agent-1.0.1/jmx_prometheus_javaagent-0.jar",
+            "cache/prometheus-debian/usr/bin/prometheus",
+            // Formatted already, so that the broker itself is what fails.
+            ".local/data/kafka/meta.properties",
+            "checkpoints/0.redb",
+            "checkpoints/.gitkeep",
+        ] {
+            let file = folder.path().join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, "").unwrap();
+        }
+        fs::create_dir_all(folder.path().join(".local/run")).unwrap();
+        // The tests run at once; each has twenty ports of its own.
+        let base = Ports::private().unwrap().kafka - 10_000 + 20 * NEXT.fetch_add(1, Ordering::Relaxed);
+        Self { folder, base }
+    }
+
+    fn call(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_local-stack"));
+        command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
+        command.env("PIPELINE_CACHE", self.folder.path().join("cache"));
+        command.env("PIPELINE_PORT_BASE", self.base.to_string());
+        command
+    }
+
+    fn run_folder(&self) -> PathBuf {
+        self.folder.path().join(".local/run")
+    }
+
+    fn records(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.run_folder()).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "json")).collect()
+    }
+}
+
+fn refused(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let line = said.lines().last().unwrap_or_default();
+    assert!(line.starts_with("fail ") && words.iter().all(|word| line.contains(word)), "{said}");
+}
+
+#[test]
+fn a_server_that_dies_at_start_is_named_with_its_log_and_nothing_is_left_running() {
+    let checkout = Checkout::hollow();
+    let since = Instant::now();
+    let output = checkout.call(&["up", "--servers-only"]);
+    refused(&output, &["ended while starting (exit code 1)", "log: ", ".local/logs/"]);
+    assert!(since.elapsed() < SECONDS);
+    assert_eq!(checkout.records(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_taken_port_is_named_with_the_way_out() {
+    let checkout = Checkout::hollow();
+    let taken = checkout.base + 2;
+    let _listener = TcpListener::bind(("127.0.0.1", taken)).unwrap();
+    let output = checkout.call(&["up", "--servers-only"]);
+    refused(&output, &[&format!("{taken} (cassandra)"), "--port-base"]);
+    assert_eq!(checkout.records(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn another_java_is_named_with_the_way_out() {
+    let checkout = Checkout::hollow();
+    let java = checkout.folder.path().join("jdk/bin/java");
+    fs::create_dir_all(java.parent().unwrap()).unwrap();
+    fs::write(&java, "#!/bin/sh\necho 'openjdk version \"21.0.2\" 2024-01-16' >&2\n").unwrap();
+    fs::set_permissions(&java, fs::Permissions::from_mode(0o755)).unwrap();
+    let home = checkout.folder.path().join("jdk");
+    let output = checkout.command(&["up", "--servers-only"]).env("JAVA_HOME", home).output().unwrap();
+    refused(&output, &["is Java 21", "needs 17", "JAVA_HOME"]);
+}
+
+#[test]
+fn what_runs_is_neither_started_twice_nor_reset() {
+    let checkout = Checkout::hollow();
+    Record::of_this_process("kafka").write(&checkout.run_folder()).unwrap();
+    refused(&checkout.call(&["up", "--servers-only"]), &["already running", "./run stop"]);
+    refused(&checkout.call(&["reset"]), &["kafka", "./run stop"]);
+    assert!(checkout.folder.path().join("checkpoints/0.redb").exists());
+}
+
+#[test]
+fn a_process_that_only_has_the_pid_of_a_part_is_never_killed() {
+    let checkout = Checkout::hollow();
+    let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
+    let mut record = Record::of_this_process("kafka");
+    record.pid = bystander.id();
+    // As if the part had ended long ago and the pid were given anew.
+    record.started_ticks -= 1;
+    record.write(&checkout.run_folder()).unwrap();
+    let output = checkout.call(&["stop"]);
+    let alive = bystander.try_wait().unwrap().is_none();
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    assert!(output.status.success() && alive);
+    assert_eq!(checkout.records(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn reset_removes_data_and_checkpoints_and_keeps_the_folder() {
+    let checkout = Checkout::hollow();
+    assert!(checkout.call(&["reset"]).status.success());
+    assert!(!checkout.folder.path().join(".local").exists());
+    assert!(!checkout.folder.path().join("checkpoints/0.redb").exists());
+    assert!(checkout.folder.path().join("checkpoints/.gitkeep").exists());
+}

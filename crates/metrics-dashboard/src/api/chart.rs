@@ -1,0 +1,93 @@
+//! `GET /api/v1/throughput?minutes=M`: events per second, and lag where it is remembered, in at most 2,000 points.
+
+use super::{Api, Refusal};
+use crate::rates::{self, History, Point, SETTLE_SECONDS, WINDOW_SECONDS};
+use axum::Json;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+
+/// Longest span of one chart: a week.
+const MAX_MINUTES: i64 = 7 * 24 * 60;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Asked {
+    minutes: Option<String>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Chart {
+    /// Seconds that one point stands for.
+    step_seconds: i64,
+    points: Vec<ChartPoint>,
+}
+
+#[derive(Serialize)]
+struct ChartPoint {
+    #[serde(flatten)]
+    rate: Point,
+    /// Worst within the step; null where this instance did not know it then.
+    lag_messages: Option<i64>,
+    lag_seconds: Option<f64>,
+}
+
+pub(super) async fn throughput(
+    State(api): State<Api>,
+    asked: Result<Query<Asked>, axum::extract::rejection::QueryRejection>,
+) -> Result<Json<Chart>, Refusal> {
+    let bad = |text: String| Refusal(StatusCode::BAD_REQUEST, text);
+    let Query(asked) = asked.map_err(|e| bad(format!("{e}; the one parameter is `minutes`")))?;
+    let seconds = 60 * minutes(asked.minutes.as_deref()).map_err(bad)?;
+    let unknown = |reason: String| Refusal(StatusCode::SERVICE_UNAVAILABLE, reason);
+    let store = api.connected_store().map_err(unknown)?;
+    let now = Utc::now().timestamp();
+    let history = if seconds <= WINDOW_SECONDS {
+        store.last_hour()
+    } else {
+        let _place = api.chart_reads.acquire().await.map_err(|e| unknown(e.to_string()))?;
+        store.minutes(now - seconds, now).await.map_err(|e| unknown(e.to_string()))?
+    };
+    let step = if seconds <= WINDOW_SECONDS { 1 } else { 60 };
+    Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, step))))
+}
+
+fn chart(api: &Api, history: &History, (now, seconds, step): (i64, i64, i64)) -> Chart {
+    let width = rates::width_for(seconds, step);
+    let to = now.div_euclid(width) * width;
+    let points = history.points(to - seconds.div_euclid(width) * width, to, width);
+    let with_lag = |lag: &mut crate::lag::LagHistory| {
+        let point = |rate: Point| {
+            let (lag_messages, lag_seconds) = lag.worst(rate.at, rate.at + width);
+            ChartPoint { rate, lag_messages, lag_seconds }
+        };
+        points.into_iter().map(point).collect()
+    };
+    Chart { step_seconds: width, points: api.board.with_lag(with_lag) }
+}
+
+fn minutes(asked: Option<&str>) -> Result<i64, String> {
+    let Some(text) = asked else { return Ok(15) };
+    match text.parse() {
+        Ok(minutes) if (1..=MAX_MINUTES).contains(&minutes) => Ok(minutes),
+        _ => Err(format!("minutes `{text}`: must be a whole number from 1 to {MAX_MINUTES}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn minutes_have_a_default_and_bounds() {
+        assert_eq!(minutes(None), Ok(15));
+        assert_eq!(minutes(Some("60")), Ok(60));
+        for bad in ["0", "-1", "10081", "x", "", "1.5", "99999999999999999999"] {
+            assert_eq!(
+                minutes(Some(bad)),
+                Err(format!("minutes `{bad}`: must be a whole number from 1 to 10080"))
+            );
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! The one file that orders effects. Two readers ask Cassandra and Kafka once a second, each at its own pace, so that one
+//! that is down does not hold up the other; the feed puts their latest answers together, exports them, and shows them to
+//! everybody who watches.
+//!
+//! An answer older than [`STALE_AFTER`] is none: its figures become unknown.
+
+use crate::error::{Error, Kind};
+use crate::kafka_view::KafkaView;
+use crate::lag::{LagHistory, LagSample};
+use crate::metrics::Metrics;
+use crate::overview::{Figure, KafkaFacts, Overview, StoreFacts, assemble};
+use crate::store::{Instance, Run, Store};
+use chrono::{DateTime, SecondsFormat, Utc};
+use common::admin::Health;
+use common::config::CommonArgs;
+use common::presence;
+use common::shutdown::Shutdown;
+use common::stream::Definition;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+use tokio_util::task::AbortOnDropHandle;
+
+/// Name of the dependency, in `/readyz` and in labels.
+pub const KAFKA: &str = "kafka";
+/// Name of the dependency, in `/readyz` and in labels.
+pub const CASSANDRA: &str = "cassandra";
+/// How often everything is read and sent.
+const REFRESH: Duration = Duration::from_secs(1);
+/// Age from which an answer counts as none.
+const STALE_AFTER: Duration = Duration::from_secs(5);
+/// Runs and services change seldom: they are read every so many refreshes.
+const ACTIVITY_EVERY: u32 = 3;
+/// After this long without an answer the session is made anew: the nodes may have new addresses.
+const REOPEN_AFTER: Duration = Duration::from_secs(30);
+
+/// What is watched.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    /// Its definition.
+    pub definition: Arc<Definition>,
+    /// Its events topic.
+    pub topic: String,
+    /// This instance's name, for table `services`.
+    pub instance: String,
+    /// How to reach the servers.
+    pub settings: CommonArgs,
+}
+
+/// The latest overview, and its JSON as sent to everybody.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// The figures.
+    pub overview: Overview,
+    /// The same as JSON, made once.
+    pub json: Arc<str>,
+}
+
+/// Runs and services as last read.
+#[derive(Debug, Clone)]
+pub struct Activity {
+    /// Latest ingest runs, newest first.
+    pub runs: Figure<Vec<Run>>,
+    /// Instances alive.
+    pub services: Figure<Vec<Instance>>,
+}
+
+/// Where the feed writes and the API reads.
+pub struct Board {
+    shown: watch::Sender<Arc<Shown>>,
+    activity: RwLock<Activity>,
+    lag: Mutex<LagHistory>,
+    store: RwLock<Option<Arc<Store>>>,
+}
+
+impl Board {
+    /// Nothing known yet.
+    pub fn new(stream: &str) -> Arc<Board> {
+        let nothing = || "not asked yet: the service has just started".to_owned();
+        let overview = assemble(stream, now(), &Err(nothing()), &Err(nothing()));
+        Arc::new(Board {
+            shown: watch::Sender::new(Arc::new(shown(overview))),
+            activity: RwLock::new(Activity { runs: Err(nothing()), services: Err(nothing()) }),
+            lag: Mutex::new(LagHistory::default()),
+            store: RwLock::new(None),
+        })
+    }
+
+    /// The overview, now and from now on.
+    pub fn watch(&self) -> watch::Receiver<Arc<Shown>> {
+        self.shown.subscribe()
+    }
+
+    /// Runs and services as last read.
+    pub fn activity(&self) -> Activity {
+        self.activity.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The session with Cassandra, where there is one.
+    pub fn store(&self) -> Option<Arc<Store>> {
+        self.store.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last hour's lag.
+    pub fn with_lag<T>(&self, act: impl FnOnce(&mut LagHistory) -> T) -> T {
+        act(&mut self.lag.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_store(&self, store: Option<Arc<Store>>) {
+        *self.store.write().unwrap_or_else(PoisonError::into_inner) = store;
+    }
+
+    fn set_activity(&self, activity: Activity) {
+        *self.activity.write().unwrap_or_else(PoisonError::into_inner) = activity;
+    }
+
+    fn show(&self, overview: Overview) {
+        let at = now_ms().div_euclid(1000);
+        let sample = LagSample { at, messages: overview.lag_messages, seconds: overview.lag_seconds };
+        self.with_lag(|lag| lag.push(sample));
+        self.shown.send_replace(Arc::new(shown(overview)));
+    }
+}
+
+/// The latest answer of a server.
+#[derive(Debug, Clone)]
+struct Reading<T> {
+    answered: Option<Instant>,
+    facts: Figure<T>,
+}
+
+impl<T: Clone> Reading<T> {
+    fn none() -> Reading<T> {
+        Reading { answered: None, facts: Err("not asked yet: the service has just started".to_owned()) }
+    }
+
+    /// The facts, unless they are too old to be true now.
+    fn fresh(&self, source: &str) -> Figure<T> {
+        match self.answered {
+            Some(at) if at.elapsed() > STALE_AFTER => {
+                Err(format!("{source} has not answered for over {} s", STALE_AFTER.as_secs()))
+            }
+            _ => self.facts.clone(),
+        }
+    }
+}
+
+/// Reads, shows and exports once a second until shutdown begins.
+pub async fn run(
+    stream: &Stream,
+    board: &Arc<Board>,
+    metrics: &Metrics,
+    (health, shutdown): (&Arc<Health>, &Shutdown),
+) {
+    let (store_answers, store_facts) = watch::channel(Reading::none());
+    let (kafka_answers, kafka_facts) = watch::channel(Reading::none());
+    let cassandra = CassandraReader {
+        stream: stream.clone(),
+        board: board.clone(),
+        metrics: metrics.clone(),
+        health: health.clone(),
+    };
+    tokio::spawn(cassandra.run(store_answers, shutdown.clone()));
+    tokio::spawn(read_kafka(
+        stream.clone(),
+        (store_facts.clone(), kafka_answers),
+        metrics.clone(),
+        shutdown.clone(),
+    ));
+    let mut ticks = tokio::time::interval(REFRESH);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = shutdown.begun() => break,
+            _ = ticks.tick() => {}
+        }
+        let store = store_facts.borrow().fresh(CASSANDRA);
+        let kafka = kafka_facts.borrow().fresh(KAFKA);
+        let overview = assemble(&stream.definition.stream.name, now(), &store, &kafka);
+        for (source, state) in [(CASSANDRA, store.map(drop)), (KAFKA, kafka.map(drop))] {
+            metrics.source(source, state.is_ok());
+            health.set(source, state);
+        }
+        metrics.overview(&overview);
+        board.show(overview);
+        health.beat();
+    }
+}
+
+struct CassandraReader {
+    stream: Stream,
+    board: Arc<Board>,
+    metrics: Metrics,
+    health: Arc<Health>,
+}
+
+impl CassandraReader {
+    async fn run(self, answers: watch::Sender<Reading<StoreFacts>>, shutdown: Shutdown) {
+        let mut ticks = tokio::time::interval(REFRESH);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failing_since: Option<Instant> = None;
+        let mut announcing: Option<AbortOnDropHandle<()>> = None;
+        for turn in 0u32.. {
+            tokio::select! {
+                () = shutdown.begun() => break,
+                _ = ticks.tick() => {}
+            }
+            let started = Instant::now();
+            let outcome = tokio::select! {
+                () = shutdown.begun() => break,
+                outcome = self.read(turn.is_multiple_of(ACTIVITY_EVERY), &shutdown) => outcome,
+            };
+            self.metrics.read(CASSANDRA, started.elapsed(), outcome.is_ok());
+            failing_since = outcome.is_err().then(|| failing_since.unwrap_or(started));
+            if failing_since.is_some_and(|since| since.elapsed() > REOPEN_AFTER) {
+                self.board.set_store(None);
+                announcing = None;
+                failing_since = None;
+            }
+            if let (None, Some(store)) = (&announcing, self.board.store()) {
+                announcing = Some(self.announce(&store, &shutdown));
+            }
+            if matches!(&outcome, Err(e) if e.kind() == Kind::Fatal) {
+                shutdown.begin();
+            }
+            let facts = outcome.map_err(|e| e.to_string());
+            if let Err(reason) = &facts {
+                self.board
+                    .set_activity(Activity { runs: Err(reason.clone()), services: Err(reason.clone()) });
+            }
+            answers.send_replace(Reading { answered: Some(Instant::now()), facts });
+        }
+    }
+
+    /// Says each second that this instance is alive, as long as the session is in use.
+    fn announce(&self, store: &Store, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
+        let who = presence::Instance {
+            keyspace: self.stream.settings.keyspace.clone(),
+            service: "metrics-dashboard",
+            instance: self.stream.instance.clone(),
+        };
+        let announcing = presence::announce(store.session(), who, self.health.clone(), shutdown.clone());
+        AbortOnDropHandle::new(tokio::spawn(announcing))
+    }
+
+    async fn read(&self, with_activity: bool, shutdown: &Shutdown) -> Result<StoreFacts, Error> {
+        let now = now_ms();
+        let store = match self.board.store() {
+            Some(store) => store,
+            None => {
+                let opened = Store::open(
+                    &self.stream.settings,
+                    &self.stream.definition,
+                    now.div_euclid(1000),
+                    shutdown,
+                );
+                let store = Arc::new(opened.await?);
+                self.board.set_store(Some(store.clone()));
+                store
+            }
+        };
+        let facts = store.read(now.div_euclid(1000)).await?;
+        if with_activity {
+            let (runs, services) = futures::join!(store.runs(now), store.services());
+            let (runs, services) = (runs.map_err(|e| e.to_string()), services.map_err(|e| e.to_string()));
+            self.board.set_activity(Activity { runs, services });
+        }
+        Ok(facts)
+    }
+}
+
+async fn read_kafka(
+    stream: Stream,
+    (progress, answers): (watch::Receiver<Reading<StoreFacts>>, watch::Sender<Reading<KafkaFacts>>),
+    metrics: Metrics,
+    shutdown: Shutdown,
+) {
+    let mut view = None;
+    let mut ticks = tokio::time::interval(REFRESH);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !shutdown.has_begun() {
+        tokio::select! {
+            () = shutdown.begun() => break,
+            _ = ticks.tick() => {}
+        }
+        let next_offsets: Option<BTreeMap<i32, i64>> = progress.borrow().fresh(CASSANDRA).ok().map(|facts| {
+            facts.progress.iter().map(|(partition, progress)| (*partition, progress.next_offset)).collect()
+        });
+        let started = Instant::now();
+        let (brokers, topic) = (stream.settings.kafka_brokers.clone(), stream.topic.clone());
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut view = view.map_or_else(|| KafkaView::new(&brokers, &topic), Ok)?;
+            let facts = view.read(next_offsets.as_ref());
+            Ok::<_, Error>((view, facts))
+        });
+        let facts = tokio::select! {
+            () = shutdown.begun() => break,
+            read = reading => match read {
+                Ok(Ok((used, facts))) => {
+                    view = Some(used);
+                    facts.map_err(|e| e.to_string())
+                }
+                Ok(Err(error)) => {
+                    view = None;
+                    Err(error.to_string())
+                }
+                Err(panicked) => {
+                    view = None;
+                    Err(format!("kafka: the reader failed: {panicked}"))
+                }
+            },
+        };
+        metrics.read(KAFKA, started.elapsed(), facts.is_ok());
+        answers.send_replace(Reading { answered: Some(Instant::now()), facts });
+    }
+}
+
+fn shown(overview: Overview) -> Shown {
+    // An overview is plain data with text keys: it always has a JSON form.
+    let json = serde_json::to_string(&overview).unwrap_or_default().into();
+    Shown { overview, json }
+}
+
+fn now_ms() -> i64 {
+    Utc::now().timestamp_millis()
+}
+
+fn now() -> (i64, String) {
+    let now: DateTime<Utc> = Utc::now();
+    (now.timestamp_millis(), now.to_rfc3339_opts(SecondsFormat::Millis, true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_answer_is_none() {
+        let at = Instant::now().checked_sub(STALE_AFTER + Duration::from_secs(1)).unwrap();
+        let old = Reading { answered: Some(at), facts: Ok(1) };
+        assert_eq!(old.fresh("kafka"), Err("kafka has not answered for over 5 s".to_owned()));
+        assert_eq!(Reading { answered: Some(Instant::now()), facts: Ok(1) }.fresh("kafka"), Ok(1));
+    }
+
+    #[test]
+    fn before_the_first_answer_every_figure_is_unknown_with_its_reason() {
+        let shown = Board::new("s").watch().borrow().clone();
+        assert_eq!(shown.overview.events_produced, None);
+        assert!(shown.overview.reasons["events_produced"].contains("just started"));
+        assert!(shown.json.contains("\"rows_written\":null"));
+    }
+}

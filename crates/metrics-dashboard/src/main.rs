@@ -1,0 +1,40 @@
+//! The binary: settings, logs, run, exit code.
+
+use metrics_dashboard::config::Config;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let config = Config::parse_all();
+    if config.common.print_config {
+        return print_settings(&config);
+    }
+    if let Err(mistake) = common::telemetry::init("metrics-dashboard", &config.common) {
+        return fail(&mistake, 2);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build() {
+        Ok(runtime) => runtime,
+        Err(cause) => return fail(&format!("cannot start threads: {cause}"), 1),
+    };
+    let outcome = runtime.block_on(metrics_dashboard::run(&config));
+    // A read of Kafka that is still waiting for its answer must not hold the process.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => fail(&format!("{error:#}"), 1),
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "what --print-config was asked for")]
+fn print_settings(config: &Config) -> ExitCode {
+    match serde_json::to_string_pretty(config) {
+        Ok(text) => println!("{text}"),
+        Err(cause) => return fail(&cause.to_string(), 1),
+    }
+    ExitCode::SUCCESS
+}
+
+#[expect(clippy::print_stderr, reason = "the last words of a process that cannot start")]
+fn fail(message: &str, code: u8) -> ExitCode {
+    eprintln!("metrics-dashboard: {message}");
+    ExitCode::from(code)
+}

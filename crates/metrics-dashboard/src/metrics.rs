@@ -1,0 +1,163 @@
+//! Every metric this service exports. A figure that is not known has no series at that moment, rather than a 0.
+
+use crate::overview::Overview;
+use common::metrics::Maker;
+use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use std::time::Duration;
+
+/// Upper bounds in seconds of the time one reading takes.
+const READ_SECONDS: [f64; 11] = [0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 60.0];
+
+/// Handles of all metrics; cloning shares them.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    stream: String,
+    up: IntGaugeVec,
+    reads: IntCounterVec,
+    read_seconds: HistogramVec,
+    watchers: IntGauge,
+    produced: IntGaugeVec,
+    records: IntGaugeVec,
+    rows: IntGaugeVec,
+    lag_messages: IntGaugeVec,
+    lag_seconds: GaugeVec,
+    rate: GaugeVec,
+    replicas: IntGaugeVec,
+}
+
+impl Metrics {
+    /// Registers everything for one stream.
+    pub fn new(stream: &str) -> prometheus::Result<Metrics> {
+        let make = Maker::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
+        let gauges = |name: &str, help: &str, labels: &[&str]| make.gauges(name, help, labels);
+        let most = make.gauge("dashboard_stream_watchers_limit", "Most feeds of events open at once.")?;
+        most.set(crate::api::MAX_WATCHERS as i64);
+        let reads = "Readings of a server, by outcome.";
+        let read_seconds = ("dashboard_read_seconds", "Time one reading took.");
+        let records = "Records dealt with according to Cassandra, by what became of them.";
+        let rate = "Rate over 10 s (now), the last hour (average), its best second (peak).";
+        let (of_stream, of_partition) = (["stream"], ["stream", "partition"]);
+        Ok(Metrics {
+            up: gauges("dashboard_source_up", "1 if the server answered lately, else 0.", &["source"])?,
+            reads: make.counters("dashboard_reads_total", reads, &["source", "outcome"])?,
+            read_seconds: make.histograms(read_seconds, &["source"], &READ_SECONDS)?,
+            watchers: make.gauge("dashboard_stream_watchers", "Open feeds of events.")?,
+            produced: gauges("dashboard_kafka_records", "Records ever written to the topic.", &of_stream)?,
+            records: gauges("dashboard_cassandra_records", records, &["stream", "outcome"])?,
+            rows: gauges("dashboard_cassandra_rows", "Event rows in Cassandra.", &of_stream)?,
+            lag_messages: gauges("dashboard_lag_messages", "Records that wait.", &of_partition)?,
+            lag_seconds: make.levels(
+                "dashboard_lag_seconds",
+                "Age of the first that waits.",
+                &of_partition,
+            )?,
+            rate: make.levels("dashboard_events_per_second", rate, &["stream", "span"])?,
+            replicas: gauges("dashboard_topic_replicas", "Copies, worst partition.", &["stream", "kind"])?,
+            stream: stream.to_owned(),
+            registry: make.registry,
+        }
+        .at_zero())
+    }
+
+    /// Series that mean something at 0 are there from the start.
+    fn at_zero(self) -> Metrics {
+        for source in [crate::feed::KAFKA, crate::feed::CASSANDRA] {
+            self.up.with_label_values(&[source]).set(0);
+            for outcome in ["ok", "error"] {
+                self.reads.with_label_values(&[source, outcome]).reset();
+            }
+            self.read_seconds.with_label_values(&[source]);
+        }
+        self
+    }
+
+    /// Where `/metrics` reads.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// How many feeds of events are open.
+    pub fn watchers(&self) -> &IntGauge {
+        &self.watchers
+    }
+
+    /// Notes one reading of a server.
+    pub fn read(&self, source: &str, took: Duration, ok: bool) {
+        self.reads.with_label_values(&[source, if ok { "ok" } else { "error" }]).inc();
+        self.read_seconds.with_label_values(&[source]).observe(took.as_secs_f64());
+    }
+
+    /// Notes whether a server's answers are fresh.
+    pub fn source(&self, source: &str, up: bool) {
+        self.up.with_label_values(&[source]).set(i64::from(up));
+    }
+
+    /// Exports an overview; what is null there loses its series.
+    pub fn overview(&self, overview: &Overview) {
+        let s = self.stream.as_str();
+        set(&self.produced, &[s], overview.events_produced);
+        set(&self.rows, &[s], overview.rows_written);
+        set(&self.records, &[s, "event"], overview.rows_written);
+        set(&self.records, &[s, "duplicate"], overview.duplicates);
+        set(&self.records, &[s, "dead_letter"], overview.dead_letters);
+        set(&self.records, &[s, "late_event"], overview.late);
+        set(&self.replicas, &[s, "factor"], overview.replication.map(|r| r.factor as i64));
+        set(&self.replicas, &[s, "in_sync"], overview.replication.map(|r| r.in_sync as i64));
+        set_float(&self.rate, &[s, "now"], overview.rate_now);
+        set_float(&self.rate, &[s, "average"], overview.rate_average);
+        set_float(&self.rate, &[s, "peak"], overview.rate_peak);
+        match &overview.partitions {
+            None => {
+                self.lag_messages.reset();
+                self.lag_seconds.reset();
+            }
+            Some(partitions) => {
+                for partition in partitions {
+                    let id = partition.partition.to_string();
+                    set(&self.lag_messages, &[s, &id], partition.lag_messages);
+                    set_float(&self.lag_seconds, &[s, &id], partition.lag_seconds);
+                }
+            }
+        }
+    }
+}
+
+fn set(gauge: &IntGaugeVec, labels: &[&str], value: Option<i64>) {
+    match value {
+        Some(value) => gauge.with_label_values(labels).set(value),
+        // Removing what is not there is no mistake.
+        None => drop(gauge.remove_label_values(labels)),
+    }
+}
+
+fn set_float(gauge: &GaugeVec, labels: &[&str], value: Option<f64>) {
+    match value {
+        Some(value) => gauge.with_label_values(labels).set(value),
+        None => drop(gauge.remove_label_values(labels)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::overview::{KafkaFacts, Progress, StoreFacts, assemble};
+    use crate::rates::Rates;
+    use prometheus::TextEncoder;
+
+    #[test]
+    fn a_figure_that_is_not_known_any_more_has_no_series() {
+        let metrics = Metrics::new("s").unwrap();
+        let text = || TextEncoder::new().encode_to_string(&metrics.registry().gather()).unwrap();
+        let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };
+        let rates = Rates { now: 1.0, average: 1.0, peak: 1.0 };
+        let store = Ok(StoreFacts { progress: [(0, progress)].into(), rates });
+        let down = || Err::<KafkaFacts, _>("down".to_owned());
+        metrics.overview(&assemble("s", (0, String::new()), &store, &down()));
+        assert!(text().contains("dashboard_cassandra_rows{stream=\"s\"} 7"), "{}", text());
+        assert!(!text().contains("dashboard_lag_messages{"), "{}", text());
+        metrics.overview(&assemble("s", (0, String::new()), &Err("down".to_owned()), &down()));
+        assert!(!text().contains("dashboard_cassandra_rows{"), "{}", text());
+        assert!(text().contains("dashboard_source_up{source=\"kafka\"} 0"), "{}", text());
+    }
+}

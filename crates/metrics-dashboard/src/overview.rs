@@ -1,0 +1,408 @@
+//! The overview: what is known about the pipeline right now, put together from facts. A figure that cannot be known is
+//! `null`, and `reasons` says why under the figure's own name; it is never 0 for want of an answer. Pure.
+
+use crate::lag::{self, Standing, Watermarks};
+use crate::rates::Rates;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A figure, or why it cannot be known.
+pub type Figure<T> = Result<T, String>;
+
+/// One row of table `partition_progress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Next offset to be processed.
+    pub next_offset: i64,
+    /// Events counted once each.
+    pub events: i64,
+    /// Copies of events already counted.
+    pub duplicates: i64,
+    /// Events that came after their lateness had passed (counted among `events` all the same).
+    pub late: i64,
+    /// Records that could not be taken.
+    pub dead_letters: i64,
+}
+
+impl Progress {
+    /// Records dealt with, whichever way.
+    pub fn processed(&self) -> i64 {
+        self.events + self.duplicates + self.dead_letters
+    }
+}
+
+/// What Cassandra said.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoreFacts {
+    /// Progress by Kafka partition; one without a row has processed nothing.
+    pub progress: BTreeMap<i32, Progress>,
+    /// Events per second.
+    pub rates: Rates,
+}
+
+/// What Kafka said of one partition.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PartitionFacts {
+    /// Its span of offsets.
+    pub log: Figure<Watermarks>,
+    /// Broker that leads it; `None`: it is offline.
+    pub leader: Option<i32>,
+    /// Copies it should have.
+    pub replicas: usize,
+    /// Copies that are up to date.
+    pub in_sync: usize,
+    /// Time stamp in Unix milliseconds of the record at an offset, where that record was read: `(offset, time)`.
+    pub record_time: Option<(i64, Figure<i64>)>,
+}
+
+/// What Kafka said.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct KafkaFacts {
+    /// By partition of the events topic.
+    pub partitions: BTreeMap<i32, PartitionFacts>,
+}
+
+/// How well the events topic is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicationVerdict {
+    /// Every copy is up to date, and there is more than one.
+    Healthy,
+    /// Every copy is up to date, but there is only one: a lost disk loses events.
+    SingleCopy,
+    /// A copy is behind or down.
+    UnderReplicated,
+    /// A partition has no leader: it can be neither written nor read.
+    Offline,
+}
+
+/// Replication of the events topic: the worst partition decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Replication {
+    /// Copies that each partition should have, at least.
+    pub factor: usize,
+    /// Copies up to date of the partition that has fewest.
+    pub in_sync: usize,
+    /// What follows.
+    pub verdict: ReplicationVerdict,
+}
+
+/// One partition in the overview.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PartitionOverview {
+    /// Kafka partition.
+    pub partition: i32,
+    /// First offset still in Kafka.
+    pub low_offset: Option<i64>,
+    /// Offset of the next record to be produced.
+    pub high_offset: Option<i64>,
+    /// Offset of the next record to be processed.
+    pub next_offset: Option<i64>,
+    /// Events counted once each, each a row.
+    pub events: Option<i64>,
+    /// Copies recognised.
+    pub duplicates: Option<i64>,
+    /// Late events.
+    pub late: Option<i64>,
+    /// Records that could not be taken.
+    pub dead_letters: Option<i64>,
+    /// Records that wait.
+    pub lag_messages: Option<i64>,
+    /// Age of the first record that waits.
+    pub lag_seconds: Option<f64>,
+    /// The position against the log.
+    pub standing: Option<Standing>,
+    /// Why a figure is null.
+    pub reasons: BTreeMap<&'static str, String>,
+}
+
+/// What `GET /api/v1/overview` answers and the feed sends each second.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Overview {
+    /// The stream's name.
+    pub stream: String,
+    /// When it was put together, RFC 3339.
+    pub as_of: String,
+    /// Records ever written to the events topic.
+    pub events_produced: Option<i64>,
+    /// Records dealt with: events, duplicates and dead letters.
+    pub events_processed: Option<i64>,
+    /// Rows in Cassandra: one per event.
+    pub rows_written: Option<i64>,
+    /// Copies recognised.
+    pub duplicates: Option<i64>,
+    /// Late events.
+    pub late: Option<i64>,
+    /// Records that could not be taken.
+    pub dead_letters: Option<i64>,
+    /// Records that wait, in all.
+    pub lag_messages: Option<i64>,
+    /// Age of the oldest record that waits.
+    pub lag_seconds: Option<f64>,
+    /// Events per second over the last hour.
+    pub rate_average: Option<f64>,
+    /// Events of the best second of the last hour.
+    pub rate_peak: Option<f64>,
+    /// Events per second over the last ten seconds.
+    pub rate_now: Option<f64>,
+    /// How well the events topic is copied.
+    pub replication: Option<Replication>,
+    /// By Kafka partition; null where neither Kafka nor Cassandra answers.
+    pub partitions: Option<Vec<PartitionOverview>>,
+    /// Why a figure is null.
+    pub reasons: BTreeMap<&'static str, String>,
+}
+
+/// Puts the overview of `stream` together as of `now_ms`, which `as_of` spells.
+pub fn assemble(
+    stream: &str,
+    (now_ms, as_of): (i64, String),
+    store: &Figure<StoreFacts>,
+    kafka: &Figure<KafkaFacts>,
+) -> Overview {
+    let mut reasons = BTreeMap::new();
+    let partitions = partitions(now_ms, store, kafka);
+    let sum = |of: fn(&Progress) -> i64| total(store, of);
+    let rate = |of: fn(&Rates) -> f64| store.as_ref().map(|s| of(&s.rates)).map_err(Clone::clone);
+    let mut note = Notes(&mut reasons);
+    Overview {
+        stream: stream.to_owned(),
+        as_of,
+        events_produced: note.take("events_produced", produced(kafka)),
+        events_processed: note.take("events_processed", sum(Progress::processed)),
+        rows_written: note.take("rows_written", sum(|p| p.events)),
+        duplicates: note.take("duplicates", sum(|p| p.duplicates)),
+        late: note.take("late", sum(|p| p.late)),
+        dead_letters: note.take("dead_letters", sum(|p| p.dead_letters)),
+        lag_messages: note.take(
+            "lag_messages",
+            all_lag(&partitions, "lag_messages", |p| p.lag_messages).map(|l| l.iter().sum()),
+        ),
+        lag_seconds: note.take(
+            "lag_seconds",
+            all_lag(&partitions, "lag_seconds", |p| p.lag_seconds).map(|l| l.into_iter().fold(0.0, f64::max)),
+        ),
+        rate_average: note.take("rate_average", rate(|r| r.average)),
+        rate_peak: note.take("rate_peak", rate(|r| r.peak)),
+        rate_now: note.take("rate_now", rate(|r| r.now)),
+        replication: note.take("replication", replication(kafka)),
+        partitions: note.take("partitions", partitions),
+        reasons,
+    }
+}
+
+/// Collects the reasons of figures that are not known.
+struct Notes<'a>(&'a mut BTreeMap<&'static str, String>);
+
+impl Notes<'_> {
+    fn take<T>(&mut self, name: &'static str, figure: Figure<T>) -> Option<T> {
+        figure.map_err(|reason| self.0.insert(name, reason)).ok()
+    }
+}
+
+fn total(store: &Figure<StoreFacts>, of: fn(&Progress) -> i64) -> Figure<i64> {
+    store.as_ref().map(|s| s.progress.values().map(of).sum()).map_err(Clone::clone)
+}
+
+fn produced(kafka: &Figure<KafkaFacts>) -> Figure<i64> {
+    let facts = kafka.as_ref().map_err(Clone::clone)?;
+    facts.partitions.values().map(|p| p.log.as_ref().map(|log| log.high).map_err(Clone::clone)).sum()
+}
+
+fn replication(kafka: &Figure<KafkaFacts>) -> Figure<Replication> {
+    let facts = kafka.as_ref().map_err(Clone::clone)?;
+    let of = |count: fn(&PartitionFacts) -> usize| facts.partitions.values().map(count).min().unwrap_or(0);
+    let (factor, in_sync) = (of(|p| p.replicas), of(|p| p.in_sync));
+    let verdict = if facts.partitions.values().any(|p| p.leader.is_none()) {
+        ReplicationVerdict::Offline
+    } else if facts.partitions.values().any(|p| p.in_sync < p.replicas) {
+        ReplicationVerdict::UnderReplicated
+    } else if factor <= 1 {
+        ReplicationVerdict::SingleCopy
+    } else {
+        ReplicationVerdict::Healthy
+    };
+    Ok(Replication { factor, in_sync, verdict })
+}
+
+fn all_lag<T: Copy>(
+    partitions: &Figure<Vec<PartitionOverview>>,
+    name: &'static str,
+    of: fn(&PartitionOverview) -> Option<T>,
+) -> Figure<Vec<T>> {
+    let unknown =
+        |p: &PartitionOverview| p.reasons.get(name).cloned().unwrap_or_else(|| "not known".to_owned());
+    let one = |p: &PartitionOverview| of(p).ok_or_else(|| unknown(p));
+    partitions.as_ref().map_err(Clone::clone)?.iter().map(one).collect()
+}
+
+fn partitions(
+    now_ms: i64,
+    store: &Figure<StoreFacts>,
+    kafka: &Figure<KafkaFacts>,
+) -> Figure<Vec<PartitionOverview>> {
+    let mut ids = BTreeSet::new();
+    if let Ok(facts) = store {
+        ids.extend(facts.progress.keys().copied());
+    }
+    if let Ok(facts) = kafka {
+        ids.extend(facts.partitions.keys().copied());
+    }
+    if let (Err(store), Err(kafka)) = (store, kafka) {
+        return Err(format!("{kafka}; {store}"));
+    }
+    Ok(ids.into_iter().map(|id| partition(id, now_ms, store, kafka)).collect())
+}
+
+fn partition(
+    id: i32,
+    now_ms: i64,
+    store: &Figure<StoreFacts>,
+    kafka: &Figure<KafkaFacts>,
+) -> PartitionOverview {
+    let progress =
+        store.as_ref().map(|s| s.progress.get(&id).copied().unwrap_or_default()).map_err(Clone::clone);
+    let facts = kafka.as_ref().map_err(Clone::clone).and_then(|k| {
+        k.partitions
+            .get(&id)
+            .ok_or_else(|| format!("the topic has no partition {id}, but progress of one is stored"))
+    });
+    let log = facts.clone().and_then(|p| p.log.clone());
+    let both = log.clone().and_then(|log| progress.clone().map(|p| (log, p.next_offset)));
+    let seconds =
+        both.clone().and_then(|(log, next)| lag_seconds(now_ms, log, next, facts.as_ref().ok().copied()));
+    let mut reasons = BTreeMap::new();
+    let mut note = Notes(&mut reasons);
+    let of = |field: fn(&Progress) -> i64| progress.as_ref().map(field).map_err(Clone::clone);
+    PartitionOverview {
+        partition: id,
+        low_offset: note.take("low_offset", log.clone().map(|l| l.low)),
+        high_offset: note.take("high_offset", log.map(|l| l.high)),
+        next_offset: note.take("next_offset", of(|p| p.next_offset)),
+        events: note.take("events", of(|p| p.events)),
+        duplicates: note.take("duplicates", of(|p| p.duplicates)),
+        late: note.take("late", of(|p| p.late)),
+        dead_letters: note.take("dead_letters", of(|p| p.dead_letters)),
+        lag_messages: note.take("lag_messages", both.clone().map(|(log, next)| lag::messages(log, next))),
+        lag_seconds: note.take("lag_seconds", seconds),
+        standing: note.take("standing", both.map(|(log, next)| lag::standing(log, next))),
+        reasons,
+    }
+}
+
+/// 0 when nothing waits. The time stamp may be of an offset that was passed since: then it overstates by less than one
+/// refresh, which is better than not knowing.
+fn lag_seconds(
+    now_ms: i64,
+    log: Watermarks,
+    next_offset: i64,
+    facts: Option<&PartitionFacts>,
+) -> Figure<f64> {
+    let Some(first) = lag::first_waiting(log, next_offset) else { return Ok(0.0) };
+    match facts.and_then(|f| f.record_time.as_ref()) {
+        Some((_, Ok(time))) => Ok(lag::seconds(now_ms, *time)),
+        Some((_, Err(reason))) => Err(reason.clone()),
+        None => Err(format!("kafka: the record at offset {first} has not been read yet")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kafka_partition(low: i64, high: i64) -> PartitionFacts {
+        PartitionFacts {
+            log: Ok(Watermarks { low, high }),
+            leader: Some(1),
+            replicas: 1,
+            in_sync: 1,
+            record_time: None,
+        }
+    }
+
+    fn kafka() -> KafkaFacts {
+        let behind = PartitionFacts { record_time: Some((40, Ok(7_500))), ..kafka_partition(0, 100) };
+        KafkaFacts { partitions: [(0, behind), (1, kafka_partition(0, 50))].into() }
+    }
+
+    fn store() -> StoreFacts {
+        let first = Progress { next_offset: 40, events: 36, duplicates: 3, late: 2, dead_letters: 1 };
+        let second = Progress { next_offset: 50, events: 50, ..Progress::default() };
+        StoreFacts {
+            progress: [(0, first), (1, second)].into(),
+            rates: Rates { now: 5.0, average: 2.5, peak: 40.0 },
+        }
+    }
+
+    fn overview(store: Figure<StoreFacts>, kafka: Figure<KafkaFacts>) -> Overview {
+        assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &store, &kafka)
+    }
+
+    #[test]
+    fn with_both_servers_up_every_figure_is_known() {
+        insta::assert_json_snapshot!(overview(Ok(store()), Ok(kafka())));
+    }
+
+    #[test]
+    fn without_kafka_what_cassandra_knows_is_still_shown_and_lag_is_not() {
+        let o = overview(Ok(store()), Err("kafka: down".into()));
+        assert_eq!(
+            (o.events_produced, o.lag_messages, o.lag_seconds, o.replication),
+            (None, None, None, None)
+        );
+        assert_eq!((o.events_processed, o.rows_written), (Some(90), Some(86)));
+        for name in ["events_produced", "lag_messages", "lag_seconds", "replication"] {
+            assert_eq!(o.reasons.get(name).map(String::as_str), Some("kafka: down"), "{name}");
+        }
+        assert_eq!(o.partitions.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn without_cassandra_nothing_processed_is_claimed() {
+        let o = overview(Err("cassandra: down".into()), Ok(kafka()));
+        assert_eq!(o.events_produced, Some(150));
+        assert_eq!(
+            (o.events_processed, o.rows_written, o.rate_now, o.lag_messages),
+            (None, None, None, None)
+        );
+        assert_eq!(o.reasons["lag_messages"], "cassandra: down");
+    }
+
+    #[test]
+    fn without_either_only_reasons_are_left() {
+        let o = overview(Err("cassandra: down".into()), Err("kafka: down".into()));
+        let json = serde_json::to_value(&o).unwrap();
+        for (name, value) in json.as_object().unwrap() {
+            let known = ["stream", "as_of", "reasons"].contains(&name.as_str());
+            assert_eq!(value.is_null(), !known, "{name}");
+            assert_eq!(o.reasons.contains_key(name.as_str()), !known, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_partition_without_a_progress_row_has_processed_nothing() {
+        let mut facts = store();
+        facts.progress.remove(&1);
+        let o = overview(Ok(facts), Ok(kafka()));
+        assert_eq!(o.lag_messages, Some(110));
+        assert_eq!(o.lag_seconds, None);
+        assert!(o.reasons["lag_seconds"].contains("offset 0 has not been read"), "{:?}", o.reasons);
+    }
+
+    #[test]
+    fn the_worst_partition_decides_about_replication() {
+        let verdict = |change: fn(&mut PartitionFacts)| {
+            let mut facts = kafka();
+            for partition in facts.partitions.values_mut() {
+                (partition.replicas, partition.in_sync) = (3, 3);
+            }
+            facts.partitions.entry(1).and_modify(change);
+            overview(Ok(store()), Ok(facts)).replication.unwrap()
+        };
+        let healthy = Replication { factor: 3, in_sync: 3, verdict: ReplicationVerdict::Healthy };
+        assert_eq!(verdict(|_| {}), healthy);
+        let under = Replication { factor: 3, in_sync: 2, verdict: ReplicationVerdict::UnderReplicated };
+        assert_eq!(verdict(|p| p.in_sync = 2), under);
+        assert_eq!(verdict(|p| p.leader = None).verdict, ReplicationVerdict::Offline);
+    }
+}

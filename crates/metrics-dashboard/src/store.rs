@@ -1,0 +1,340 @@
+//! What Cassandra says: progress, throughput, the services that are alive, the latest runs. Reads only. When to ask is
+//! the feed's.
+
+use crate::error::Error;
+use crate::overview::{Progress, StoreFacts};
+use crate::rates::{History, Sample, WINDOW_SECONDS};
+use common::config::CommonArgs;
+use common::event::floor_to;
+use common::pane_reader::PaneReader;
+use common::schema::THROUGHPUT_RESOLUTIONS;
+use common::shutdown::Shutdown;
+use common::stream::Definition;
+use futures::TryStreamExt;
+use scylla::client::session::Session;
+use scylla::errors::{DbError, PrepareError, RequestAttemptError};
+use scylla::statement::prepared::PreparedStatement;
+use scylla::value::CqlTimestamp;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+/// Longest wait for a connection before the reason is shown.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How far back rows are read again: the processor writes some of them late.
+const OVERLAP_SECONDS: i64 = 30;
+/// Runs listed.
+const RUNS: i32 = 25;
+/// How far back the total before the hour is searched for, in rows of one minute.
+const BASELINE_SECONDS: i64 = 2 * 86_400;
+/// The services whose instances are listed.
+const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
+const SECONDS: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[0];
+const MINUTES: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[1];
+const DAY_MS: i64 = 86_400_000;
+
+/// A row of `ingest_runs`; times in Unix milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Run {
+    /// First millisecond of the interval.
+    pub interval_start: i64,
+    /// First millisecond after it.
+    pub interval_end: Option<i64>,
+    /// `scheduled`, `running`, `retrying`, `succeeded` or `failed`.
+    pub state: Option<String>,
+    /// `scheduled`, `catch_up` or `backfill`.
+    pub run_type: Option<String>,
+    /// Attempts begun.
+    pub attempt: Option<i32>,
+    /// Records fetched.
+    pub records: Option<i64>,
+    /// Records that Kafka has acknowledged.
+    pub acked: Option<i64>,
+    /// When the attempt began.
+    pub started_at: Option<i64>,
+    /// When it ended.
+    pub finished_at: Option<i64>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// A row of `services`: an instance seen within the last minute.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Instance {
+    /// Name of the service.
+    pub service: String,
+    /// Name of the instance.
+    pub instance: String,
+    /// Its version.
+    pub version: Option<String>,
+    /// Since when it runs, in Unix milliseconds.
+    pub started_at: Option<i64>,
+    /// When it last said so, in Unix milliseconds.
+    pub seen_at: Option<i64>,
+    /// Whether it is ready.
+    pub ready: Option<bool>,
+}
+
+/// A session with its prepared statements, and the last hour's throughput.
+pub struct Store {
+    session: Arc<Session>,
+    stream: String,
+    statements: Statements,
+    panes: PaneReader,
+    zero_at_start: bool,
+    seconds: RwLock<Seconds>,
+}
+
+struct Seconds {
+    history: History,
+    /// Up to where rows have been read, in Unix seconds.
+    read_until: i64,
+}
+
+struct Statements {
+    progress: PreparedStatement,
+    throughput: PreparedStatement,
+    services: PreparedStatement,
+    runs: PreparedStatement,
+}
+
+/// The driver's first line; the others explain its insides.
+fn failed(error: impl std::fmt::Display) -> Error {
+    let text = error.to_string();
+    Error::Cassandra(text.lines().next().unwrap_or_default().to_owned())
+}
+
+/// Cassandra's own words where it refused, without the driver's around them.
+fn not_prepared(error: PrepareError) -> Error {
+    match error {
+        PrepareError::AllAttemptsFailed {
+            first_attempt: RequestAttemptError::DbError(DbError::Invalid, words),
+        } => Error::NoTables(words),
+        error => failed(error),
+    }
+}
+
+impl Store {
+    /// Connects, prepares, and reads the last hour. `now` in Unix seconds.
+    pub async fn open(
+        settings: &CommonArgs,
+        definition: &Definition,
+        now: i64,
+        shutdown: &Shutdown,
+    ) -> Result<Store, Error> {
+        let stream = definition.stream.name.as_str();
+        let session = common::cassandra::connect(settings, CONNECT_LIMIT, shutdown).await?;
+        let statements = Statements::prepare(&session, &settings.keyspace).await?;
+        let panes = PaneReader::new(session.clone(), &settings.keyspace, definition).await?;
+        let created_at = created_at(&session, &settings.keyspace, stream).await?;
+        let baseline_from = now - WINDOW_SECONDS - BASELINE_SECONDS;
+        let zero_at_start = created_at.is_some_and(|at| at / 1000 > baseline_from);
+        let seconds = RwLock::new(Seconds {
+            history: History::new(i64::from(SECONDS.0), zero_at_start),
+            read_until: 0,
+        });
+        let store = Store { session, stream: stream.to_owned(), statements, panes, zero_at_start, seconds };
+        store.load_history(now).await?;
+        Ok(store)
+    }
+
+    /// Progress and rates as of `now` (Unix seconds).
+    pub async fn read(&self, now: i64) -> Result<StoreFacts, Error> {
+        let since = self.with_seconds(|s| s.read_until) - OVERLAP_SECONDS;
+        let (progress, samples) = futures::try_join!(self.progress(), self.samples(SECONDS, since, now + 1))?;
+        let rates = self.with_seconds(|s| {
+            samples.into_iter().for_each(|sample| s.history.observe(sample));
+            s.history.forget_before(now - WINDOW_SECONDS);
+            s.read_until = now;
+            s.history.rates(now)
+        });
+        Ok(StoreFacts { progress, rates })
+    }
+
+    /// The last hour in steps of a second, as last read.
+    pub fn last_hour(&self) -> History {
+        self.with_seconds(|s| s.history.clone())
+    }
+
+    /// Steps of a minute in `[from, to)`, in Unix seconds.
+    pub async fn minutes(&self, from: i64, to: i64) -> Result<History, Error> {
+        let mut history = History::new(i64::from(MINUTES.0), self.zero_at_start);
+        for sample in self.samples(MINUTES, from - DAY_MS / 1000, to).await? {
+            history.observe(sample);
+        }
+        history.forget_before(from);
+        Ok(history)
+    }
+
+    /// The latest runs of today and yesterday, newest first. `now_ms` in Unix milliseconds.
+    pub async fn runs(&self, now_ms: i64) -> Result<Vec<Run>, Error> {
+        let today = floor_to(now_ms, DAY_MS);
+        let (mut runs, yesterday) =
+            futures::try_join!(self.runs_of_day(today), self.runs_of_day(today - DAY_MS))?;
+        runs.extend(yesterday);
+        runs.truncate(usize::try_from(RUNS).unwrap_or(0));
+        Ok(runs)
+    }
+
+    /// All instances seen within the last minute.
+    pub async fn services(&self) -> Result<Vec<Instance>, Error> {
+        let mut all = Vec::new();
+        for service in SERVICES {
+            let found =
+                self.session.execute_unpaged(&self.statements.services, (service,)).await.map_err(failed)?;
+            let found = found.into_rows_result().map_err(failed)?;
+            type Row = (String, Option<String>, Option<CqlTimestamp>, Option<CqlTimestamp>, Option<bool>);
+            for row in found.rows::<Row>().map_err(failed)? {
+                let (instance, version, started_at, seen_at, ready) = row.map_err(failed)?;
+                let (started_at, seen_at) = (started_at.map(|t| t.0), seen_at.map(|t| t.0));
+                all.push(Instance {
+                    service: service.to_owned(),
+                    instance,
+                    version,
+                    started_at,
+                    seen_at,
+                    ready,
+                });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Pane rows, for windows.
+    pub fn panes(&self) -> &PaneReader {
+        &self.panes
+    }
+
+    /// The session, for who announces this instance over it.
+    pub fn session(&self) -> Arc<Session> {
+        self.session.clone()
+    }
+
+    fn with_seconds<T>(&self, act: impl FnOnce(&mut Seconds) -> T) -> T {
+        act(&mut self.seconds.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The hour in seconds, and before it the minutes, which tell from which totals the hour began.
+    async fn load_history(&self, now: i64) -> Result<(), Error> {
+        let hour = floor_to(now - WINDOW_SECONDS, i64::from(MINUTES.0));
+        let (before, within) = futures::try_join!(
+            self.samples(MINUTES, hour - BASELINE_SECONDS, hour),
+            self.samples(SECONDS, hour, now + 1)
+        )?;
+        self.with_seconds(|s| {
+            before.into_iter().chain(within).for_each(|sample| s.history.observe(sample));
+            s.history.forget_before(now - WINDOW_SECONDS);
+            s.read_until = now;
+        });
+        Ok(())
+    }
+
+    async fn progress(&self) -> Result<BTreeMap<i32, Progress>, Error> {
+        let found =
+            self.session.execute_unpaged(&self.statements.progress, (&self.stream,)).await.map_err(failed)?;
+        let found = found.into_rows_result().map_err(failed)?;
+        type Row = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
+        let mut progress = BTreeMap::new();
+        for row in found.rows::<Row>().map_err(failed)? {
+            let (partition, next_offset, events, duplicates, late, dead_letters) = row.map_err(failed)?;
+            let row = Progress {
+                next_offset: next_offset.unwrap_or(0),
+                events: events.unwrap_or(0),
+                duplicates: duplicates.unwrap_or(0),
+                late: late.unwrap_or(0),
+                dead_letters: dead_letters.unwrap_or(0),
+            };
+            progress.insert(partition, row);
+        }
+        Ok(progress)
+    }
+
+    /// Rows of `throughput` with `from <= at < to`, in Unix seconds, slot by slot.
+    async fn samples(&self, resolution: (i32, i64, i64), from: i64, to: i64) -> Result<Vec<Sample>, Error> {
+        let (step, slot_seconds, _) = resolution;
+        let mut samples = Vec::new();
+        let mut slot = floor_to(from, slot_seconds);
+        while slot < to {
+            let (slot_at, from_at, to_at) = (ms(slot), ms(from.max(slot)), ms(to.min(slot + slot_seconds)));
+            let key = (&self.stream, step, slot_at, from_at, to_at);
+            let rows =
+                self.session.execute_iter(self.statements.throughput.clone(), key).await.map_err(failed)?;
+            let mut rows = rows.rows_stream::<(CqlTimestamp, i32, Option<i64>)>().map_err(failed)?;
+            while let Some((at, partition, total)) = rows.try_next().await.map_err(failed)? {
+                samples.extend(total.map(|total| Sample { partition, at: at.0.div_euclid(1000), total }));
+            }
+            slot += slot_seconds;
+        }
+        Ok(samples)
+    }
+
+    async fn runs_of_day(&self, day_ms: i64) -> Result<Vec<Run>, Error> {
+        let key = (&self.stream, CqlTimestamp(day_ms), RUNS);
+        let found = self.session.execute_unpaged(&self.statements.runs, key).await.map_err(failed)?;
+        let found = found.into_rows_result().map_err(failed)?;
+        type At = Option<CqlTimestamp>;
+        type Text = Option<String>;
+        type Row = (CqlTimestamp, At, Text, Text, Option<i32>, Option<i64>, Option<i64>, At, At, Text);
+        let mut runs = Vec::new();
+        for row in found.rows::<Row>().map_err(failed)? {
+            let (start, end, state, run_type, attempt, records, acked, started, finished, error) =
+                row.map_err(failed)?;
+            runs.push(Run {
+                interval_start: start.0,
+                interval_end: end.map(|t| t.0),
+                state,
+                run_type,
+                attempt,
+                records,
+                acked,
+                started_at: started.map(|t| t.0),
+                finished_at: finished.map(|t| t.0),
+                error,
+            });
+        }
+        Ok(runs)
+    }
+}
+
+impl Statements {
+    async fn prepare(session: &Session, keyspace: &str) -> Result<Statements, Error> {
+        let prepare =
+            async |cql: String| session.prepare(cql).await.map_err(|e| Error::NoTables(e.to_string()));
+        Ok(Statements {
+            progress: prepare(format!(
+                "SELECT kafka_partition, next_offset, events, duplicates, late, dead_letters \
+                 FROM {keyspace}.partition_progress WHERE stream = ?"
+            ))
+            .await?,
+            throughput: prepare(format!(
+                "SELECT at, kafka_partition, total FROM {keyspace}.throughput \
+                 WHERE stream = ? AND resolution = ? AND slot = ? AND at >= ? AND at < ?"
+            ))
+            .await?,
+            services: prepare(format!(
+                "SELECT instance, version, started_at, seen_at, ready FROM {keyspace}.services WHERE service = ?"
+            ))
+            .await?,
+            runs: prepare(format!(
+                "SELECT interval_start, interval_end, state, run_type, attempt, records, acked, started_at, \
+                 finished_at, error FROM {keyspace}.ingest_runs WHERE stream = ? AND day = ? \
+                 ORDER BY interval_start DESC LIMIT ?"
+            ))
+            .await?,
+        })
+    }
+}
+
+/// When `init` made the stream, in Unix milliseconds.
+async fn created_at(session: &Session, keyspace: &str, stream: &str) -> Result<Option<i64>, Error> {
+    let query = format!("SELECT created_at FROM {keyspace}.streams WHERE stream = ?");
+    let statement = session.prepare(query).await.map_err(not_prepared)?;
+    let found = session.execute_unpaged(&statement, (stream,)).await.map_err(failed)?;
+    let row = found.into_rows_result().map_err(failed)?.maybe_first_row::<(Option<CqlTimestamp>,)>();
+    Ok(row.map_err(failed)?.and_then(|(at,)| at).map(|at| at.0))
+}
+
+fn ms(seconds: i64) -> CqlTimestamp {
+    CqlTimestamp(seconds * 1000)
+}

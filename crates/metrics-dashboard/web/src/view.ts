@@ -1,0 +1,212 @@
+// Puts figures into the elements of index.html. What is null is shown as unknown, with its reason.
+
+import type { Instance, Listed, Overview, Partition, Replication, Run } from "./api";
+import type { Standing } from "./connection";
+import { clock, count, gist, rate, span, words } from "./format";
+
+type Figures = { [K in keyof Overview]?: (value: NonNullable<Overview[K]>) => string };
+
+const FIGURES: Figures = {
+  rate_now: rate,
+  rate_average: rate,
+  rate_peak: rate,
+  events_produced: count,
+  events_processed: count,
+  rows_written: count,
+  duplicates: count,
+  late: count,
+  dead_letters: count,
+  lag_messages: count,
+  lag_seconds: span,
+  replication: (r: Replication) => VERDICTS[r.verdict],
+};
+
+const VERDICTS: Record<Replication["verdict"], string> = {
+  healthy: "Healthy",
+  single_copy: "Single copy",
+  under_replicated: "Under-replicated",
+  offline: "Offline",
+};
+
+const STANDINGS: Record<NonNullable<Partition["standing"]>, string> = {
+  current: "up to date",
+  behind: "behind",
+  history_lost: "history lost",
+  beyond_the_end: "beyond the end",
+};
+
+function element(id: string): HTMLElement {
+  const found = document.getElementById(id);
+  if (found === null) throw new Error(`index.html has no element ${id}`);
+  return found;
+}
+
+function setText(node: Element, text: string): void {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+export function showConnection({ state, text }: Standing): void {
+  document.documentElement.dataset["connection"] = state;
+  setText(element("connection"), text);
+}
+
+export function showOverview(overview: Overview): void {
+  setText(element("stream"), overview.stream);
+  setText(element("as-of"), `${overview.as_of.slice(11, 19)} UTC`);
+  document.title = overview.rate_now === null ? `${overview.stream}: unknown` : `${rate(overview.rate_now)}/s ${overview.stream}`;
+  for (const [name, format] of Object.entries(FIGURES) as [keyof Overview, (value: unknown) => string][]) {
+    const value = overview[name];
+    for (const node of document.querySelectorAll(`[data-figure="${name}"]`)) {
+      node.classList.toggle("unknown", value === null);
+      setText(node, value === null ? "unknown" : format(value));
+    }
+    const why = value === null ? (overview.reasons[name] ?? "no reason given") : "";
+    for (const node of document.querySelectorAll<HTMLElement>(`[data-why="${name}"]`)) {
+      setText(node, why === "" ? "" : `unknown: ${gist(why)}`);
+      node.title = why;
+      node.hidden = why === "";
+    }
+  }
+  showReasons(overview);
+  showReplication(overview.replication);
+  showPartitions(overview);
+  mark("lag", overview.lag_messages !== null && overview.lag_messages > 0 ? "busy" : "");
+  mark("dead_letters", overview.dead_letters !== null && overview.dead_letters > 0 ? "bad" : "");
+}
+
+/** Every reason once, in full. */
+function showReasons(overview: Overview): void {
+  const all = [overview, ...(overview.partitions ?? [])].flatMap((part) => Object.values(part.reasons));
+  const whole = [...new Set(all.flatMap((reason) => reason.split("; cassandra ").map((r, i) => (i > 0 ? `cassandra ${r}` : r))))];
+  const box = element("reasons");
+  box.hidden = whole.length === 0;
+  const list = box.querySelector("ul");
+  const wanted = whole.slice(0, 8);
+  if (list === null || box.dataset["shown"] === wanted.join("\n")) return;
+  box.dataset["shown"] = wanted.join("\n");
+  list.replaceChildren(
+    ...wanted.map((reason) => {
+      const item = document.createElement("li");
+      item.textContent = reason;
+      return item;
+    }),
+  );
+}
+
+function showReplication(replication: Replication | null): void {
+  const detail = replication === null ? "" : `${replication.in_sync} of ${replication.factor} copies in sync`;
+  setText(element("replication-detail"), detail);
+  const bad = replication !== null && ["under_replicated", "offline"].includes(replication.verdict);
+  mark("replication", bad ? "bad" : replication?.verdict === "single_copy" ? "busy" : "");
+}
+
+function mark(tile: string, state: "" | "busy" | "bad"): void {
+  element(`tile-${tile}`).dataset["state"] = state;
+}
+
+interface Cell {
+  text: string;
+  title?: string;
+  kind?: "number" | "unknown";
+  badge?: string;
+}
+
+function number(value: number | null, reason: string | undefined, format = count): Cell {
+  return value === null ? unknown(reason) : { text: format(value), kind: "number" };
+}
+
+function unknown(reason: string | undefined): Cell {
+  return { text: "unknown", title: `unknown: ${reason ?? "no reason given"}`, kind: "unknown" };
+}
+
+function fillTable(id: string, rows: Cell[][], empty: string): void {
+  const body = element(id);
+  const columns = body.closest("table")?.querySelectorAll("thead th").length ?? 1;
+  const lines = rows.length > 0 ? rows : [[{ text: empty }]];
+  const wanted = JSON.stringify(lines);
+  // Rebuilding only what changed keeps a selection and the reader's place.
+  if (body.dataset["shown"] === wanted) return;
+  body.dataset["shown"] = wanted;
+  body.replaceChildren(
+    ...lines.map((cells) => {
+      const line = document.createElement("tr");
+      cells.forEach((cell, index) => line.append(makeCell(cell, rows.length === 0 ? columns : 1, index)));
+      return line;
+    }),
+  );
+}
+
+function makeCell(cell: Cell, width: number, index: number): HTMLElement {
+  const node = document.createElement(index === 0 && width === 1 ? "th" : "td");
+  if (index === 0 && width === 1) node.setAttribute("scope", "row");
+  if (width > 1) {
+    node.setAttribute("colspan", String(width));
+    node.className = "empty";
+  }
+  if (cell.kind !== undefined) node.classList.add(cell.kind);
+  if (cell.title !== undefined) node.title = cell.title;
+  if (cell.badge === undefined) {
+    node.textContent = cell.text;
+  } else {
+    const badge = document.createElement("span");
+    badge.className = "badge";
+    badge.dataset["kind"] = cell.badge;
+    badge.textContent = cell.text;
+    node.append(badge);
+  }
+  return node;
+}
+
+function showPartitions(overview: Overview): void {
+  const rows = (overview.partitions ?? []).map((p): Cell[] => {
+    const why = p.reasons;
+    const standing: Cell =
+      p.standing === null ? unknown(why["standing"]) : { text: STANDINGS[p.standing], badge: p.standing };
+    return [
+      { text: String(p.partition), kind: "number" },
+      standing,
+      number(p.high_offset, why["high_offset"]),
+      number(p.next_offset, why["next_offset"]),
+      number(p.lag_messages, why["lag_messages"]),
+      number(p.lag_seconds, why["lag_seconds"], span),
+      number(p.events, why["events"]),
+      number(p.duplicates, why["duplicates"]),
+      number(p.late, why["late"]),
+      number(p.dead_letters, why["dead_letters"]),
+    ];
+  });
+  fillTable("partitions", rows, `unknown: ${gist(overview.reasons["partitions"] ?? "no partition yet")}`);
+}
+
+export function showRuns(runs: Listed<Run>, nowMs: number): void {
+  const text = (value: string | null): string => (value === null ? "–" : words(value));
+  const rows = (runs.list ?? []).map((run): Cell[] => {
+    const took = run.started_at !== null && run.finished_at !== null ? (run.finished_at - run.started_at) / 1000 : null;
+    return [
+      { text: clock(run.interval_start, nowMs) },
+      { text: text(run.state), badge: run.state ?? "none" },
+      { text: text(run.run_type) },
+      { text: run.attempt === null ? "–" : String(run.attempt), kind: "number" },
+      { text: run.records === null ? "–" : count(run.records), kind: "number" },
+      { text: run.acked === null ? "–" : count(run.acked), kind: "number" },
+      { text: took === null ? "–" : span(Math.max(0, took)), kind: "number" },
+      { text: run.error ?? "" },
+    ];
+  });
+  fillTable("runs", rows, runs.list === null ? `unknown: ${gist(runs.reason)}` : "No run yet: the producer has not begun an interval.");
+}
+
+export function showServices(services: Listed<Instance>, nowMs: number): void {
+  const rows = (services.list ?? []).map((one): Cell[] => [
+    { text: one.service },
+    { text: one.instance },
+    { text: one.ready === true ? "ready" : "not ready", badge: one.ready === true ? "succeeded" : "failed" },
+    { text: one.version ?? "–" },
+    { text: one.started_at === null ? "–" : span(Math.max(0, (nowMs - one.started_at) / 1000)), kind: "number" },
+  ]);
+  fillTable("services", rows, services.list === null ? `unknown: ${gist(services.reason)}` : "No service has been seen in the last minute.");
+}
+
+export function showChart(words: string, reason: string | null): void {
+  setText(element("chart-words"), reason === null ? words : `unknown: ${gist(reason)}`);
+}

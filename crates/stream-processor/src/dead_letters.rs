@@ -1,0 +1,169 @@
+//! Sends poison to the dead-letter topic, bytes unchanged, with Kafka Connect's header names. Acknowledged before the
+//! checkpoint passes it.
+
+use crate::chunk::{Chunk, Poison};
+use crate::error::ProcessorError;
+use crate::store::DeadLetters;
+use common::kafka::{KafkaError, producer_config};
+use futures::future::try_join_all;
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use std::borrow::Cow;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Longest message text kept.
+const MESSAGE_MOST: usize = 1024;
+/// Poison in flight at once.
+const SEND_AT_ONCE: usize = 256;
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+const SOURCE_TOPIC: &str = "__connect.errors.topic";
+const SOURCE_PARTITION: &str = "__connect.errors.partition";
+const SOURCE_OFFSET: &str = "__connect.errors.offset";
+const STAGE: &str = "__connect.errors.stage";
+const CLASS: &str = "__connect.errors.exception.class.name";
+const MESSAGE: &str = "__connect.errors.exception.message";
+
+/// The dead-letter topic of one events topic.
+pub struct DeadLetterTopic {
+    producer: FutureProducer,
+    source_topic: String,
+    topic: String,
+    abandon: CancellationToken,
+}
+
+impl DeadLetterTopic {
+    /// `topic` takes the dead letters of `source_topic`; `abandon` ends every retry.
+    pub fn new(
+        brokers: &str,
+        source_topic: &str,
+        topic: &str,
+        abandon: CancellationToken,
+    ) -> Result<DeadLetterTopic, KafkaError> {
+        let mut config = producer_config(brokers, "stream-processor-dlq");
+        config.set("linger.ms", "5").set("queue.buffering.max.kbytes", "32768");
+        let producer = config.create().map_err(|e| KafkaError::Client(e.to_string()))?;
+        Ok(DeadLetterTopic {
+            producer,
+            source_topic: source_topic.to_owned(),
+            topic: topic.to_owned(),
+            abandon,
+        })
+    }
+
+    async fn send_one(&self, partition: i32, poison: &Poison) -> Result<(), ProcessorError> {
+        let mut poison = Cow::Borrowed(poison);
+        loop {
+            let headers = headers(&self.source_topic, partition, &poison);
+            let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&self.topic).headers(headers);
+            record.key = poison.key.as_deref();
+            record.payload = poison.value.as_deref();
+            let sent = tokio::select! {
+                biased;
+                () = self.abandon.cancelled() => return Err(ProcessorError::Stopped),
+                sent = self.producer.send(record, Duration::from_secs(5)) => sent,
+            };
+            let Err((error, _)) = sent else { return Ok(()) };
+            if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge)
+                && let Some(smaller) = without_largest_part(&poison)
+            {
+                poison = Cow::Owned(smaller);
+                continue;
+            }
+            tracing::warn!(partition, offset = poison.offset, %error, "dead letter not acknowledged, trying again");
+            tokio::select! {
+                () = self.abandon.cancelled() => return Err(ProcessorError::Stopped),
+                () = tokio::time::sleep(RETRY_PAUSE) => {}
+            }
+        }
+    }
+}
+
+/// A record that the dead-letter topic can never take would be tried for ever: it goes without its value, then without headers
+/// and key. Its source offset says where the rest is.
+fn without_largest_part(poison: &Poison) -> Option<Poison> {
+    let mut smaller = poison.clone();
+    let left_out = match &poison.value {
+        Some(value) => format!("the value of {} bytes", value.len()),
+        None if poison.key.is_some() || !poison.headers.is_empty() => "key and headers".to_owned(),
+        None => return None,
+    };
+    if smaller.value.take().is_none() {
+        (smaller.key, smaller.headers) = (None, Vec::new());
+    }
+    smaller.reason.message = format!("{left_out} left out as too large here: {}", poison.reason.message);
+    Some(smaller)
+}
+
+/// The record's own headers, then where it came from and what was wrong.
+fn headers(topic: &str, partition: i32, poison: &Poison) -> OwnedHeaders {
+    let mut headers = OwnedHeaders::new_with_capacity(poison.headers.len() + 6);
+    for (key, value) in &poison.headers {
+        headers = headers.insert(Header { key, value: value.as_deref() });
+    }
+    let message: String = poison.reason.message.chars().take(MESSAGE_MOST).collect();
+    let (partition, offset) = (partition.to_string(), poison.offset.to_string());
+    let provenance = [
+        (SOURCE_TOPIC, topic),
+        (SOURCE_PARTITION, &partition),
+        (SOURCE_OFFSET, &offset),
+        (STAGE, "VALUE_CONVERTER"),
+        (CLASS, poison.reason.class),
+        (MESSAGE, &message),
+    ];
+    provenance
+        .into_iter()
+        .fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
+}
+
+impl DeadLetters for DeadLetterTopic {
+    async fn send(&self, partition: i32, chunk: &Chunk) -> Result<(), ProcessorError> {
+        for part in chunk.poison.chunks(SEND_AT_ONCE) {
+            try_join_all(part.iter().map(|poison| self.send_one(partition, poison))).await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::Reason;
+    use rdkafka::message::Headers;
+
+    #[test]
+    fn a_dead_letter_too_large_for_its_topic_goes_without_value_then_without_headers() {
+        let poison = Poison {
+            offset: 1,
+            timestamp_ms: 0,
+            key: Some(vec![1]),
+            value: Some(vec![0; 9]),
+            headers: vec![("a".into(), None)],
+            reason: Reason { class: "TooLarge", message: "big".into() },
+        };
+        let first = without_largest_part(&poison).unwrap();
+        assert_eq!((first.value.as_deref(), first.headers.len()), (None, 1));
+        assert_eq!(first.reason.message, "the value of 9 bytes left out as too large here: big");
+        let second = without_largest_part(&first).unwrap();
+        assert_eq!((second.key.as_deref(), second.headers.len(), second.offset), (None, 0, 1));
+        assert_eq!(without_largest_part(&second), None);
+    }
+
+    #[test]
+    fn a_dead_letter_says_where_it_came_from_and_why() {
+        let poison = Poison {
+            offset: 42,
+            timestamp_ms: 0,
+            key: None,
+            value: Some(vec![0xff]),
+            headers: vec![("ce_id".into(), Some(b"x".to_vec()))],
+            reason: Reason { class: "InvalidJson", message: "ß".repeat(5000) },
+        };
+        let headers = headers("user_created", 3, &poison);
+        let all: Vec<_> = headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::len))).collect();
+        assert_eq!(all[0], ("ce_id".to_owned(), Some(1)));
+        assert_eq!(all[3], (SOURCE_OFFSET.to_owned(), Some(2)));
+        assert_eq!(all[6], (MESSAGE.to_owned(), Some(2 * MESSAGE_MOST)), "bounded, and whole characters");
+    }
+}

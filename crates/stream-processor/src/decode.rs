@@ -1,0 +1,263 @@
+//! Bytes of a Kafka record → event or poison. Pure: the record alone decides, so that a replay decides alike.
+
+mod value;
+
+use crate::chunk::{Chunk, Event, Poison, Reason, UNSET};
+use common::event::{self, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
+use common::schema::TOPIC_RETENTION_MS;
+use common::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
+use std::collections::HashMap;
+
+/// An event may be this far ahead of its record's time stamp: one from 2099 would make all others cold.
+pub const MAX_AHEAD_MS: i64 = 3_600_000;
+/// Longest value: the pipeline's `common::kafka::MAX_MESSAGE_BYTES`. Compressed, a record may hold far more; its row could never
+/// be written.
+pub const MAX_VALUE_BYTES: usize = 4 << 20;
+/// Longest event id: it is part of a clustering key.
+pub const MAX_ID_BYTES: usize = 1024;
+const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
+
+/// A record as fetched.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    /// Offset in the partition's log.
+    pub offset: i64,
+    /// The broker's time stamp in Unix milliseconds.
+    pub timestamp_ms: i64,
+    /// Key.
+    pub key: Option<&'a [u8]>,
+    /// Value.
+    pub value: Option<&'a [u8]>,
+    /// Headers in the record's order; of two of one name the first counts.
+    pub headers: &'a [(&'a str, Option<&'a [u8]>)],
+}
+
+/// Decodes the records of one partition by one definition.
+#[derive(Debug)]
+pub struct Decoder {
+    partition: i32,
+    shards: u32,
+    /// Oldest event time below the record's time stamp, where rows expire.
+    horizon_ms: Option<i64>,
+    columns: Vec<Column>,
+    by_name: Names,
+    groups: Vec<(usize, GroupIndex)>,
+    measures: Vec<usize>,
+}
+
+/// The groups of one column, ready to be asked.
+#[derive(Debug)]
+pub struct GroupIndex(Index);
+
+#[derive(Debug)]
+enum Index {
+    Values(Names, u16),
+    Step { from: f64, step: f64, count: u16 },
+}
+
+/// Fixed names and their numbers, asked for every member of every record: no record's sender chooses them, so a fast hash does.
+type Names = HashMap<Vec<u8>, u16, foldhash::fast::FixedState>;
+
+fn numbered<'a>(names: impl IntoIterator<Item = &'a String>) -> Names {
+    names.into_iter().map(|name| name.clone().into_bytes()).zip(0..).collect()
+}
+
+fn reason(class: &'static str, message: impl Into<String>) -> Reason {
+    Reason { class, message: message.into() }
+}
+
+impl Decoder {
+    /// For the records of `partition`.
+    pub fn new(definition: &Definition, partition: i32) -> Decoder {
+        let index_of = |name: &str| definition.column_index(name).unwrap_or(usize::MAX);
+        let groups =
+            definition.windows.group_by.iter().map(|g| (index_of(&g.column), GroupIndex::new(&g.groups)));
+        let ttl_ms = definition.store.ttl_seconds.saturating_mul(1000);
+        Decoder {
+            partition,
+            shards: definition.store.shards,
+            horizon_ms: (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS),
+            by_name: numbered(definition.columns.iter().map(|c| &c.name)),
+            groups: groups.collect(),
+            measures: definition.windows.measures.iter().map(|m| index_of(m)).collect(),
+            columns: definition.columns.clone(),
+        }
+    }
+
+    /// An empty chunk for this decoder's events.
+    pub fn chunk(&self) -> Chunk {
+        Chunk::new(self.columns.len(), self.measures.len())
+    }
+
+    /// Appends a record to `chunk`, as an event or as poison.
+    pub fn decode(&self, record: &Record<'_>, chunk: &mut Chunk) {
+        if chunk.is_empty() {
+            chunk.first_offset = record.offset;
+        }
+        chunk.next_offset = record.offset + 1;
+        let (arena, cells, measures) = (chunk.arena.len(), chunk.cells.len(), chunk.measures.len());
+        if let Err(reason) = self.event(record, chunk) {
+            chunk.arena.truncate(arena);
+            chunk.cells.truncate(cells);
+            chunk.measures.truncate(measures);
+            let headers = record.headers.iter().map(|(k, v)| ((*k).to_owned(), v.map(<[u8]>::to_vec)));
+            let bytes_of_headers = record.headers.iter().map(|(k, v)| k.len() + v.map_or(0, <[u8]>::len));
+            let bytes = record.key.map_or(0, <[u8]>::len) + record.value.map_or(0, <[u8]>::len);
+            chunk.poison_bytes += bytes + bytes_of_headers.sum::<usize>();
+            chunk.poison.push(Poison {
+                offset: record.offset,
+                timestamp_ms: record.timestamp_ms,
+                key: record.key.map(<[u8]>::to_vec),
+                value: record.value.map(<[u8]>::to_vec),
+                headers: headers.collect(),
+                reason,
+            });
+        }
+    }
+
+    fn event(&self, record: &Record<'_>, chunk: &mut Chunk) -> Result<(), Reason> {
+        let header = |name: &str| record.headers.iter().find(|(n, _)| *n == name).and_then(|(_, v)| *v);
+        let value = record.value.ok_or_else(|| reason("Tombstone", "the record has no value"))?;
+        if value.len() > MAX_VALUE_BYTES {
+            let message = format!("the value has {} bytes; at most {MAX_VALUE_BYTES}", value.len());
+            return Err(reason("TooLarge", message));
+        }
+        let id = header(event::HEADER_ID).ok_or_else(|| missing(event::HEADER_ID))?;
+        if id.is_empty() || id.len() > MAX_ID_BYTES || std::str::from_utf8(id).is_err() {
+            let message = format!("header {}: must be 1 to {MAX_ID_BYTES} bytes of UTF-8", event::HEADER_ID);
+            return Err(reason("InvalidEventId", message));
+        }
+        let time_ms = event_time(header(event::HEADER_TIME).ok_or_else(|| missing(event::HEADER_TIME))?)?;
+        self.check_time(time_ms, record.timestamp_ms)?;
+        let first_cell = chunk.cells.len();
+        chunk.cells.resize(first_cell + self.columns.len(), (0, UNSET));
+        value::decode_object(value, self, chunk, first_cell)?;
+        for (index, column) in self.columns.iter().enumerate() {
+            if column.required && chunk.cells[first_cell + index].1 == UNSET {
+                return Err(reason(
+                    "MissingColumn",
+                    format!("column `{}` is required, but absent or null", column.name),
+                ));
+            }
+        }
+        let cell = |index: usize| cell(chunk, first_cell + index);
+        let mut groups = [0u16; MAX_GROUP_BY];
+        for (slot, (column, index)) in groups.iter_mut().zip(&self.groups) {
+            *slot = index.group(self.columns[*column].cql_type, cell(*column));
+        }
+        let measured: Vec<f64> = self
+            .measures
+            .iter()
+            .map(|c| cell(*c).and_then(|bytes| number(self.columns[*c].cql_type, bytes)).unwrap_or(f64::NAN))
+            .collect();
+        chunk.measures.extend_from_slice(&measured);
+        let id_at = append(&mut chunk.arena, id);
+        let run_id = header(event::HEADER_RUN_ID)
+            .filter(|r| r.len() <= MAX_ID_BYTES && std::str::from_utf8(r).is_ok());
+        let run_id = run_id.map_or((0, UNSET), |r| append(&mut chunk.arena, r));
+        chunk.events.push(Event {
+            offset: record.offset,
+            time_ms,
+            hash: event::seen_hash(time_ms, id),
+            shard: event::shard(self.partition, self.shards, id),
+            groups,
+            produced_at_us: header(event::HEADER_PRODUCED_AT).and_then(parse_number).unwrap_or(0),
+            id: (id_at.0, id.len() as u32),
+            run_id,
+        });
+        Ok(())
+    }
+
+    fn check_time(&self, time_ms: i64, timestamp_ms: i64) -> Result<(), Reason> {
+        if time_ms > timestamp_ms.saturating_add(MAX_AHEAD_MS) {
+            let ahead = time_ms.saturating_sub(timestamp_ms) / 1000;
+            return Err(reason(
+                "EventTimeInFuture",
+                format!("event time is {ahead} s after the broker's; at most 1 h"),
+            ));
+        }
+        if self.horizon_ms.is_some_and(|horizon| time_ms < timestamp_ms.saturating_sub(horizon)) {
+            let message = "event time is beyond the horizon: rows of that age may have expired (store.ttl)";
+            return Err(reason("EventTimeBeyondHorizon", message));
+        }
+        Ok(())
+    }
+}
+
+fn missing(header: &str) -> Reason {
+    reason("MissingHeader", format!("header {header} is missing"))
+}
+
+fn append(arena: &mut Vec<u8>, bytes: &[u8]) -> (u32, i32) {
+    let start = arena.len() as u32;
+    arena.extend_from_slice(bytes);
+    (start, bytes.len() as i32)
+}
+
+fn cell(chunk: &Chunk, at: usize) -> Option<&[u8]> {
+    let (start, len) = chunk.cells[at];
+    (len >= 0).then(|| &chunk.arena[start as usize..start as usize + len.unsigned_abs() as usize])
+}
+
+fn parse_number(text: &[u8]) -> Option<i64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// RFC 3339 text → milliseconds, truncated.
+fn event_time(text: &[u8]) -> Result<i64, Reason> {
+    let wrong = || {
+        let shown = String::from_utf8_lossy(&text[..text.len().min(64)]).into_owned();
+        reason("InvalidEventTime", format!("header {}: `{shown}` is no RFC 3339 time", event::HEADER_TIME))
+    };
+    let text = std::str::from_utf8(text).map_err(|_| wrong())?;
+    let at = chrono::DateTime::parse_from_rfc3339(text).map_err(|_| wrong())?.timestamp_millis();
+    if !(MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(&at) {
+        return Err(reason("InvalidEventTime", format!("event time {text} is outside 1970 to 9999")));
+    }
+    Ok(at)
+}
+
+/// The number in a CQL cell, for measures and steps.
+fn number(cql_type: CqlType, cell: &[u8]) -> Option<f64> {
+    match cql_type {
+        CqlType::Int => Some(f64::from(i32::from_be_bytes(cell.try_into().ok()?))),
+        CqlType::Bigint => Some(i64::from_be_bytes(cell.try_into().ok()?) as f64),
+        CqlType::Double => Some(f64::from_be_bytes(cell.try_into().ok()?)),
+        _ => None,
+    }
+}
+
+impl GroupIndex {
+    /// Of a column's groups.
+    pub fn new(groups: &Groups) -> GroupIndex {
+        GroupIndex(match groups {
+            Groups::Values(values) => Index::Values(numbered(values), values.len() as u16),
+            Groups::Step { from, step, count } => Index::Step { from: *from, step: *step, count: *count },
+        })
+    }
+
+    /// The group of a cell's CQL bytes; what is absent or not listed is the last group.
+    pub fn group(&self, cql_type: CqlType, cell: Option<&[u8]>) -> u16 {
+        match &self.0 {
+            Index::Values(values, other) => {
+                let Some(cell) = cell else { return *other };
+                let found = match cql_type {
+                    CqlType::Boolean => values.get(if cell == [1] { b"true".as_slice() } else { b"false" }),
+                    CqlType::Int | CqlType::Bigint => {
+                        number(cql_type, cell).and_then(|n| values.get(format!("{n}").as_bytes()))
+                    }
+                    _ => values.get(cell),
+                };
+                found.copied().unwrap_or(*other)
+            }
+            Index::Step { from, step, count } => {
+                let Some(value) = cell.and_then(|c| number(cql_type, c)) else { return *count };
+                let index = ((value - from) / step).floor();
+                if index >= 0.0 && index < f64::from(*count) { index as u16 } else { *count }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

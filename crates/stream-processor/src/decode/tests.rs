@@ -1,0 +1,104 @@
+//! Tables of good and bad records, and the property that no bytes whatever make the decoder panic or lose a record.
+
+use super::{Decoder, Record};
+use crate::chunk::Chunk;
+use common::stream::Definition;
+use proptest::prelude::*;
+
+const NOW: i64 = 1_800_000_000_000;
+
+fn decoder() -> Decoder {
+    let text = include_str!("../../../../streams/user_created.toml");
+    Decoder::new(&Definition::parse("user_created.toml", text).unwrap(), 2)
+}
+
+fn headers<'a>(id: &'a str, time: &'a str) -> Vec<(&'a str, Option<&'a [u8]>)> {
+    vec![("ce_id", Some(id.as_bytes())), ("ce_time", Some(time.as_bytes())), ("run_id", Some(b"r1"))]
+}
+
+fn decode(id: &str, time: &str, value: Option<&[u8]>) -> Chunk {
+    let decoder = decoder();
+    let mut chunk = decoder.chunk();
+    let record = Record { offset: 7, timestamp_ms: NOW, key: None, value, headers: &headers(id, time) };
+    decoder.decode(&record, &mut chunk);
+    chunk
+}
+
+const TIME: &str = "2027-01-15T08:00:00.123Z";
+const GOOD: &str = r#"{"first_name":"Ada","last_name":"L","age":42,"postcode":1234,"nationality":"DE","x":[1],"gender":null}"#;
+
+#[test]
+fn a_good_record_becomes_cells_groups_and_measures() {
+    let chunk = decode("id-1", TIME, Some(GOOD.as_bytes()));
+    assert!(chunk.poison.is_empty(), "{:?}", chunk.poison);
+    let event = &chunk.events[0];
+    assert_eq!((event.offset, event.time_ms, chunk.id(event)), (7, 1_800_000_000_123, b"id-1".as_slice()));
+    assert_eq!(chunk.run_id(event), Some(b"r1".as_slice()));
+    let cells: Vec<_> = chunk.columns_of(0).collect();
+    assert_eq!(cells[0], Some(b"Ada".as_slice()));
+    assert_eq!(cells[2], None, "null is unset");
+    assert_eq!(cells[7], Some(b"1234".as_slice()), "a number in a text column");
+    assert_eq!(cells[9], Some(42i32.to_be_bytes().as_slice()));
+    assert_eq!(event.groups, [2, 4, 4, 0], "gender is absent, DE, the forties");
+    assert_eq!(chunk.measures_of(0), [42.0]);
+    assert!((8..12).contains(&event.shard));
+}
+
+fn check(value: &str, class: &str, part: &str) {
+    let chunk = decode("id-1", TIME, Some(value.as_bytes()));
+    assert!(chunk.events.is_empty() && chunk.cells.is_empty() && chunk.arena.is_empty(), "{value}");
+    let reason = &chunk.poison[0].reason;
+    assert_eq!(reason.class, class, "{reason}");
+    assert!(reason.message.contains(part), "{reason}");
+}
+
+#[test]
+fn a_value_that_does_not_fit_is_poison_and_its_column_is_named() {
+    check("garbage", "InvalidJson", "line 1");
+    check("[1]", "InvalidColumn", "a flat JSON object");
+    check(r#"{"first_name":"A"}"#, "MissingColumn", "`last_name`");
+    check(r#"{"first_name":"A","last_name":"B","age":"x"}"#, "InvalidColumn", "column `age`: `x` is no int");
+    check(r#"{"first_name":"A","last_name":"B","age":3000000000}"#, "InvalidColumn", "column `age`");
+    check(
+        r#"{"first_name":"A","last_name":{"a":1}}"#,
+        "InvalidColumn",
+        "column `last_name`: `an object` is no text",
+    );
+    check(r#"{"first_name":"A","last_name":"\ud800"}"#, "InvalidJson", "hex escape");
+    check(r#"{"first_name":"A","last_name":"B"} x"#, "InvalidJson", "trailing");
+    check(&format!("{{\"x\":{}1", "[".repeat(100_000)), "InvalidJson", "EOF");
+    check(r#"{"first_name":"A","last_name":"B","age":1e999}"#, "InvalidJson", "out of range");
+}
+
+#[test]
+fn headers_decide_about_id_and_time() {
+    let class = |id: &str, time: &str| decode(id, time, Some(GOOD.as_bytes())).poison[0].reason.class;
+    assert_eq!(class("", TIME), "InvalidEventId");
+    assert_eq!(class("a", "yesterday"), "InvalidEventTime");
+    assert_eq!(class("a", "1969-12-31T23:59:59Z"), "InvalidEventTime");
+    assert_eq!(class("a", "2099-01-01T00:00:00Z"), "EventTimeInFuture");
+    assert_eq!(class("a", "2025-01-01T00:00:00Z"), "EventTimeBeyondHorizon");
+    assert_eq!(decode("a", TIME, None).poison[0].reason.class, "Tombstone");
+    let decoder = decoder();
+    let mut chunk = decoder.chunk();
+    let value = Some(GOOD.as_bytes());
+    decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers: &[] }, &mut chunk);
+    assert_eq!(chunk.poison[0].reason.message, "header ce_id is missing");
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_an_event_or_poison_and_never_a_panic(
+        value in proptest::collection::vec(any::<u8>(), 0..200), id in ".{0,8}", time in "[0-9TZ:. -]{0,30}",
+    ) {
+        prop_assert_eq!(decode(&id, &time, Some(&value)).len(), 1);
+    }
+
+    #[test]
+    fn any_json_in_declared_columns_is_an_event_or_poison(
+        name in "(age|first_name|registered_at|x)", text in "[-0-9.eE\"a-z\\[\\]{}:,]{0,20}",
+    ) {
+        let value = format!("{{\"first_name\":\"A\",\"last_name\":\"B\",\"{name}\":{text}}}");
+        prop_assert_eq!(decode("i", TIME, Some(value.as_bytes())).len(), 1);
+    }
+}

@@ -1,0 +1,195 @@
+//! Opens one partition: gathers the facts (state file, progress row, log), has `start` decide, and makes or restores the
+//! state. Blocking: a partition is not fetched before this is done.
+
+use crate::error::ProcessorError;
+use crate::metrics::Metrics;
+use crate::partition::Partition;
+use crate::start::{self, Facts, How, RecoverPolicy, Start};
+use crate::state::{self, Checkpoint, FORMAT, Head, StateError, StateFile};
+use crate::store::Store;
+use crate::windows::hot::Panes;
+use crate::windows::pane::PaneShape;
+use common::admin::Health;
+use common::shutdown::Shutdown;
+use common::stream::Definition;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+
+const HELD_POLL: Duration = Duration::from_millis(100);
+const WATERMARK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What all partitions of this instance share.
+pub struct Opener<S> {
+    /// Stream definition.
+    pub definition: Arc<Definition>,
+    /// Events topic.
+    pub topic: String,
+    /// Kafka cluster.
+    pub cluster_id: String,
+    /// Folder of the state files.
+    pub checkpoints: PathBuf,
+    /// Noted beside the state files, for whoever finds them held.
+    pub holder: String,
+    /// What to do without a state.
+    pub recover: RecoverPolicy,
+    /// Walk again from the earliest offset.
+    pub replay: bool,
+    /// Bytes of panes and filters per partition.
+    pub memory_most: usize,
+    /// How long another owner may take to close a file before it is called out.
+    pub held_deadline: Duration,
+    /// Cassandra.
+    pub store: Arc<S>,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Readiness.
+    pub health: Arc<Health>,
+    /// Ends waiting.
+    pub shutdown: Shutdown,
+}
+
+/// A partition ready to be fetched.
+pub struct Opened {
+    /// Kafka partition.
+    pub partition_id: i32,
+    /// Where it starts.
+    pub start: Start,
+    /// Its state file.
+    pub state: StateFile,
+    /// Its state in memory.
+    pub partition: Partition,
+}
+
+impl<S: Store> Opener<S> {
+    /// Opens `partition`, or refuses.
+    pub fn open<C: ConsumerContext>(
+        &self,
+        partition: i32,
+        consumer: &BaseConsumer<C>,
+        runtime: &Handle,
+    ) -> Result<Opened, ProcessorError> {
+        let mut state = self.state_file(partition)?;
+        let progress = runtime.block_on(self.store.progress(partition))?;
+        let (low, high) = self.watermarks(partition, consumer)?;
+        let layout = self.definition.layout();
+        let facts = Facts {
+            partition,
+            state: state.facts(),
+            progress,
+            low,
+            high,
+            layout: &layout,
+            cluster_id: &self.cluster_id,
+            recover: self.recover,
+            replay: self.replay,
+        };
+        let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most)?;
+        self.tell(partition, &start);
+        Ok(Opened { partition_id: partition, start, state, partition: partition_state })
+    }
+
+    fn tell(&self, partition: i32, start: &Start) {
+        let (position, totals) = (start.position, start.position.totals);
+        let next_offset = position.next_offset;
+        let how = match start.how {
+            How::Resume => "resume",
+            How::Recover => "recover",
+            How::Replay => "replay",
+            How::Earliest => "earliest",
+        };
+        if start.how == How::Recover {
+            tracing::warn!(
+                partition,
+                next_offset,
+                ?totals,
+                "state lost or behind: recovering from the progress row"
+            );
+        } else {
+            tracing::info!(partition, next_offset, how, ?totals, "partition starts");
+        }
+        self.metrics.started(partition, how, &totals, next_offset);
+    }
+
+    /// Opens the state file, waiting for its last owner to close it.
+    fn state_file(&self, partition: i32) -> Result<StateFile, ProcessorError> {
+        let path = state::path_of(&self.checkpoints, &self.definition.stream.name, partition);
+        let name = format!("state of partition {partition}");
+        let asked = Instant::now();
+        loop {
+            match StateFile::open(&path, &self.holder) {
+                Err(error @ StateError::Held { .. }) => {
+                    if self.shutdown.has_begun() {
+                        return Err(ProcessorError::Stopped);
+                    }
+                    if asked.elapsed() > self.held_deadline {
+                        self.health.set(&name, Err(error.to_string()));
+                    }
+                    self.health.beat();
+                    std::thread::sleep(HELD_POLL);
+                }
+                opened => {
+                    self.health.forget(&name);
+                    return opened.map_err(broken);
+                }
+            }
+        }
+    }
+
+    fn watermarks<C: ConsumerContext>(
+        &self,
+        partition: i32,
+        consumer: &BaseConsumer<C>,
+    ) -> Result<(i64, i64), ProcessorError> {
+        loop {
+            match consumer.fetch_watermarks(&self.topic, partition, WATERMARK_DEADLINE) {
+                Ok(watermarks) => return Ok(watermarks),
+                Err(_) if self.shutdown.has_begun() => return Err(ProcessorError::Stopped),
+                Err(error) => {
+                    tracing::warn!(partition, %error, "watermarks not yet known");
+                    self.health.beat();
+                    std::thread::sleep(HELD_POLL);
+                }
+            }
+        }
+    }
+}
+
+/// What follows from the facts: the decision, and the state in memory and on the disk that goes with it. `memory_most` bounds
+/// the bytes of panes and filters.
+pub fn begin<C: Checkpoint>(
+    checkpoint: &mut C,
+    facts: &Facts<'_>,
+    definition: &Definition,
+    memory_most: usize,
+) -> Result<(Start, Partition), ProcessorError> {
+    let start = start::decide(facts)?;
+    let windows = &definition.windows;
+    let times = (windows.pane_ms, windows.lateness_ms);
+    let mut panes = Panes::new(PaneShape::new(definition), times, memory_most, i64::MIN);
+    if start.how == How::Resume {
+        checkpoint.restore(&mut panes).map_err(broken)?;
+    } else {
+        // Without a state nothing is known of the panes up to the highest event time: they are cold.
+        panes.hot_from = start.position.seen_to.map_or(i64::MIN, |seen_to| panes.start_after(seen_to));
+        let head = Head {
+            format: FORMAT,
+            layout: facts.layout.to_owned(),
+            cluster_id: facts.cluster_id.to_owned(),
+            partition: facts.partition,
+            hot_from: panes.hot_from,
+            position: start.position,
+        };
+        checkpoint.reset(head).map_err(broken)?;
+    }
+    Ok((start, Partition::new(start.position, panes, windows.lateness_ms)))
+}
+
+fn broken(error: StateError) -> ProcessorError {
+    match error {
+        StateError::NewerFormat { .. } => ProcessorError::Refused(error.to_string()),
+        error => ProcessorError::Fatal(format!("{error}; remove the file to recover exactly from cassandra")),
+    }
+}

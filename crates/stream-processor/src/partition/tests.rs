@@ -1,0 +1,105 @@
+//! The hand-made schedules of the protocol that need no I/O: copies in one batch, borders that move, fences.
+
+use super::{Partition, Position};
+use crate::chunk::Chunk;
+use crate::decode::{Decoder, Record};
+use crate::windows::hot::Panes;
+use crate::windows::pane::PaneShape;
+use common::stream::Definition;
+
+const MINUTE: i64 = 60_000;
+const BASE: i64 = 1_800_000_000_000;
+
+fn definition() -> Definition {
+    let text = include_str!("../../../../streams/user_created.toml");
+    Definition::parse("user_created.toml", text).unwrap()
+}
+
+fn partition(hot_from: i64) -> Partition {
+    let panes = Panes::new(PaneShape::new(&definition()), (MINUTE, 10 * MINUTE), usize::MAX, hot_from);
+    Partition::new(Position::default(), panes, 10 * MINUTE)
+}
+
+/// Events `(minute, id)` from `first` on; an empty id is poison.
+fn chunk(first: i64, events: &[(i64, &str)]) -> Chunk {
+    let decoder = Decoder::new(&definition(), 0);
+    let mut chunk = decoder.chunk();
+    for (offset, (minute, id)) in (first..).zip(events) {
+        let time = chrono::DateTime::from_timestamp_millis(BASE + minute * MINUTE).unwrap().to_rfc3339();
+        let headers = [("ce_id", Some(id.as_bytes())), ("ce_time", Some(time.as_bytes()))];
+        let value = Some(br#"{"first_name":"A","last_name":"B","age":30}"#.as_slice());
+        let record = Record { offset, timestamp_ms: BASE + 30 * MINUTE, key: None, value, headers: &headers };
+        decoder.decode(&record, &mut chunk);
+    }
+    chunk
+}
+
+fn totals(p: &Partition) -> [i64; 4] {
+    let t = p.position.totals;
+    [t.events, t.duplicates, t.late, t.dead_letters]
+}
+
+#[test]
+fn copies_inside_one_batch_count_once_hot_and_cold() {
+    for hot_from in [i64::MIN, i64::MAX] {
+        let mut p = partition(hot_from);
+        let chunk = chunk(0, &[(0, "a"), (0, "a"), (1, "a"), (0, "")]);
+        let asked = p.questions(&chunk).keys;
+        assert_eq!(asked.len(), if hot_from == i64::MAX { 3 } else { 0 });
+        let applied = p.apply(&chunk, &asked, &vec![None; asked.len()]).unwrap();
+        assert_eq!(applied.rows, [0, 2], "the same id at another time is another event");
+        assert_eq!(totals(&p), [2, 1, 0, 1]);
+    }
+}
+
+#[test]
+fn a_copy_of_a_seen_key_is_looked_up_and_its_offset_decides() {
+    let mut p = partition(i64::MIN);
+    p.apply(&chunk(0, &[(0, "a")]), &[], &[]).unwrap();
+    let copy = chunk(1, &[(0, "a"), (0, "b")]);
+    assert_eq!(p.questions(&copy).keys, [0]);
+    p.apply(&copy, &[0], &[Some(0)]).unwrap();
+    assert_eq!(totals(&p), [2, 1, 0, 0]);
+    let false_hit = chunk(3, &[(0, "a")]);
+    p.apply(&false_hit, &[0], &[None]).unwrap();
+    assert_eq!(totals(&p), [3, 1, 0, 0], "no row: a first copy, whatever the filter says");
+}
+
+#[test]
+fn a_row_with_this_very_offset_is_written_again_and_counted() {
+    let mut p = partition(i64::MAX);
+    let applied = p.apply(&chunk(0, &[(0, "a")]), &[0], &[Some(0)]).unwrap();
+    assert_eq!((applied.rows, totals(&p)), (vec![0], [1, 0, 0, 0]));
+}
+
+#[test]
+fn a_later_offset_is_another_log() {
+    let mut p = partition(i64::MAX);
+    let error = p.apply(&chunk(4, &[(0, "a")]), &[0], &[Some(9)]).unwrap_err();
+    assert_eq!((error.offset, error.found), (4, 9));
+}
+
+#[test]
+fn the_border_moves_between_batches_only() {
+    let mut p = partition(i64::MIN);
+    let chunk = chunk(0, &[(0, "a"), (25, "b"), (0, "a")]);
+    p.apply(&chunk, &[], &[]).unwrap();
+    assert_eq!(totals(&p), [2, 1, 0, 0]);
+    assert_eq!(p.advance(), [BASE], "the pane of minute 0 turns cold after the batch");
+}
+
+#[test]
+fn during_a_replay_only_records_from_count_from_on_add_to_totals() {
+    let mut p = partition(i64::MAX);
+    p.position.count_from = 2;
+    p.position.totals.events = 2;
+    p.apply(&chunk(0, &[(0, "a"), (0, "b"), (0, "c")]), &[0, 1, 2], &[Some(0), Some(1), None]).unwrap();
+    assert_eq!(totals(&p), [3, 0, 0, 0]);
+}
+
+#[test]
+fn late_is_decided_by_the_log_before_the_record() {
+    let mut p = partition(i64::MIN);
+    p.apply(&chunk(0, &[(0, "a"), (20, "b"), (9, "c"), (10, "d")]), &[], &[]).unwrap();
+    assert_eq!(totals(&p), [4, 0, 1, 0]);
+}

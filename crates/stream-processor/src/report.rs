@@ -1,0 +1,96 @@
+//! `windows`: what readers make of the stored panes, as a table or JSON.
+
+use crate::config::WindowsArgs;
+use crate::error::ProcessorError;
+use common::cassandra::connect;
+use common::config::CommonArgs;
+use common::pane_reader::PaneReader;
+use common::shutdown::Shutdown;
+use common::stream::Definition;
+use common::windows::{Question, Window, length_ms, to_json};
+use std::io::Write;
+use std::time::Duration;
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Reads and prints.
+pub async fn windows(
+    common: &CommonArgs,
+    definition: &Definition,
+    args: &WindowsArgs,
+    shutdown: &Shutdown,
+) -> Result<(), ProcessorError> {
+    let question = question(definition, args, chrono::Utc::now().timestamp_millis());
+    let question = question.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
+    let retryable = |e: &dyn std::fmt::Display| ProcessorError::Retryable(e.to_string());
+    let session = connect(common, CONNECT_DEADLINE, shutdown).await.map_err(|e| retryable(&e))?;
+    let reader = PaneReader::new(session, &common.keyspace, definition).await.map_err(|e| retryable(&e))?;
+    let read = futures::try_join!(reader.panes(&question), reader.settled_ms());
+    let (panes, settled_ms) = read.map_err(|e| retryable(&e))?;
+    let windows = question.answer(&panes);
+    let text = if args.json {
+        format!("{:#}", to_json(&windows, definition, settled_ms))
+    } else {
+        table(&windows, definition, settled_ms)
+    };
+    writeln!(std::io::stdout(), "{text}").map_err(|e| retryable(&format!("stdout: {e}")))
+}
+
+fn question(
+    definition: &Definition,
+    args: &WindowsArgs,
+    now_ms: i64,
+) -> Result<Question, common::windows::Unanswerable> {
+    let size = args.size.as_deref().map_or(Ok(definition.windows.pane_ms), |size| length_ms("size", size))?;
+    let slide = args.slide.as_deref().map_or(Ok(size), |slide| length_ms("slide", slide))?;
+    let last = length_ms("last", &args.last)?;
+    Question::new(definition, (size, slide), args.by.as_deref(), (now_ms.saturating_sub(last), now_ms))
+}
+
+fn table(windows: &[Window], definition: &Definition, settled_ms: Option<i64>) -> String {
+    let mut table = comfy_table::Table::new();
+    let mut header: Vec<String> = ["from", "to", "group", "events"].map(str::to_owned).into();
+    for measure in &definition.windows.measures {
+        header.extend(["average", "least", "greatest"].map(|what| format!("{what} {measure}")));
+    }
+    header.push("complete".to_owned());
+    table.set_header(header);
+    let time = |ms: i64| {
+        let at = chrono::DateTime::from_timestamp_millis(ms);
+        at.map_or_else(String::new, |at| at.format("%Y-%m-%d %H:%M:%S").to_string())
+    };
+    let number = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.2}"));
+    for window in windows {
+        let group = if window.value.is_empty() { "all" } else { window.value.as_str() };
+        let count = window.sum.count.to_string();
+        let mut row = vec![time(window.start_ms), time(window.end_ms), group.to_owned(), count];
+        for measure in &window.sum.measures {
+            row.extend([measure.average(), measure.min, measure.max].map(number));
+        }
+        let complete = settled_ms.is_some_and(|settled| window.end_ms <= settled);
+        row.push(if complete { "yes" } else { "may still change" }.to_owned());
+        table.add_row(row);
+    }
+    table.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::windows::{Measure, Sum};
+
+    #[test]
+    fn windows_are_shown_with_their_measures() {
+        let text = include_str!("../../../streams/user_created.toml");
+        let definition = Definition::parse("user_created.toml", text).unwrap();
+        let measure = Measure { count: 2, sum: 61.0, min: Some(20.0), max: Some(41.0) };
+        let window = |start_ms| Window {
+            start_ms,
+            end_ms: start_ms + 60_000,
+            value: String::new(),
+            sum: Sum { count: 3, measures: vec![measure] },
+        };
+        let windows = [window(1_767_225_600_000), window(1_767_225_660_000)];
+        insta::assert_snapshot!(table(&windows, &definition, Some(1_767_225_660_000)));
+    }
+}

@@ -1,0 +1,181 @@
+//! Where a stage's time goes: busy, idle, or held back by the stage after it. A stage's clock is always in exactly one state,
+//! and time that was not counted yet is counted when somebody looks: the three add up to wall time at every scrape. What
+//! the series are called is told from outside.
+
+use prometheus::CounterVec;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a stage does at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StageState {
+    /// It waits for something to do.
+    Idle,
+    /// It works.
+    Busy,
+    /// It waits for the stage after it.
+    Backpressured,
+}
+
+impl StageState {
+    /// All of them.
+    pub const ALL: [StageState; 3] = [StageState::Idle, StageState::Busy, StageState::Backpressured];
+
+    /// As a label.
+    pub fn name(self) -> &'static str {
+        match self {
+            StageState::Idle => "idle",
+            StageState::Busy => "busy",
+            StageState::Backpressured => "backpressured",
+        }
+    }
+}
+
+/// The clock of one stage of one partition.
+#[derive(Debug)]
+pub struct StageClock {
+    seconds: [prometheus::Counter; 3],
+    now: Mutex<(StageState, Instant)>,
+}
+
+impl StageClock {
+    /// The time until now belongs to the state so far; from now on it is `next`'s.
+    pub fn enter(&self, next: StageState) {
+        self.enter_after(Duration::ZERO, next);
+    }
+
+    /// As [`StageClock::enter`]; but of the time in the state so far, `worked` was work.
+    pub fn enter_after(&self, worked: Duration, next: StageState) {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        let (state, since) = *now;
+        let at = Instant::now();
+        let passed = at.saturating_duration_since(since);
+        let worked = worked.min(passed);
+        self.seconds[StageState::Busy as usize].inc_by(worked.as_secs_f64());
+        self.seconds[state as usize].inc_by((passed - worked).as_secs_f64());
+        *now = (next, at);
+    }
+
+    /// Counts the time until now.
+    fn settle(&self) {
+        let state = self.now.lock().unwrap_or_else(PoisonError::into_inner).0;
+        self.enter(state);
+    }
+}
+
+/// Clocks by partition and stage.
+type Clocks = BTreeMap<(i32, &'static str), Arc<StageClock>>;
+
+/// The clocks of all stages of all partitions here; a collector whose series carry partition, stage and state.
+#[derive(Debug, Clone)]
+pub struct Stages {
+    seconds: CounterVec,
+    clocks: Arc<Mutex<Clocks>>,
+}
+
+impl Stages {
+    /// Over a counter with the labels partition, stage, state.
+    pub fn new(seconds: CounterVec) -> Stages {
+        Stages { seconds, clocks: Arc::default() }
+    }
+
+    fn clocks(&self) -> MutexGuard<'_, Clocks> {
+        self.clocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stage of a partition begins, idle.
+    pub fn begin(&self, partition: i32, stage: &'static str) -> Arc<StageClock> {
+        let label = partition.to_string();
+        let seconds = StageState::ALL.map(|s| self.seconds.with_label_values(&[&label, stage, s.name()]));
+        let clock = Arc::new(StageClock { seconds, now: Mutex::new((StageState::Idle, Instant::now())) });
+        self.clocks().insert((partition, stage), Arc::clone(&clock));
+        clock
+    }
+
+    /// A partition has gone elsewhere: its series go.
+    pub fn end(&self, partition: i32) {
+        let label = partition.to_string();
+        self.clocks().retain(|(of, stage), _| {
+            if *of == partition {
+                for state in StageState::ALL {
+                    // A series that was never made cannot be removed, and need not be.
+                    let _absent = self.seconds.remove_label_values(&[label.as_str(), stage, state.name()]);
+                }
+            }
+            *of != partition
+        });
+    }
+
+    /// Partitions that have a stage here.
+    pub fn partitions(&self) -> Vec<i32> {
+        let mut partitions: Vec<i32> = self.clocks().keys().map(|(partition, _)| *partition).collect();
+        partitions.dedup();
+        partitions
+    }
+}
+
+impl Collector for Stages {
+    fn desc(&self) -> Vec<&Desc> {
+        self.seconds.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        self.clocks().values().for_each(|clock| clock.settle());
+        self.seconds.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prometheus::Opts;
+
+    fn stages() -> Stages {
+        Stages::new(CounterVec::new(Opts::new("seconds", "s"), &["partition", "stage", "state"]).unwrap())
+    }
+
+    fn sum(stages: &Stages) -> f64 {
+        stages.collect().iter().flat_map(|f| f.get_metric()).map(|m| m.get_counter().get_value()).sum()
+    }
+
+    #[test]
+    fn the_states_of_a_stage_add_up_to_wall_time_at_every_look() {
+        let stages = stages();
+        let before = Instant::now();
+        let clock = stages.begin(0, "work");
+        let begun = Instant::now();
+        for state in [StageState::Busy, StageState::Backpressured, StageState::Idle, StageState::Busy] {
+            clock.enter(state);
+            clock.enter_after(Duration::from_secs(3600), state);
+            let least = begun.elapsed().as_secs_f64();
+            let counted = sum(&stages);
+            let most = before.elapsed().as_secs_f64();
+            assert!(least - 1e-6 <= counted && counted <= most + 1e-6, "{least} <= {counted} <= {most}");
+        }
+        let counted = sum(&stages);
+        assert!(sum(&stages) > counted, "time goes on without a change of state");
+    }
+
+    #[test]
+    fn work_within_a_wait_is_counted_as_work_and_never_beyond_the_time_that_passed() {
+        let stages = stages();
+        let clock = stages.begin(1, "fetch");
+        let busy = || stages.seconds.with_label_values(&["1", "fetch", "busy"]).get();
+        clock.enter_after(Duration::from_secs(3600), StageState::Idle);
+        assert!(busy() < 3600.0, "{}", busy());
+        assert_eq!(stages.seconds.with_label_values(&["1", "fetch", "idle"]).get(), 0.0);
+    }
+
+    #[test]
+    fn the_series_of_a_partition_go_with_it() {
+        let stages = stages();
+        let _held = (stages.begin(0, "work"), stages.begin(1, "fetch"), stages.begin(1, "work"));
+        assert_eq!(stages.partitions(), [0, 1]);
+        stages.end(1);
+        assert_eq!(stages.partitions(), [0]);
+        assert_eq!(stages.collect()[0].get_metric().len(), 3);
+    }
+}

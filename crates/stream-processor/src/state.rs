@@ -1,0 +1,338 @@
+//! The checkpoint of one partition: a redb file on the checkpoint volume. One transaction per batch, two-phase; redb's file
+//! lock keeps two owners apart. What is in it only spares look-ups: no promise rests on it alone.
+
+use crate::partition::{Partition, Position};
+use crate::start::StateFacts;
+use crate::windows::hot::Panes;
+use crate::windows::pane::{Pane, PaneShape};
+use redb::{
+    Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Format this program writes and reads.
+pub const FORMAT: u32 = 1;
+/// redb's page cache per partition; its default is 1 GiB.
+const CACHE_BYTES: usize = 4 << 20;
+/// Length of redb's magic number, at the beginning of its files.
+const MAGIC_BYTES: usize = 9;
+
+const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
+const PANES: TableDefinition<'static, i64, &[u8]> = TableDefinition::new("panes");
+/// (pane start, next offset of the batch) → hashes, little endian.
+const SEEN: TableDefinition<'static, (i64, i64), &[u8]> = TableDefinition::new("seen");
+const HEAD: &str = "head";
+
+/// The state file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Somebody else holds it.
+    #[error("state file {file} is held by {holder}")]
+    Held {
+        /// Its path.
+        file: String,
+        /// What the holder wrote beside it.
+        holder: String,
+    },
+    /// Made by a newer program.
+    #[error(
+        "state file {file} has format {found}, this program knows {FORMAT}: run the newer program, or remove the file to recover from cassandra"
+    )]
+    NewerFormat {
+        /// Its path.
+        file: String,
+        /// Its format.
+        found: u32,
+    },
+    /// Damaged, or the disk failed.
+    #[error("state file {file}: {cause}")]
+    Broken {
+        /// Its path.
+        file: String,
+        /// What redb says.
+        cause: String,
+    },
+}
+
+/// What a state file says first of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// Format version.
+    pub format: u32,
+    /// Layout of the stream.
+    pub layout: String,
+    /// Kafka cluster.
+    pub cluster_id: String,
+    /// Kafka partition.
+    pub partition: i32,
+    /// Start of the oldest hot pane.
+    pub hot_from: i64,
+    /// Where it stands.
+    pub position: Position,
+}
+
+/// One batch's changes.
+#[derive(Debug)]
+pub struct Commit<'a> {
+    /// The partition after the batch.
+    pub partition: &'a Partition,
+    /// Starts of the panes whose rows changed.
+    pub touched: &'a [i64],
+    /// Per hot pane: hashes of the keys first seen.
+    pub seen: &'a BTreeMap<i64, Vec<u64>>,
+    /// Starts of the panes that are hot no more.
+    pub dropped: &'a [i64],
+}
+
+/// Where a partition's state outlives the process: the state file, or a fake of it. A failure is final.
+pub trait Checkpoint: Send {
+    /// What a start decision needs of it; `None`: nothing was committed.
+    fn facts(&self) -> Option<StateFacts>;
+
+    /// Puts the stored hot panes and seen keys into `panes`.
+    fn restore(&self, panes: &mut Panes) -> Result<(), StateError>;
+
+    /// Starts anew with `head`: all that was stored before is gone.
+    fn reset(&mut self, head: Head) -> Result<(), StateError>;
+
+    /// Commits one batch, all or nothing: it outlives the process when this returns.
+    fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError>;
+}
+
+impl Checkpoint for StateFile {
+    fn facts(&self) -> Option<StateFacts> {
+        StateFile::facts(self)
+    }
+
+    fn restore(&self, panes: &mut Panes) -> Result<(), StateError> {
+        StateFile::restore(self, panes)
+    }
+
+    fn reset(&mut self, head: Head) -> Result<(), StateError> {
+        StateFile::reset(self, head)
+    }
+
+    fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError> {
+        // It waits for the disk: the runtime's other tasks move to another thread meanwhile.
+        tokio::task::block_in_place(|| StateFile::commit(self, commit))
+    }
+}
+
+/// The open state file of one partition.
+#[derive(Debug)]
+pub struct StateFile {
+    file: String,
+    database: Database,
+    head: Option<Head>,
+}
+
+/// Path of a partition's state file.
+pub fn path_of(folder: &Path, stream: &str, partition: i32) -> PathBuf {
+    folder.join(format!("{stream}-{partition}.redb"))
+}
+
+fn holder_file(path: &Path) -> PathBuf {
+    path.with_extension("holder")
+}
+
+/// Whether a file's first bytes say that its making was cut off, by a kill or a full disk: redb writes the magic number last, so
+/// it never held a commit.
+pub(crate) fn never_finished(first_bytes: &[u8]) -> bool {
+    first_bytes.iter().take(MAGIC_BYTES).all(|byte| *byte == 0)
+}
+
+/// As many as there are and can be read.
+fn first_bytes(path: &Path) -> Vec<u8> {
+    let mut first = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAGIC_BYTES as u64).read_to_end(&mut first));
+    if read.is_ok() { first } else { vec![u8::MAX] }
+}
+
+impl StateFile {
+    /// Opens or makes the file; `holder` is noted beside it, for whoever finds it held.
+    pub fn open(path: &Path, holder: &str) -> Result<StateFile, StateError> {
+        let file = path.display().to_string();
+        let create = || Builder::new().set_cache_size(CACHE_BYTES).create(path);
+        let opened = match create() {
+            Err(DatabaseError::Storage(_)) if never_finished(&first_bytes(path)) => {
+                // If it cannot be removed, the second try says why.
+                let _removed = std::fs::remove_file(path);
+                create()
+            }
+            opened => opened,
+        };
+        let database = opened.map_err(|e| match e {
+            DatabaseError::DatabaseAlreadyOpen => {
+                let holder = std::fs::read_to_string(holder_file(path))
+                    .unwrap_or_else(|_| "an unknown process".into());
+                StateError::Held { file: file.clone(), holder }
+            }
+            e => StateError::Broken { file: file.clone(), cause: e.to_string() },
+        })?;
+        // Only a hint for people: failing to write it must not stop anything.
+        let _hint = std::fs::write(holder_file(path), holder);
+        StateFile::with_database(file, database)
+    }
+
+    /// Over a storage of the caller's, such as one that fails on purpose.
+    pub fn with_backend(name: &str, backend: impl StorageBackend) -> Result<StateFile, StateError> {
+        let opened = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend);
+        let database =
+            opened.map_err(|e| StateError::Broken { file: name.to_owned(), cause: e.to_string() })?;
+        StateFile::with_database(name.to_owned(), database)
+    }
+
+    fn with_database(file: String, database: Database) -> Result<StateFile, StateError> {
+        let mut state = StateFile { file, database, head: None };
+        state.head = state.read_head()?;
+        match &state.head {
+            Some(head) if head.format > FORMAT => {
+                Err(StateError::NewerFormat { file: state.file.clone(), found: head.format })
+            }
+            _ => Ok(state),
+        }
+    }
+
+    fn broken(&self, cause: impl std::fmt::Display) -> StateError {
+        StateError::Broken { file: self.file.clone(), cause: cause.to_string() }
+    }
+
+    fn read_head(&self) -> Result<Option<Head>, StateError> {
+        let read = self.database.begin_read().map_err(|e| self.broken(e))?;
+        let table = match read.open_table(META) {
+            Ok(table) => table,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(e) => return Err(self.broken(e)),
+        };
+        let Some(bytes) = table.get(HEAD).map_err(|e| self.broken(e))? else { return Ok(None) };
+        serde_json::from_slice(bytes.value()).map(Some).map_err(|e| self.broken(e))
+    }
+
+    /// What it says of itself; `None`: nothing was committed.
+    pub fn head(&self) -> Option<&Head> {
+        self.head.as_ref()
+    }
+
+    /// What a start decision needs of it.
+    pub fn facts(&self) -> Option<StateFacts> {
+        self.head.as_ref().map(|h| StateFacts {
+            position: h.position,
+            layout: h.layout.clone(),
+            cluster_id: h.cluster_id.clone(),
+        })
+    }
+
+    /// Puts the stored hot panes and seen keys into `panes`.
+    pub fn restore(&self, panes: &mut Panes) -> Result<(), StateError> {
+        let Some(head) = &self.head else { return Ok(()) };
+        panes.hot_from = head.hot_from;
+        let read = self.database.begin_read().map_err(|e| self.broken(e))?;
+        let stored = read.open_table(PANES).map_err(|e| self.broken(e))?;
+        for entry in stored.iter().map_err(|e| self.broken(e))? {
+            let (start, bytes) = entry.map_err(|e| self.broken(e))?;
+            let pane = Pane::decode(&panes.shape, bytes.value())
+                .ok_or_else(|| self.broken(format!("the pane at {} has another shape", start.value())))?;
+            panes.hot_mut(start.value()).1.pane = pane;
+        }
+        let seen = read.open_table(SEEN).map_err(|e| self.broken(e))?;
+        for entry in seen.iter().map_err(|e| self.broken(e))? {
+            let (key, bytes) = entry.map_err(|e| self.broken(e))?;
+            let (_, hot) = panes.hot_mut(key.value().0);
+            for hash in bytes.value().chunks_exact(8) {
+                hot.seen.insert(u64::from_le_bytes(hash.try_into().unwrap_or_default()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything, checksums first; gives the number of hot panes and of seen keys.
+    pub fn check(&mut self, shape: &PaneShape) -> Result<(usize, usize), StateError> {
+        let intact = self.database.check_integrity();
+        if !intact.map_err(|e| self.broken(e))? {
+            return Err(self.broken("its checksums were wrong and it was repaired from its last good commit"));
+        }
+        let read = self.database.begin_read().map_err(|e| self.broken(e))?;
+        let (mut panes, mut keys) = (0, 0);
+        let stored = read.open_table(PANES).map_err(|e| self.broken(e))?;
+        for entry in stored.iter().map_err(|e| self.broken(e))? {
+            let (start, bytes) = entry.map_err(|e| self.broken(e))?;
+            if Pane::decode(shape, bytes.value()).is_none() {
+                return Err(self.broken(format!("the pane at {} has another shape", start.value())));
+            }
+            panes += 1;
+        }
+        let seen = read.open_table(SEEN).map_err(|e| self.broken(e))?;
+        for entry in seen.iter().map_err(|e| self.broken(e))? {
+            keys += entry.map_err(|e| self.broken(e))?.1.value().len() / 8;
+        }
+        Ok((panes, keys))
+    }
+
+    /// Starts anew at `partition`'s position: all that was stored before is gone.
+    pub fn reset(&mut self, head: Head) -> Result<(), StateError> {
+        let write = self.begin()?;
+        let done = (|| {
+            write.delete_table(PANES)?;
+            write.delete_table(SEEN)?;
+            write.open_table(PANES)?;
+            write.open_table(SEEN)?;
+            put_head(&write, &head)
+        })();
+        done.map_err(|e| self.broken(e))?;
+        write.commit().map_err(|e| self.broken(e))?;
+        self.head = Some(head);
+        Ok(())
+    }
+
+    /// Commits one batch: one transaction, synced to the disk. A failure is final.
+    pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError> {
+        let Some(head) = &self.head else { return Err(self.broken("commit before reset")) };
+        let panes = &commit.partition.panes;
+        let head = Head { hot_from: panes.hot_from, position: commit.partition.position, ..head.clone() };
+        let write = self.begin()?;
+        write_batch(&write, &head, commit).map_err(|e| self.broken(e))?;
+        write.commit().map_err(|e| self.broken(e))?;
+        self.head = Some(head);
+        Ok(())
+    }
+
+    fn begin(&self) -> Result<redb::WriteTransaction, StateError> {
+        let mut write = self.database.begin_write().map_err(|e| self.broken(e))?;
+        write.set_two_phase_commit(true);
+        Ok(write)
+    }
+}
+
+fn put_head(write: &redb::WriteTransaction, head: &Head) -> Result<(), redb::Error> {
+    let bytes = serde_json::to_vec(head).map_err(|e| redb::Error::Corrupted(e.to_string()))?;
+    write.open_table(META)?.insert(HEAD, bytes.as_slice())?;
+    Ok(())
+}
+
+fn write_batch(write: &redb::WriteTransaction, head: &Head, commit: &Commit<'_>) -> Result<(), redb::Error> {
+    put_head(write, head)?;
+    let mut panes = write.open_table(PANES)?;
+    for start in commit.touched {
+        if let Some(hot) = commit.partition.panes.hot.get(start) {
+            panes.insert(start, hot.pane.encode().as_slice())?;
+        }
+    }
+    let mut seen = write.open_table(SEEN)?;
+    for (start, hashes) in commit.seen.iter().filter(|(start, _)| **start >= head.hot_from) {
+        let mut bytes = Vec::with_capacity(8 * hashes.len());
+        hashes.iter().for_each(|h| bytes.extend_from_slice(&h.to_le_bytes()));
+        seen.insert((*start, head.position.next_offset), bytes.as_slice())?;
+    }
+    for start in commit.dropped {
+        panes.remove(start)?;
+        seen.retain_in((*start, i64::MIN)..=(*start, i64::MAX), |_, _| false)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+//! Rows as the driver wants them: cells written straight from the chunk's arena, without a value type in between.
+
+use crate::chunk::Chunk;
+use crate::windows::pane::{Measure, PaneRow};
+use scylla::serialize::SerializationError;
+use scylla::serialize::row::{RowSerializationContext, SerializeRow};
+use scylla::serialize::writers::RowWriter;
+
+/// One event row, in the order of `common::schema::insert_event`.
+pub struct EventRow<'a> {
+    pub chunk: &'a Chunk,
+    pub index: u32,
+    pub bucket: i64,
+}
+
+/// One pane row, in the order of `common::schema::insert_pane`.
+pub struct PaneRowValues<'a> {
+    pub bucket: i64,
+    pub partition: i32,
+    pub start: i64,
+    pub name: &'a (String, String),
+    pub row: PaneRow,
+    pub measures: &'a [Measure],
+    pub stamp: i64,
+}
+
+fn put(writer: &mut RowWriter<'_>, bytes: &[u8]) -> Result<(), SerializationError> {
+    writer.make_cell_writer().set_value(bytes).map(drop).map_err(SerializationError::new)
+}
+
+fn put_or_unset(writer: &mut RowWriter<'_>, bytes: Option<&[u8]>) -> Result<(), SerializationError> {
+    match bytes {
+        Some(bytes) => put(writer, bytes),
+        None => {
+            let _written = writer.make_cell_writer().set_unset();
+            Ok(())
+        }
+    }
+}
+
+/// A statement prepared from another schema than the rows were made for would write cells into wrong columns.
+fn check_width(ctx: &RowSerializationContext<'_>, width: usize) -> Result<(), SerializationError> {
+    if ctx.columns().len() == width {
+        return Ok(());
+    }
+    let message = format!("a row of {width} cells for a statement of {} markers", ctx.columns().len());
+    Err(SerializationError::new(std::io::Error::other(message)))
+}
+
+impl SerializeRow for EventRow<'_> {
+    fn serialize(
+        &self,
+        ctx: &RowSerializationContext<'_>,
+        writer: &mut RowWriter<'_>,
+    ) -> Result<(), SerializationError> {
+        check_width(ctx, 7 + self.chunk.columns)?;
+        let event = &self.chunk.events[self.index as usize];
+        put(writer, &self.bucket.to_be_bytes())?;
+        put(writer, &event.shard.to_be_bytes())?;
+        put(writer, &event.time_ms.to_be_bytes())?;
+        put(writer, self.chunk.id(event))?;
+        put(writer, &event.offset.to_be_bytes())?;
+        put_or_unset(writer, self.chunk.run_id(event))?;
+        for cell in self.chunk.columns_of(self.index as usize) {
+            put_or_unset(writer, cell)?;
+        }
+        put(writer, &(event.time_ms * 1000).to_be_bytes())
+    }
+
+    fn is_empty(&self) -> bool {
+        false
+    }
+}
+
+impl SerializeRow for PaneRowValues<'_> {
+    fn serialize(
+        &self,
+        ctx: &RowSerializationContext<'_>,
+        writer: &mut RowWriter<'_>,
+    ) -> Result<(), SerializationError> {
+        check_width(ctx, 8 + 4 * self.measures.len())?;
+        put(writer, &self.bucket.to_be_bytes())?;
+        put(writer, &self.partition.to_be_bytes())?;
+        put(writer, &self.start.to_be_bytes())?;
+        put(writer, self.name.0.as_bytes())?;
+        put(writer, self.name.1.as_bytes())?;
+        put(writer, &self.row.count.to_be_bytes())?;
+        put(writer, &self.row.upto.to_be_bytes())?;
+        for measure in self.measures {
+            put(writer, &measure.count.to_be_bytes())?;
+            put(writer, &measure.sum.to_be_bytes())?;
+            // Of no event there is no least and no greatest value.
+            let known = measure.count > 0;
+            put_or_unset(writer, known.then_some(measure.min.to_be_bytes().as_slice()))?;
+            put_or_unset(writer, known.then_some(measure.max.to_be_bytes().as_slice()))?;
+        }
+        put(writer, &self.stamp.to_be_bytes())
+    }
+
+    fn is_empty(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,286 @@
+//! Cassandra and the dead-letter topic as the worker sees them. Each write of one row is a step of its own:
+//! the schedule decides when it happens, whether it times out, and whether a timed-out write lands later.
+
+use super::log::LATENESS_MS;
+use super::machine::{Machine, lock};
+use super::mutations::Mutation;
+use super::world::{Cells, Name, Op, Shared, Target, pane_row, position_of};
+use crate::chunk::Chunk;
+use crate::error::ProcessorError;
+use crate::partition::Position;
+use crate::store::{BatchRecord, DeadLetters, Store};
+use crate::windows::hot::Panes;
+use crate::windows::pane::{Measure, Pane, PaneShape};
+use crate::write_plan::{EventGroup, PaneGroup};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+/// One process's connection to everything outside.
+pub struct Outside {
+    /// The world.
+    pub world: Shared,
+    /// The process.
+    pub life: usize,
+    /// Its name in the story.
+    pub who: String,
+    /// Rows of a pane.
+    pub shape: PaneShape,
+    /// For the mutation that stamps with a clock.
+    pub epoch: i64,
+    /// For the mutation that looks up ahead: what was there when the last batch was about to be written.
+    pub before_write: Mutex<Option<BTreeMap<(i64, String), Cells>>>,
+    /// For the mutations that swap steps: writes put off.
+    pub put_off: Mutex<Vec<Op>>,
+    /// For the mutation that publishes before the commit.
+    pub machine: Arc<Mutex<Machine>>,
+}
+
+impl Outside {
+    fn is_out(&self, mutation: Mutation) -> bool {
+        self.world.lock().mutation == Some(mutation)
+    }
+
+    /// Writes `ops`, in an order the schedule chooses; returns when the last one is acknowledged.
+    async fn put(&self, mut ops: Vec<Op>) -> Result<(), ProcessorError> {
+        if ops.is_empty() {
+            return Ok(());
+        }
+        self.world.lock().in_flight.entry(self.life).or_default().extend(ops.clone());
+        while !ops.is_empty() {
+            self.world.gate(self.life).await;
+            let mut world = self.world.lock();
+            let at = world.choices.index(ops.len(), 30);
+            let failing = world.fail_at == Some(world.steps);
+            match if failing { 3 } else { world.fault(4, 8) } {
+                0 => {
+                    let op = ops.remove(at);
+                    self.acknowledged(&mut world.in_flight, &op);
+                    world.land(&op, &self.who);
+                }
+                3 => {
+                    world.failing.insert(self.life);
+                    let who = self.who.clone();
+                    world.say(|| format!("{who}: a write fails for good"));
+                    return Err(ProcessorError::Stopped);
+                }
+                outcome => {
+                    let (who, later) = (self.who.clone(), outcome == 2);
+                    world.say(|| {
+                        format!("{who}: a write timed out{}", if later { ", lands later" } else { "" })
+                    });
+                    if later && !matches!(ops[at].target, Target::Dead(_)) {
+                        world.delayed.push(ops[at].clone());
+                    }
+                }
+            }
+        }
+        // Landed, but not yet known to have: a crash may come in between.
+        self.world.gate(self.life).await;
+        Ok(())
+    }
+
+    fn acknowledged(&self, in_flight: &mut BTreeMap<usize, Vec<Op>>, op: &Op) {
+        let of_life = in_flight.entry(self.life).or_default();
+        if let Some(at) = of_life.iter().position(|o| o.target == op.target && o.stamp == op.stamp) {
+            of_life.swap_remove(at);
+        }
+    }
+
+    async fn put_or_put_off(&self, ops: Vec<Op>, off: bool) -> Result<(), ProcessorError> {
+        if off {
+            lock(&self.put_off).extend(ops);
+            return Ok(());
+        }
+        self.put(ops).await
+    }
+
+    fn stamp(&self, next_offset: i64) -> i64 {
+        if self.is_out(Mutation::StampsByClock) { self.epoch + next_offset } else { next_offset }
+    }
+
+    fn row_ops(&self, chunk: &Chunk, groups: &[EventGroup]) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for index in groups.iter().flat_map(|group| &group.events) {
+            let event = &chunk.events[*index as usize];
+            let mut cells: Vec<(Name, Vec<u8>)> = vec![("kafka_offset", event.offset.to_be_bytes().to_vec())];
+            let columns = ["kind", "score"].into_iter().zip(chunk.columns_of(*index as usize));
+            cells.extend(columns.filter_map(|(name, value)| Some((name, value?.to_vec()))));
+            let target = Target::Row(event.time_ms, id_text(chunk.id(event)));
+            ops.push(Op { target, stamp: event.time_ms * 1000, cells });
+        }
+        ops
+    }
+
+    fn pane_ops(&self, next_offset: i64, groups: &[PaneGroup], panes: &Panes) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for (start, index) in groups.iter().flat_map(|group| &group.rows) {
+            let pane = panes.pane(*start).unwrap_or_else(|| panic!("pane {start} to write is not in memory"));
+            let (row, measure) = (pane.row(*index), pane.measures(*index)[0]);
+            let mut cells: Vec<(Name, Vec<u8>)> = vec![
+                ("count", row.count.to_be_bytes().to_vec()),
+                ("upto", row.upto.to_be_bytes().to_vec()),
+                ("scored", measure.count.to_be_bytes().to_vec()),
+                ("sum", measure.sum.to_be_bytes().to_vec()),
+            ];
+            if measure.count > 0 {
+                cells.push(("min", measure.min.to_be_bytes().to_vec()));
+                cells.push(("max", measure.max.to_be_bytes().to_vec()));
+            }
+            let (dimension, value) = self.shape.names[*index].clone();
+            let target = Target::Pane(*start, dimension, value);
+            ops.push(Op { target, stamp: self.stamp(next_offset), cells });
+        }
+        ops
+    }
+
+    fn progress_op(&self, position: &Position) -> Op {
+        let totals = position.totals;
+        let mut cells: Vec<(Name, Vec<u8>)> = vec![
+            ("next_offset", position.next_offset.to_be_bytes().to_vec()),
+            ("events", totals.events.to_be_bytes().to_vec()),
+            ("duplicates", totals.duplicates.to_be_bytes().to_vec()),
+            ("late", totals.late.to_be_bytes().to_vec()),
+            ("dead_letters", totals.dead_letters.to_be_bytes().to_vec()),
+        ];
+        cells.extend(position.seen_to.map(|at| ("seen_to", at.to_be_bytes().to_vec())));
+        cells.extend(position.fingerprint.map(|at| ("fingerprint", at.to_be_bytes().to_vec())));
+        Op { target: Target::Progress, stamp: self.stamp(position.next_offset), cells }
+    }
+
+    fn stored_offset(&self, at: i64, id: &str) -> Option<i64> {
+        let world = self.world.lock();
+        let ahead = lock(&self.before_write);
+        let rows = ahead.as_ref().unwrap_or(&world.rows);
+        let offset =
+            |cells: &Cells| i64::from_be_bytes(cells["kafka_offset"].1.as_slice().try_into().unwrap());
+        if world.mutation == Some(Mutation::IdOnly) {
+            return rows.iter().find(|((_, other), _)| other == id).map(|(_, cells)| offset(cells));
+        }
+        rows.get(&(at, id.to_owned())).map(offset)
+    }
+}
+
+/// The mutation that does not recognise copies in a batch marks them; the tables do not see the mark.
+fn id_text(id: &[u8]) -> String {
+    String::from_utf8_lossy(id).trim_end_matches('\u{1}').to_owned()
+}
+
+impl Store for Outside {
+    async fn look_up(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<Vec<(u32, i64)>, ProcessorError> {
+        let mut found = Vec::new();
+        for group in groups {
+            self.world.gate(self.life).await;
+            for number in &group.events {
+                let event = &chunk.events[*number as usize];
+                let offset = self.stored_offset(event.time_ms, &id_text(chunk.id(event)));
+                let who = self.who.clone();
+                self.world.lock().say(|| format!("{who}: looks up offset {}: {offset:?}", event.offset));
+                found.extend(offset.map(|offset| (*number, offset)));
+            }
+        }
+        Ok(found)
+    }
+
+    async fn load_panes(
+        &self,
+        _: i32,
+        starts: &BTreeSet<i64>,
+    ) -> Result<BTreeMap<i64, Pane>, ProcessorError> {
+        let mut loaded = BTreeMap::new();
+        for start in starts {
+            self.world.gate(self.life).await;
+            let world = self.world.lock();
+            let mut pane = Pane::empty(&self.shape);
+            for (index, (dimension, value)) in self.shape.names.iter().enumerate() {
+                let Some(cells) = world.panes.get(&(*start, dimension.clone(), value.clone())) else {
+                    continue;
+                };
+                let (row, upto) = pane_row(cells);
+                let upto = if world.mutation == Some(Mutation::Fence) { 0 } else { upto };
+                let (min, max) = row.bounds.unwrap_or((Measure::EMPTY.min, Measure::EMPTY.max));
+                pane.load(index, row.count, upto, &[Measure { count: row.scored, sum: row.sum, min, max }]);
+            }
+            loaded.insert(*start, pane);
+        }
+        Ok(loaded)
+    }
+
+    async fn write_rows(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<(), ProcessorError> {
+        if self.is_out(Mutation::LookUpsAhead) {
+            *lock(&self.before_write) = Some(self.world.lock().rows.clone());
+        }
+        let off = self.is_out(Mutation::CommitBeforeRows) || self.is_out(Mutation::PanesBeforeRows);
+        self.put_or_put_off(self.row_ops(chunk, groups), off).await
+    }
+
+    async fn write_panes(
+        &self,
+        _: i32,
+        next_offset: i64,
+        groups: &[PaneGroup],
+        panes: &Panes,
+    ) -> Result<(), ProcessorError> {
+        let ops = self.pane_ops(next_offset, groups, panes);
+        self.put_or_put_off(ops, self.is_out(Mutation::CommitBeforePanes)).await?;
+        if self.is_out(Mutation::PanesBeforeRows) {
+            let rows = std::mem::take(&mut *lock(&self.put_off));
+            return self.put(rows).await;
+        }
+        Ok(())
+    }
+
+    async fn progress(&self, _: i32) -> Result<Option<Position>, ProcessorError> {
+        self.world.gate(self.life).await;
+        let world = self.world.lock();
+        let mut position = (!world.progress.is_empty()).then(|| position_of(&world.progress));
+        if world.mutation == Some(Mutation::RawWatermark)
+            && let Some(position) = &mut position
+        {
+            position.seen_to = position.seen_to.map(|seen_to| seen_to - LATENESS_MS);
+        }
+        Ok(position)
+    }
+
+    async fn accepted_up_to(&self, _: i32) -> Result<i64, ProcessorError> {
+        Ok(0)
+    }
+
+    async fn publish(
+        &self,
+        _: i32,
+        position: &Position,
+        batch: Option<&BatchRecord>,
+    ) -> Result<(), ProcessorError> {
+        if batch.is_some() {
+            let put_off = if self.is_out(Mutation::PanesBeforeRows) {
+                Vec::new()
+            } else {
+                std::mem::take(&mut *lock(&self.put_off))
+            };
+            self.put(put_off).await?;
+            let mut world = self.world.lock();
+            let committed = world.committed.get(&self.life);
+            if world.watch && committed.is_none_or(|committed| *committed < position.next_offset) {
+                world.bad("published before committed", || format!("{position:?}"));
+            }
+        }
+        self.put(vec![self.progress_op(position)]).await?;
+        if batch.is_some() {
+            let second = self.world.lock().second;
+            let total = position.totals.records().to_be_bytes().to_vec();
+            let stamp = self.stamp(position.next_offset);
+            let target = Target::Throughput(second);
+            self.put(vec![Op { target, stamp, cells: vec![("total", total)] }]).await?;
+            lock(&self.machine).settle();
+        }
+        Ok(())
+    }
+}
+
+impl DeadLetters for Outside {
+    async fn send(&self, _: i32, chunk: &Chunk) -> Result<(), ProcessorError> {
+        let dead = |offset| Op { target: Target::Dead(offset), stamp: 0, cells: Vec::new() };
+        let ops = chunk.poison.iter().map(|poison| dead(poison.offset)).collect();
+        self.put_or_put_off(ops, self.is_out(Mutation::CommitBeforeDeadLetters)).await
+    }
+}

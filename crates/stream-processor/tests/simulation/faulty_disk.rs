@@ -1,0 +1,204 @@
+//! The state file on a disk that loses, tears and reorders what was not synced, at every sync: what is found afterwards is the
+//! last commit or the next one, whole, or the file is refused. The batches are the real worker's, on one generation of the file
+//! after the other.
+
+use super::choices::{Choices, splitmix};
+use super::disk::Disk;
+use super::log::{Log, definition, random};
+use super::machine::open_file;
+use crate::decode::Decoder;
+use crate::partition::{Partition, Position};
+use crate::state::{Commit, FORMAT, Head, StateError, StateFile};
+use crate::windows::hot::Panes;
+use crate::windows::pane::PaneShape;
+use common::stream::Definition;
+use std::collections::BTreeMap;
+
+/// Logs, each cut off at every sync in turn.
+const LOGS: u64 = 24;
+
+/// Everything a state file says, to compare.
+#[derive(Debug, Clone, PartialEq)]
+struct Says {
+    head: Option<Head>,
+    panes: BTreeMap<i64, Vec<u8>>,
+    seen: BTreeMap<i64, usize>,
+}
+
+fn fresh_panes(definition: &Definition, memory_most: usize) -> Panes {
+    let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
+    Panes::new(PaneShape::new(definition), times, memory_most, i64::MIN)
+}
+
+fn says(file: &StateFile, definition: &Definition) -> Result<Says, StateError> {
+    let mut panes = fresh_panes(definition, usize::MAX);
+    file.restore(&mut panes)?;
+    let encoded = panes.hot.iter().map(|(start, hot)| (*start, hot.pane.encode()));
+    let seen = panes.hot.iter().map(|(start, hot)| (*start, hot.seen.len()));
+    Ok(Says { head: file.head().cloned(), panes: encoded.collect(), seen: seen.collect() })
+}
+
+fn head(definition: &Definition) -> Head {
+    Head {
+        format: FORMAT,
+        layout: definition.layout(),
+        cluster_id: "simulated".into(),
+        partition: 0,
+        hot_from: i64::MIN,
+        position: Position::default(),
+    }
+}
+
+/// The batches of one log, committed one after the other until the disk fails.
+struct Writer {
+    definition: Definition,
+    log: Log,
+    sizes: Vec<i64>,
+    memory_most: usize,
+}
+
+impl Writer {
+    fn of_seed(seed: u64) -> Writer {
+        let mut choices = Choices::seeded(seed);
+        let mut records = random(&mut choices);
+        for _ in 0..3 {
+            records.extend(random(&mut choices));
+        }
+        let sizes = (0..records.len()).map(|_| 1 + i64::from(choices.pick(5, 60))).collect();
+        let memory_most = [usize::MAX, 700][choices.index(2, 50)];
+        Writer { definition: definition(0), log: Log::new(records), sizes, memory_most }
+    }
+
+    /// Commits until the disk fails or the log ends; tells `done` what each finished commit and the one under way say.
+    fn write(&self, file: &mut StateFile, states: &mut Vec<Says>) -> Result<(), StateError> {
+        let decoder = Decoder::new(&self.definition, 0);
+        let mut partition =
+            Partition::new(Position::default(), fresh_panes(&self.definition, self.memory_most), 5_000);
+        let mut expected = Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() };
+        states.push(expected.clone());
+        expected.head = Some(head(&self.definition));
+        states.push(expected);
+        file.reset(head(&self.definition))?;
+        let mut next = 0;
+        for size in &self.sizes {
+            let end = (next + size).min(self.log.high());
+            if next == end {
+                break;
+            }
+            let chunk = self.log.chunk(&decoder, next..end);
+            let asked = partition.questions(&chunk).keys;
+            let found: Vec<Option<i64>> =
+                asked.iter().map(|index| self.stored(&chunk, *index, next)).collect();
+            let applied = partition.apply(&chunk, &asked, &found).unwrap();
+            let dropped = partition.advance();
+            let touched: Vec<i64> = applied.panes.keys().copied().collect();
+            let says = Says {
+                head: Some(Head {
+                    hot_from: partition.panes.hot_from,
+                    position: partition.position,
+                    ..head(&self.definition)
+                }),
+                panes: partition.panes.hot.iter().map(|(at, hot)| (*at, hot.pane.encode())).collect(),
+                seen: partition.panes.hot.iter().map(|(at, hot)| (*at, hot.seen.len())).collect(),
+            };
+            states.push(says);
+            let (partition, seen) = (&partition, &applied.seen);
+            file.commit(&Commit { partition, touched: &touched, seen, dropped: &dropped })?;
+            next = end;
+        }
+        Ok(())
+    }
+
+    fn stored(&self, chunk: &crate::chunk::Chunk, index: u32, next: i64) -> Option<i64> {
+        let event = &chunk.events[index as usize];
+        let id = String::from_utf8_lossy(chunk.id(event)).into_owned();
+        self.log.below(next).rows.get(&(event.time_ms, id)).map(|(offset, _)| *offset)
+    }
+}
+
+/// After the crash: one of the last two states, whole; or refused.
+fn check_after(disk: &Disk, states: &[Says], definition: &Definition, case: &str) -> bool {
+    match open_file(disk).and_then(|file| says(&file, definition)) {
+        Ok(found) => {
+            let last_two = &states[states.len().saturating_sub(2)..];
+            assert!(last_two.contains(&found), "{case}: {found:?}\n is neither of {last_two:?}");
+            true
+        }
+        Err(error) => {
+            println!("{case}: refused: {error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn after_a_power_loss_at_any_sync_the_file_says_the_last_or_the_next_commit_or_is_refused() {
+    let (mut cases, mut refused) = (0, 0);
+    for seed in 0..LOGS {
+        let writer = Writer::of_seed(seed);
+        for sync in 1.. {
+            let case = format!("seed {seed}, sync {sync}");
+            let disk = Disk::default();
+            disk.fail_at(Some(sync), None);
+            let mut states = Vec::new();
+            let written = open_file(&disk).and_then(|mut file| writer.write(&mut file, &mut states));
+            let mut random = seed << 32 | sync;
+            disk.power_loss(&mut random);
+            disk.mend();
+            if states.is_empty() {
+                states.push(Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
+            }
+            cases += 1;
+            refused += u32::from(!check_after(&disk, &states, &writer.definition, &case));
+            if written.is_ok() {
+                break;
+            }
+        }
+    }
+    println!("{cases} power losses, {refused} refused");
+    assert!(cases > 500 && refused == 0, "{refused} of {cases} files refused: allowed, but never seen");
+}
+
+#[test]
+fn a_file_that_survived_power_losses_goes_on_taking_commits_and_losing_power() {
+    for seed in 0..LOGS {
+        let writer = Writer::of_seed(1000 + seed);
+        let disk = Disk::default();
+        let mut random = seed;
+        for round in 0..6 {
+            disk.fail_at(Some(3 + splitmix(&mut random) % 20), None);
+            let mut states = Vec::new();
+            let opened =
+                open_file(&disk).and_then(|file| says(&file, &writer.definition).map(|says| (file, says)));
+            let Ok((mut file, before)) = opened else { break };
+            let _failed = writer.write(&mut file, &mut states);
+            states[0] = before;
+            disk.power_loss(&mut random);
+            disk.mend();
+            check_after(&disk, &states, &writer.definition, &format!("seed {seed}, round {round}"));
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_commit_and_leaves_the_last_one() {
+    for seed in 0..6 {
+        let writer = Writer::of_seed(2000 + seed);
+        for write in (1..).step_by(3) {
+            let disk = Disk::default();
+            disk.fail_at(None, Some(write));
+            let mut states = Vec::new();
+            let written = open_file(&disk).and_then(|mut file| writer.write(&mut file, &mut states));
+            disk.kill();
+            disk.mend();
+            if states.is_empty() {
+                states.push(Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
+            }
+            let case = format!("seed {seed}, write {write}");
+            assert!(check_after(&disk, &states, &writer.definition, &case), "{case}: refused");
+            if written.is_ok() {
+                break;
+            }
+        }
+    }
+}

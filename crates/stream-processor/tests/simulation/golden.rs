@@ -1,0 +1,73 @@
+//! A state file of format 1, made once and kept: every later program must read it.
+
+use super::choices::Choices;
+use super::disk::Disk;
+use super::log::{BASE_MS, Log, Rec, definition, event};
+use super::machine::{Volume, open_file};
+use super::schedule::{Case, Sim};
+use crate::partition::{Position, Totals};
+use crate::poison_gate::PoisonCounts;
+use crate::state::FORMAT;
+use crate::windows::hot::Panes;
+use crate::windows::pane::PaneShape;
+use std::io::Read as _;
+use std::path::PathBuf;
+
+/// One on time, one in the newest pane, poison, a copy, a late one: pane 0 has turned cold.
+fn records() -> Vec<Rec> {
+    vec![event(0, 1), event(20_000, 3), Rec::Poison, event(0, 1), event(12_000, 2)]
+}
+
+/// What this program makes of that log.
+fn made_now() -> Vec<u8> {
+    let mut sim = Sim::new(records(), Choices::given(&[]), Case { on_disk: true, ..Case::default() });
+    sim.world().batches = Some(vec![5]);
+    sim.start(0);
+    sim.finish();
+    let machine = sim.machine(0);
+    let Volume::Disk(disk) = &machine.volume else { unreachable!() };
+    disk.bytes()
+}
+
+fn check(bytes: Vec<u8>) {
+    let file = open_file(&Disk::of(bytes)).unwrap();
+    let head = file.head().unwrap();
+    assert!(head.format == 1 && FORMAT >= 1);
+    assert_eq!(head.layout, definition(0).layout());
+    let position = Position {
+        next_offset: 5,
+        fingerprint: Some(Log::new(records()).fingerprint(4)),
+        totals: Totals { events: 3, duplicates: 1, late: 1, dead_letters: 1 },
+        seen_to: Some(BASE_MS + 20_000),
+        poison: PoisonCounts { consecutive: 0, window_records: 5, window_poison: 1 },
+        count_from: 0,
+    };
+    assert_eq!((head.position, head.hot_from), (position, BASE_MS + 10_000));
+    let mut panes = Panes::new(PaneShape::new(&definition(0)), (10_000, 5_000), usize::MAX, i64::MIN);
+    file.restore(&mut panes).unwrap();
+    let starts: Vec<i64> = panes.hot.keys().map(|start| start - BASE_MS).collect();
+    assert_eq!(starts, [10_000, 20_000]);
+    let hot = &panes.hot[&(BASE_MS + 20_000)];
+    let row = hot.pane.row(0);
+    assert_eq!((row.count, row.upto, hot.pane.measures(0)[0].sum, hot.seen.len()), (1, 5, 0.1, 1));
+    assert!(panes.may_have_seen(BASE_MS + 20_000, common::event::seen_hash(BASE_MS + 20_000, b"e3")));
+}
+
+#[test]
+fn a_state_file_of_format_1_stays_readable() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/state-format-1.redb.gz");
+    let packed = std::fs::File::open(&path).unwrap();
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(packed).read_to_end(&mut bytes).unwrap();
+    check(bytes);
+}
+
+/// When this fails, the format has changed: raise `FORMAT`, keep reading the old file, and make another golden one.
+#[test]
+fn a_state_file_made_now_says_the_same_as_the_golden_one() {
+    let bytes = made_now();
+    if let Some(path) = std::env::var_os("PIPELINE_NEW_GOLDEN_FILE") {
+        std::fs::write(path, &bytes).unwrap();
+    }
+    check(bytes);
+}

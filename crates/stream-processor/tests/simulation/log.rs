@@ -1,0 +1,299 @@
+//! The logs of the simulation and their oracle: what the log below an offset says, recomputed from the records, sharing no
+//! code with the processor's decoder and windows.
+
+use super::choices::Choices;
+use crate::chunk::Chunk;
+use crate::decode::{Decoder, Record};
+use crate::partition::Totals;
+use common::event::fingerprint;
+use common::stream::Definition;
+use std::collections::BTreeMap;
+
+/// Pane length.
+pub const PANE_MS: i64 = 10_000;
+/// Allowed lateness: half a pane, as in the model.
+pub const LATENESS_MS: i64 = 5_000;
+/// Start of pane 0: two panes before a bucket of ten minutes ends, so that panes lie in two buckets.
+pub const BASE_MS: i64 = 1_800_000_000_000 - 2 * PANE_MS;
+const KINDS: [Option<&str>; 4] = [Some("a"), Some("b"), Some("else"), None];
+const SCORES: [Option<f64>; 5] = [Some(5.1), Some(12.3), Some(-3.7), Some(0.1), None];
+
+const DEFINITION: &str = r#"
+[stream]
+name = "simulated"
+schedule = { every = "1s" }
+[source]
+url = "http://127.0.0.1:1/"
+allow_private = true
+records = "/r"
+[event]
+id = "/id"
+time = "/at"
+type = "simulated"
+[[column]]
+name = "kind"
+type = "text"
+pointer = "/kind"
+[[column]]
+name = "score"
+type = "double"
+pointer = "/score"
+[store]
+bucket = "10m"
+shards = 2
+ttl = "0"
+[windows]
+pane = "10s"
+lateness = "5s"
+measures = ["score"]
+[[windows.group_by]]
+column = "kind"
+values = ["a", "b"]
+[[windows.group_by]]
+column = "score"
+step = 10
+count = 2
+"#;
+
+/// The stream of every simulated log; `ttl_seconds` 0: rows live for ever.
+pub fn definition(ttl_seconds: i64) -> Definition {
+    let mut definition = Definition::parse("simulated.toml", DEFINITION).unwrap();
+    definition.store.ttl_seconds = ttl_seconds;
+    definition
+}
+
+/// One event of a log.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Event {
+    /// Milliseconds after [`BASE_MS`].
+    pub at: i64,
+    /// Names the id.
+    pub id: u32,
+    /// Number of the kind.
+    pub kind: usize,
+    /// Number of the score.
+    pub score: usize,
+}
+
+/// One record of a log.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rec {
+    /// An event.
+    Event(Event),
+    /// Something else.
+    Poison,
+    /// An event whose rows may have expired: poison by its record's time stamp.
+    TooOld(Event),
+    /// An event far ahead of its record's time stamp: poison.
+    TooFar(Event),
+}
+
+/// A shorthand: the event `id` at `at` milliseconds.
+pub fn event(at: i64, id: u32) -> Rec {
+    Rec::Event(Event { at, id, kind: id as usize % 4, score: id as usize % 5 })
+}
+
+/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison.
+pub fn random(choices: &mut Choices) -> Vec<Rec> {
+    let count = 2 + choices.pick(11, 85);
+    let mut log = Vec::new();
+    let mut seen: Vec<Event> = Vec::new();
+    for id in 0..count {
+        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(5, 60) };
+        let earlier = |choices: &mut Choices| seen[choices.index(seen.len(), 60)];
+        let event = match sort {
+            1 => {
+                // Sent again: what a copy carries beside its key does not matter.
+                let copy = earlier(choices);
+                Event { score: (copy.score + choices.index(2, 20)) % SCORES.len(), ..copy }
+            }
+            2 => {
+                log.push(Rec::Poison);
+                continue;
+            }
+            3 => {
+                let other = earlier(choices);
+                Event { at: other.at / PANE_MS * PANE_MS + (other.at + 3_000) % PANE_MS, ..other }
+            }
+            4 => {
+                let other = earlier(choices);
+                Event { at: (other.at + PANE_MS) % (3 * PANE_MS), ..other }
+            }
+            _ => {
+                let pane = i64::from(choices.pick(5, 70) % 4);
+                let at = pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
+                Event { at, id, kind: choices.index(KINDS.len(), 60), score: choices.index(SCORES.len(), 60) }
+            }
+        };
+        seen.push(event);
+        log.push(Rec::Event(event));
+    }
+    log
+}
+
+/// What a pane row must be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PaneRow {
+    /// Events.
+    pub count: i64,
+    /// Events with a score.
+    pub scored: i64,
+    /// Sum of the scores in the order of the log.
+    pub sum: f64,
+    /// Least and greatest score, where there is one.
+    pub bounds: Option<(f64, f64)>,
+}
+
+/// (pane start, dimension, value).
+pub type PaneKey = (i64, String, String);
+
+/// What a log says.
+#[derive(Debug, Clone, Default)]
+pub struct Exact {
+    /// Every pane row.
+    pub panes: BTreeMap<PaneKey, PaneRow>,
+    /// Totals.
+    pub totals: Totals,
+    /// Highest event time.
+    pub seen_to: Option<i64>,
+    /// (event time, id) → first offset, with what its row holds.
+    pub rows: BTreeMap<(i64, String), (i64, Event)>,
+    /// Offsets of the dead letters.
+    pub dead: Vec<i64>,
+}
+
+impl Exact {
+    fn take(&mut self, offset: i64, rec: &Rec) {
+        let Rec::Event(event) = rec else {
+            self.totals.dead_letters += 1;
+            self.dead.push(offset);
+            return;
+        };
+        let time = BASE_MS + event.at;
+        let key = (time, id_of(event.id));
+        let late = self.seen_to.is_some_and(|seen_to| time < seen_to - LATENESS_MS);
+        self.seen_to = Some(self.seen_to.map_or(time, |seen_to| seen_to.max(time)));
+        if self.rows.contains_key(&key) {
+            self.totals.duplicates += 1;
+            return;
+        }
+        self.rows.insert(key, (offset, *event));
+        self.totals.events += 1;
+        self.totals.late += i64::from(late);
+        let kind = KINDS[event.kind].filter(|kind| ["a", "b"].contains(kind)).unwrap_or("(other)");
+        let score = match SCORES[event.score] {
+            Some(score) if (0.0..10.0).contains(&score) => "0",
+            Some(score) if (10.0..20.0).contains(&score) => "10",
+            _ => "(other)",
+        };
+        let start = BASE_MS + event.at / PANE_MS * PANE_MS;
+        for (dimension, value) in [("", ""), ("kind", kind), ("score", score)] {
+            let fresh = PaneRow { count: 0, scored: 0, sum: 0.0, bounds: None };
+            let row = self.panes.entry((start, dimension.to_owned(), value.to_owned())).or_insert(fresh);
+            row.count += 1;
+            if let Some(score) = SCORES[event.score] {
+                row.scored += 1;
+                row.sum += score;
+                let (least, greatest) = row.bounds.unwrap_or((score, score));
+                row.bounds = Some((least.min(score), greatest.max(score)));
+            }
+        }
+    }
+}
+
+/// The id that number `id` stands for.
+pub fn id_of(id: u32) -> String {
+    format!("e{id}")
+}
+
+/// The CQL bytes of an event's declared columns.
+pub fn columns_of(event: &Event) -> [Option<Vec<u8>>; 2] {
+    [
+        KINDS[event.kind].map(|kind| kind.as_bytes().to_vec()),
+        SCORES[event.score].map(|score| score.to_be_bytes().to_vec()),
+    ]
+}
+
+/// A partition's log, with what each prefix of it says.
+pub struct Log {
+    /// The records.
+    pub records: Vec<Rec>,
+    /// First offset that retention has left.
+    pub low: i64,
+    /// Number `n`: what the first `n` records say.
+    pub exact: Vec<Exact>,
+    /// Told apart from another log of the same records.
+    pub broker: i64,
+}
+
+impl Log {
+    /// Of these records, none of them removed.
+    pub fn new(records: Vec<Rec>) -> Log {
+        let mut exact = vec![Exact::default()];
+        for (offset, rec) in (0..).zip(&records) {
+            let mut next: Exact = exact.last().cloned().unwrap_or_default();
+            next.take(offset, rec);
+            exact.push(next);
+        }
+        Log { records, low: 0, exact, broker: 0 }
+    }
+
+    /// Offset after the last record.
+    pub fn high(&self) -> i64 {
+        self.records.len() as i64
+    }
+
+    /// What the log below `offset` says.
+    pub fn below(&self, offset: i64) -> &Exact {
+        &self.exact[offset as usize]
+    }
+
+    /// What the whole log says.
+    pub fn all(&self) -> &Exact {
+        self.below(self.high())
+    }
+
+    fn timestamp(&self, offset: i64) -> i64 {
+        let too_old = self.records[..=offset as usize].iter().any(|r| matches!(r, Rec::TooOld(_)));
+        BASE_MS + 60_000 + self.broker + offset + if too_old { 400 * 86_400_000 } else { 0 }
+    }
+
+    fn value(&self, offset: i64) -> Vec<u8> {
+        match &self.records[offset as usize] {
+            Rec::Poison => b"no json".to_vec(),
+            Rec::Event(event) | Rec::TooOld(event) | Rec::TooFar(event) => {
+                let (kind, score) = (KINDS[event.kind], SCORES[event.score]);
+                serde_json::json!({"kind": kind, "score": score, "more": offset}).to_string().into_bytes()
+            }
+        }
+    }
+
+    /// Identity of the record at `offset`.
+    pub fn fingerprint(&self, offset: i64) -> i64 {
+        fingerprint(b"", &self.value(offset), self.timestamp(offset))
+    }
+
+    /// Decodes the records of `offsets` with the real decoder.
+    pub fn chunk(&self, decoder: &Decoder, offsets: std::ops::Range<i64>) -> Chunk {
+        let mut chunk = decoder.chunk();
+        for offset in offsets.clone() {
+            let (id, at) = match &self.records[offset as usize] {
+                Rec::Event(e) | Rec::TooOld(e) | Rec::TooFar(e) => (id_of(e.id), e.at),
+                Rec::Poison => ("poison".to_owned(), 0),
+            };
+            let time = chrono::DateTime::from_timestamp_millis(BASE_MS + at).unwrap().to_rfc3339();
+            let headers = [("ce_id", Some(id.as_bytes())), ("ce_time", Some(time.as_bytes()))];
+            let value = self.value(offset);
+            let record = Record {
+                offset,
+                timestamp_ms: self.timestamp(offset),
+                key: None,
+                value: Some(&value),
+                headers: &headers,
+            };
+            decoder.decode(&record, &mut chunk);
+        }
+        chunk.fingerprint = self.fingerprint(offsets.end - 1);
+        chunk
+    }
+}
