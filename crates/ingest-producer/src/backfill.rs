@@ -33,10 +33,11 @@ struct Selection {
     left_out: usize,
 }
 
-/// Runs what is asked for, or says what it would run.
+/// Runs what is asked for, or only says what it would run.
 pub async fn backfill(
     runner: &Arc<Runner>,
     args: &BackfillArgs,
+    only_say: bool,
     shutdown: &Shutdown,
 ) -> anyhow::Result<Done> {
     let now_ms = (runner.clock)();
@@ -54,7 +55,7 @@ pub async fn backfill(
     let found = runner.ledger.runs(args.from, args.to).await?;
     let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
     let selection = select(&intervals, &runs, args);
-    if args.dry_run {
+    if only_say {
         return Ok(Done::text(dry_run(&selection)));
     }
     run_all(runner, selection, args, shutdown).await
@@ -189,14 +190,7 @@ mod tests {
     const T0: i64 = 1_767_225_600_000;
 
     fn args(reprocess: Reprocess, newest_first: bool) -> BackfillArgs {
-        BackfillArgs {
-            from: T0,
-            to: T0 + 360_000,
-            reprocess,
-            max_active_runs: 1,
-            newest_first,
-            dry_run: true,
-        }
+        BackfillArgs { from: T0, to: T0 + 360_000, reprocess, max_active_runs: 1, newest_first }
     }
 
     fn chosen(reprocess: Reprocess, newest_first: bool) -> Vec<i64> {

@@ -3,6 +3,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use common::config::CommonArgs;
+use common::control::MAX_ACTIVE_RUNS;
 use common::run_ledger::{Reprocess, RunState};
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -42,7 +43,14 @@ pub enum Command {
     #[command(subcommand)]
     Runs(RunsCommand),
     /// Run the intervals of a span of the past
-    Backfill(BackfillArgs),
+    Backfill {
+        /// Which intervals, and how.
+        #[command(flatten)]
+        args: BackfillArgs,
+        /// Only say what would be run
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Ask running producers to do something, through the control topic
     Control(ControlArgs),
 }
@@ -164,7 +172,7 @@ pub struct SpanArgs {
     pub state: Option<RunState>,
 }
 
-/// Settings of `backfill`.
+/// Settings of `backfill` and `control backfill`.
 #[derive(Debug, Clone, Args)]
 pub struct BackfillArgs {
     /// Intervals that begin at or after this time, RFC 3339
@@ -177,14 +185,12 @@ pub struct BackfillArgs {
     #[arg(long, default_value = "none")]
     pub reprocess: Reprocess,
     /// Most runs at once
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, default_value_t = 2,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_ACTIVE_RUNS)))]
     pub max_active_runs: u32,
     /// Begin with the newest interval
     #[arg(long)]
     pub newest_first: bool,
-    /// Only say what would be run
-    #[arg(long)]
-    pub dry_run: bool,
 }
 
 /// Settings of `control`.
@@ -229,7 +235,7 @@ pub enum ControlCommand {
         id: Option<String>,
     },
     /// Run the intervals of a span of the past
-    Backfill(SentBackfillArgs),
+    Backfill(BackfillArgs),
     /// Make runs due again, whatever became of them
     Clear(SpanArgs),
     /// Begin nothing new of the schedule
@@ -242,26 +248,6 @@ pub enum ControlCommand {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         limit: u32,
     },
-}
-
-/// Settings of `control backfill`.
-#[derive(Debug, Clone, Args)]
-pub struct SentBackfillArgs {
-    /// Intervals that begin at or after this time, RFC 3339
-    #[arg(long, value_parser = time)]
-    pub from: i64,
-    /// Intervals that begin before this time, RFC 3339
-    #[arg(long, value_parser = time)]
-    pub to: i64,
-    /// Which runs that are over are run again
-    #[arg(long, default_value = "none")]
-    pub reprocess: Reprocess,
-    /// Most runs at once
-    #[arg(long, default_value_t = 2)]
-    pub max_active_runs: u32,
-    /// Begin with the newest interval
-    #[arg(long)]
-    pub newest_first: bool,
 }
 
 fn time(text: &str) -> Result<i64, String> {

@@ -99,9 +99,9 @@ pub async fn run(config: &Config) -> anyhow::Result<Done> {
             }
         }
         Command::Control(args) => command(config, args, &definition, &shutdown).await,
-        Command::Backfill(args) => {
+        Command::Backfill { args, dry_run } => {
             let parts = Parts::connect(config, definition, &shutdown).await?;
-            let done = backfill::backfill(&parts.runner, args, &shutdown).await;
+            let done = backfill::backfill(&parts.runner, args, *dry_run, &shutdown).await;
             parts.flush().await;
             done
         }

@@ -6,17 +6,24 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use local_stack::config::Ports;
+use local_stack::config::is_free;
 use local_stack::process::Record;
 use tempfile::TempDir;
 
 /// "Within seconds", on a busy machine.
 const SECONDS: Duration = Duration::from_secs(30);
 
-static NEXT: AtomicU16 = AtomicU16::new(0);
+/// The tests run at once; each has ports of its own, from one row looked up before any of them takes a port.
+static FIRST: LazyLock<AtomicU16> = LazyLock::new(|| {
+    let own = 10_000 + (std::process::id() % 80) as u16 * 120;
+    let mut rows = (own..20_000 - 120).step_by(120).chain((10_000..own).step_by(120));
+    AtomicU16::new(rows.find(|row| (*row..row + 120).all(is_free)).unwrap())
+});
+const PORTS_EACH: u16 = 20;
 
 struct Checkout {
     folder: TempDir,
@@ -43,8 +50,7 @@ impl Checkout {
             fs::write(file, "").unwrap();
         }
         fs::create_dir_all(folder.path().join(".local/run")).unwrap();
-        // The tests run at once; each has twenty ports of its own.
-        let base = Ports::private().unwrap().kafka - 10_000 + 20 * NEXT.fetch_add(1, Ordering::Relaxed);
+        let base = FIRST.fetch_add(PORTS_EACH, Ordering::Relaxed);
         Self { folder, base }
     }
 

@@ -47,7 +47,7 @@ pub async fn listen(
         .set("partition.assignment.strategy", "cooperative-sticky")
         .set("session.timeout.ms", SESSION_MS)
         .set("heartbeat.interval.ms", "1000")
-        // A group of its own for each life: nothing to fetch ahead of a person's commands.
+        // People's commands are few and short.
         .set("queued.max.messages.kbytes", "1024")
         .create()
         .context("control topic")?;

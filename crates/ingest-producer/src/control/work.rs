@@ -38,10 +38,9 @@ impl Work for Worker {
                     reprocess: *reprocess,
                     max_active_runs: *max_active_runs,
                     newest_first: *newest_first,
-                    dry_run: false,
                 };
-                let done =
-                    backfill::backfill(&self.runner, &args, stop).await.map_err(|e| format!("{e:#}"))?;
+                let done = backfill::backfill(&self.runner, &args, false, stop).await;
+                let done = done.map_err(|e| format!("{e:#}"))?;
                 if done.code == 0 { Ok(done.text) } else { Err(done.text) }
             }
             Action::Clear { from_ms, to_ms, state } => {

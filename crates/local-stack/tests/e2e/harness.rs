@@ -215,6 +215,14 @@ impl Pipeline {
         self.service(&format!("stream-processor-{instance}"), "stream-processor", &["run"], &more)
     }
 
+    /// The steps of the processor's loop, as its build for tests names them.
+    pub async fn steps(&self) -> Vec<String> {
+        let output = self.run("stream-processor", &["run", "--kill-at", "?=1"], &[]).await;
+        let words = text(&output.stderr);
+        let names = words.lines().find_map(|line| line.split_once("one of ")).map(|(_, names)| names);
+        names.unwrap_or_else(|| panic!("{words}")).split(", ").map(str::to_owned).collect()
+    }
+
     /// `stream-processor run` that kills itself at a step, given as STEP=N.
     pub fn processor_killed_at(&self, step: &str) -> Service {
         // Small batches, so that every step is come to often.

@@ -1,6 +1,7 @@
 //! Ingestion against a source that fails in every way it can, outages of both sides, and a backfill beside it all.
 
 use std::collections::BTreeSet;
+use std::process::Output;
 
 use local_stack::source::orders;
 use serde_json::{Value, json};
@@ -61,7 +62,7 @@ async fn whatever_the_source_does_an_interval_ends_succeeded_or_failed_with_its_
         text.replace("max_active_runs = 1", &format!("max_active_runs = 1\n{retry}"))
             .replace("page_size = 200", &format!("page_size = 200\n{limits}"))
     };
-    let pipeline = Pipeline::with_file("faults", "orders", edit).await;
+    let mut pipeline = Pipeline::with_file("faults", "orders", edit).await;
     pipeline.init().await;
     let _source = pipeline.source().await;
     let first_ms = (now_ms() - 2 * HOUR_MS).div_euclid(HOUR_MS) * HOUR_MS;
@@ -71,9 +72,7 @@ async fn whatever_the_source_does_an_interval_ends_succeeded_or_failed_with_its_
     for (n, case) in cases.iter().enumerate() {
         pipeline.faults(&case.faults).await;
         let (from, to) = interval(n);
-        let output = pipeline
-            .run("ingest-producer", &["backfill", "--from", &rfc3339(from), "--to", &rfc3339(to)], &[])
-            .await;
+        let output = pipeline.backfill(from, to).await;
         let passes = case.outcomes.last() == Some(&"succeeded");
         assert_eq!(
             output.status.code(),
@@ -109,6 +108,38 @@ async fn whatever_the_source_does_an_interval_ends_succeeded_or_failed_with_its_
     let throttled = &attempts[&interval(2).0];
     let pause_ms = throttled[1].started_ms - throttled[0].ended_ms(0);
     assert!(pause_ms >= 2000, "Retry-After: 2, but the next attempt came after {pause_ms} ms");
+    pipeline.assert_waits_until_a_date(interval(cases.len())).await;
+    pipeline.edit_stream(|text| text.replace("deadline = \"60s\"", "deadline = \"1s\""));
+    pipeline.assert_cut_off_at_the_deadline(interval(cases.len() + 1)).await;
+}
+
+impl Pipeline {
+    async fn backfill(&self, from_ms: i64, to_ms: i64) -> Output {
+        let arguments = ["backfill", "--from", &rfc3339(from_ms), "--to", &rfc3339(to_ms)];
+        self.run("ingest-producer", &arguments, &[]).await
+    }
+
+    /// `Retry-After` as an HTTP date.
+    async fn assert_waits_until_a_date(&self, (from, to): (i64, i64)) {
+        let date_ms = now_ms().div_euclid(1000) * 1000 + 4000;
+        let date = chrono::DateTime::from_timestamp_millis(date_ms).unwrap();
+        let date = date.format("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        self.faults(&json!({"retry_after": date, "faults": {"throttle": {"next": 1}}})).await;
+        let output = self.backfill(from, to).await;
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let attempts = &self.attempts().await[&from];
+        assert!(attempts.len() == 2 && attempts[1].started_ms >= date_ms, "{date}: {attempts:?}");
+    }
+
+    /// An attempt that goes on when its run's time is over.
+    async fn assert_cut_off_at_the_deadline(&self, (from, to): (i64, i64)) {
+        self.faults(&json!({"drip_ms": 300, "drip_bytes": 4096, "faults": {"drip": {"next": 1}}})).await;
+        let output = self.backfill(from, to).await;
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        let (runs, attempts) = (self.runs().await, self.attempts().await);
+        assert_eq!(runs[&from].state, "failed");
+        assert!(attempts[&from][0].cause.contains("cut off by the run's deadline of 1 s"), "{attempts:?}");
+    }
 }
 
 /// Ids of the orders of an interval.

@@ -1,45 +1,110 @@
-//! Cassandra goes away and comes back: nothing is lost, readiness tells.
+//! Cassandra goes away, or is asked too much, and comes back: nothing is lost, readiness tells.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use crate::harness::{PATIENT, Pipeline, SOON, wait_until};
+use crate::harness::{PATIENT, Pipeline, SOON, Service, wait_until};
 
 /// How long Cassandra is away.
 const AWAY: Duration = Duration::from_secs(30);
 
-/// A way to Cassandra that can be cut, so that the other tests keep theirs.
+/// Of a CQL frame: version, flags, stream (two bytes), opcode and the length of the body (four bytes).
+const HEADER_BYTES: usize = 9;
+const BATCH: u8 = 13;
+const ERROR: u8 = 0;
+const OVERLOADED: u32 = 0x1001;
+
+/// A way to Cassandra that can be cut or made to answer as an overloaded node does, so that the other tests keep theirs.
 pub struct Way {
     pub address: String,
     pub open: Arc<watch::Sender<bool>>,
+    /// Every second batch is carried out and answered with an error.
+    overloaded: Arc<AtomicBool>,
 }
 
 impl Way {
     pub async fn to(server: String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let open = Arc::new(watch::Sender::new(true));
-        let gate = open.clone();
+        let (open, overloaded) = (Arc::new(watch::Sender::new(true)), Arc::new(AtomicBool::new(false)));
+        let (gate, overload) = (open.clone(), overloaded.clone());
         tokio::spawn(async move {
-            while let Ok((mut client, _)) = listener.accept().await {
-                let (server, mut gate) = (server.clone(), gate.subscribe());
+            while let Ok((client, _)) = listener.accept().await {
+                let (server, mut gate, overload) = (server.clone(), gate.subscribe(), overload.clone());
                 tokio::spawn(async move {
                     if !*gate.borrow() {
                         return;
                     }
-                    let Ok(mut server) = TcpStream::connect(server).await else { return };
+                    let Ok(server) = TcpStream::connect(server).await else { return };
                     tokio::select! {
-                        _ = copy_bidirectional(&mut client, &mut server) => {}
+                        _ = carry(client, server, &overload) => {}
                         _ = gate.wait_for(|open| !open) => {}
                     }
                 });
             }
         });
-        Self { address, open }
+        Self { address, open, overloaded }
+    }
+}
+
+/// Carries frames both ways until one side ends.
+async fn carry(client: TcpStream, server: TcpStream, overloaded: &AtomicBool) -> io::Result<()> {
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+        (client.into_split(), server.into_split());
+    let refused = Mutex::new(BTreeSet::new());
+    let asks = async {
+        let mut batches = 0;
+        loop {
+            let frame = frame(&mut from_client).await?;
+            if frame[4] == BATCH && overloaded.load(Ordering::Relaxed) {
+                batches += 1;
+                if batches % 2 == 0 {
+                    refused.lock().unwrap().insert([frame[2], frame[3]]);
+                }
+            }
+            to_server.write_all(&frame).await?;
+        }
+    };
+    let answers = async {
+        loop {
+            let mut frame = frame(&mut from_server).await?;
+            if refused.lock().unwrap().remove(&[frame[2], frame[3]]) {
+                let words = b"too much";
+                let body = [&OVERLOADED.to_be_bytes()[..], &(words.len() as u16).to_be_bytes(), words].concat();
+                let header = [frame[0], 0, frame[2], frame[3], ERROR];
+                frame = [&header[..], &(body.len() as u32).to_be_bytes(), &body].concat();
+            }
+            to_client.write_all(&frame).await?;
+        }
+    };
+    tokio::select! {
+        ended = asks => ended,
+        ended = answers => ended,
+    }
+}
+
+async fn frame(from: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0; HEADER_BYTES];
+    from.read_exact(&mut frame).await?;
+    let body_bytes = u32::from_be_bytes([frame[5], frame[6], frame[7], frame[8]]) as usize;
+    frame.resize(HEADER_BYTES + body_bytes, 0);
+    from.read_exact(&mut frame[HEADER_BYTES..]).await?;
+    Ok(frame)
+}
+
+/// No partition was taken away meanwhile: each has started once.
+async fn assert_kept_its_partitions(processor: &Service) {
+    for (how, partitions) in [("earliest", 6.0), ("resume", 0.0), ("recover", 0.0)] {
+        let name = format!("processor_partition_starts_total{{how=\"{how}\"}}");
+        assert_eq!(processor.metric(&name).await, Some(partitions), "{how}: {}", processor.words());
     }
 }
 
@@ -61,5 +126,32 @@ async fn nothing_is_lost_while_cassandra_is_away_for_thirty_seconds() {
     wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
     wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events >= 50_000 }).await;
     pipeline.assert_counted_once(50_000).await;
+    assert_kept_its_partitions(&processor).await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overloaded_cassandra_is_asked_less_at_once_and_more_again_afterwards() {
+    const MOST: f64 = 8.0;
+    let pipeline = Pipeline::initialised("overloaded").await;
+    let way = Way::to(pipeline.cassandra_address()).await;
+    let settings = [
+        ("PIPELINE_CASSANDRA_NODES", way.address.clone()),
+        ("PIPELINE_IN_FLIGHT", MOST.to_string()),
+        // Small batches: many requests, each of which may let the limit grow.
+        ("PIPELINE_BATCH_RECORDS", "200".to_owned()),
+    ];
+    let mut processor = pipeline.processor_with("one", &settings);
+    processor.ready().await;
+    let limit = || async { processor.metric("processor_in_flight_limit").await.unwrap() };
+    assert_eq!(limit().await, MOST);
+    way.overloaded.store(true, Ordering::Relaxed);
+    pipeline.stress(60_000).await;
+    wait_until("less is in flight", SOON, || async { limit().await <= MOST / 4.0 }).await;
+    way.overloaded.store(false, Ordering::Relaxed);
+    wait_until("as much as before is in flight", PATIENT, || async { limit().await >= MOST }).await;
+    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events >= 60_000 }).await;
+    pipeline.assert_counted_once(60_000).await;
+    assert_kept_its_partitions(&processor).await;
     processor.stop().await;
 }

@@ -1,6 +1,8 @@
 //! The main job: from the REST source to the overview, and on where it was after a stop.
 
-use crate::harness::{PATIENT, Pipeline, SOON, wait_for, wait_until};
+use serde_json::Value;
+
+use crate::harness::{PATIENT, Pipeline, SOON, Service, text, wait_for, wait_until};
 
 /// Intervals that the default stream catches up at its first start, and records of each (two pages of 500).
 const CAUGHT_UP: i64 = 10;
@@ -53,8 +55,11 @@ async fn events_travel_from_the_source_to_the_overview() {
     assert_eq!(overview["rows_written"], events, "{overview}");
     assert_eq!(overview["dead_letters"], 0, "{overview}");
     assert_eq!(overview["lag_seconds"], 0.0, "{overview}");
+    pipeline.assert_windows(&dashboard, events).await;
     assert_eq!(processor.stop().await.code(), Some(143));
     assert_eq!(dashboard.stop().await.code(), Some(143));
+    let output = pipeline.run("stream-processor", &["checkpoint", "check"], &[]).await;
+    assert!(text(&output.stdout).contains("6 state files, all usable"), "{}", text(&output.stderr));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,6 +84,22 @@ async fn a_stopped_processor_goes_on_where_it_was() {
 }
 
 impl Pipeline {
+    /// Page and command line give the same sliding windows, and each event is in as many of them as overlap.
+    async fn assert_windows(&self, dashboard: &Service, events: i64) {
+        let asked = "/api/v1/windows?size=4m&slide=2m&by=gender&last=2h";
+        let answer = dashboard.json(asked).await.unwrap();
+        let of_page = without_complete(answer["windows"].clone());
+        let counts = of_page.as_array().unwrap().iter().map(|window| window["count"].as_i64().unwrap());
+        assert_eq!(counts.sum::<i64>(), events * 2, "{of_page}");
+        let arguments =
+            ["windows", "--size", "4m", "--slide", "2m", "--by", "gender", "--last", "2h", "--json"];
+        let output = self.run("stream-processor", &arguments, &[]).await;
+        let printed = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        assert_eq!(without_complete(printed), of_page);
+        let refused = dashboard.json("/api/v1/windows?size=90s").await.unwrap();
+        assert!(refused.to_string().contains("multiple of the pane"), "{refused}");
+    }
+
     /// Cassandra's write time of the one layout.
     async fn layout_written_at(&self) -> i64 {
         let query = format!("SELECT WRITETIME(layout) FROM {}.streams", self.keyspace);
@@ -100,4 +121,12 @@ impl Pipeline {
         }
         sum
     }
+}
+
+/// Windows settle while they are asked for twice.
+fn without_complete(mut windows: Value) -> Value {
+    for window in windows.as_array_mut().unwrap() {
+        window.as_object_mut().unwrap().remove("complete");
+    }
+    windows
 }

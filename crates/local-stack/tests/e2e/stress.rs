@@ -33,28 +33,18 @@ async fn every_stressed_event_arrives_exactly_once_through_five_kills() {
     processor.stop().await;
 }
 
-/// The steps of the processor's loop, as its build for tests names them.
-const STEPS: [&str; 7] = [
-    "before_look_up",
-    "before_apply",
-    "before_rows",
-    "before_panes",
-    "before_commit",
-    "before_publish",
-    "in_publish",
-];
-
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_counted_once_whatever_step_the_processor_dies_at() {
     const EVENTS: i64 = 60_000;
     let pipeline = Pipeline::initialised("steps").await;
     pipeline.stress_with(&["--messages", "60000", "--duplicates", "10"]).await;
+    let steps = pipeline.steps().await;
     // Each step twice: with the state files kept, and with them lost as well.
-    for (life, step) in STEPS.iter().chain(&STEPS).enumerate() {
+    for (life, step) in steps.iter().chain(&steps).enumerate() {
         let mut processor = pipeline.processor_killed_at(&format!("{step}={}", 2 + life % 5));
         let ended = processor.end().await;
         assert_eq!(ended.signal(), Some(9), "{step}: {ended:?}: {}", processor.words());
-        if life >= STEPS.len() {
+        if life >= steps.len() {
             pipeline.lose_checkpoints();
         }
     }

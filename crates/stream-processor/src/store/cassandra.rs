@@ -187,6 +187,7 @@ impl CassandraStore {
                 Ok(result) => {
                     self.context.metrics.store_requests.inc();
                     self.flight.succeeded();
+                    self.context.metrics.in_flight_limit.set(self.flight.limit() as i64);
                     return Ok(result);
                 }
                 Err(error) => error,
