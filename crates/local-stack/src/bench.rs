@@ -56,6 +56,8 @@ pub struct Figures {
     producer_messages_per_second: f64,
     /// (g) The same of Kafka's own `kafka-producer-perf-test`, same acks, compression, linger and record size.
     kafka_perf_messages_per_second: f64,
+    /// (h) Messages per second of a bare consumer of the same topic: nothing decoded, nothing written.
+    consumer_messages_per_second: f64,
     /// Mean bytes of a record in (f) and (g): key, headers and value.
     record_bytes: u64,
 }
@@ -106,6 +108,8 @@ async fn all(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Termi
     let bare = bare::Bare::prepare(private, NAME, args, terminal).await?;
     bare.warm_up(terminal).await?;
     let before = bare.run("bare driver", terminal).await?;
+    // Also the broker's first group: what it sets up for groups is there before the processor joins one.
+    let consumer = measure::consume(private, NAME, args.messages).await?;
     let drained = measure::drain(private, NAME, args.messages, terminal).await?;
     let after = bare.run("bare driver again", terminal).await?;
     let events_per_second = args.messages as f64 / drained.whole.as_secs_f64();
@@ -118,6 +122,7 @@ async fn all(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Termi
         ratio: events_per_second / ((before + after) / 2.0),
         cpu_seconds_per_million: drained.cpu_seconds / (args.messages as f64 / 1e6),
         peak_resident_mib: drained.peak_resident_mib,
+        consumer_messages_per_second: consumer,
         producer_messages_per_second: producer,
         kafka_perf_messages_per_second: perf.records_per_second,
         record_bytes: perf.record_bytes,
@@ -198,6 +203,11 @@ fn print(figures: &Figures, json: bool, terminal: Terminal) {
                     "{:.0} messages/s of {} bytes",
                     figures.kafka_perf_messages_per_second, figures.record_bytes
                 ),
+                "",
+            ),
+            row(
+                "(h) bare consumer of the topic",
+                format!("{:.0} messages/s", figures.consumer_messages_per_second),
                 "",
             ),
         ],

@@ -80,7 +80,7 @@ pub struct RunArgs {
     #[arg(long, env = "PIPELINE_BATCH_MILLIS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=5000))]
     pub batch_millis: u32,
     /// Requests to Cassandra in flight at most
-    #[arg(long, env = "PIPELINE_IN_FLIGHT", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..=2048))]
+    #[arg(long, env = "PIPELINE_IN_FLIGHT", default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=2048))]
     pub in_flight: u32,
     /// MiB of panes and seen keys per partition, before older panes are looked up instead
     #[arg(long, env = "PIPELINE_SEEN_MEMORY_MIB", default_value_t = 16, value_parser = clap::value_parser!(u32).range(3..=4096))]

@@ -27,7 +27,7 @@ pub struct PaneGroup {
 
 /// Groups events by their Cassandra partition, then cuts each group to statements.
 pub fn group_events(chunk: &Chunk, events: &[u32], bucket: Bucket) -> Vec<EventGroup> {
-    let mut index: HashMap<(i64, i32), usize> = HashMap::new();
+    let mut index: HashMap<(i64, i32), usize, foldhash::fast::FixedState> = HashMap::default();
     let mut groups: Vec<(EventGroup, usize)> = Vec::new();
     let mut full = Vec::new();
     for number in events {

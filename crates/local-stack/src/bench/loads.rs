@@ -30,9 +30,6 @@ const STEADY_RATE: u64 = 3000;
 /// How long latency is measured, after a warm-up as long.
 const STEADY_SECONDS: u64 = 30;
 
-/// Part of a backlog that is drained while memory is watched.
-const BACKLOG_SHARE: u64 = 4;
-
 const LATENCY: &str = "processor_produce_to_commit_seconds";
 
 /// Old events drained beside a live load.
@@ -57,11 +54,12 @@ pub(super) struct Latency {
     pub(super) restart_to_new_rows_seconds: f64,
 }
 
-/// The beginning of a long drain.
+/// A long drain.
 #[derive(Debug, Serialize)]
 pub(super) struct Backlog {
     pub(super) messages: u64,
-    pub(super) drained: u64,
+    pub(super) events_per_second: f64,
+    pub(super) cpu_seconds_per_million: f64,
     pub(super) peak_resident_mib: f64,
 }
 
@@ -125,14 +123,18 @@ pub(super) async fn latency(private: &Settings, terminal: Terminal) -> Result<La
     })
 }
 
-/// Peak memory while a part of a large backlog is drained.
+/// Peak memory while a large backlog is drained.
 pub(super) async fn backlog(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Backlog> {
     let since = Instant::now();
     stress(private, NAME, &["--messages", &args.messages.to_string()]).await?;
     terminal.done("backlog", &format!("{} events", args.messages), since.elapsed());
-    let part = args.messages / BACKLOG_SHARE;
-    let drained = measure::drain(private, NAME, part, terminal).await?;
-    Ok(Backlog { messages: args.messages, drained: part, peak_resident_mib: drained.peak_resident_mib })
+    let drained = measure::drain(private, NAME, args.messages, terminal).await?;
+    Ok(Backlog {
+        messages: args.messages,
+        events_per_second: args.messages as f64 / drained.whole.as_secs_f64(),
+        cpu_seconds_per_million: drained.cpu_seconds / (args.messages as f64 / 1e6),
+        peak_resident_mib: drained.peak_resident_mib,
+    })
 }
 
 /// Cumulative counts by upper bound of the bucket.

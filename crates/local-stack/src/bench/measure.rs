@@ -3,9 +3,12 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use common::kafka::client_config;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use scylla::client::session::Session;
 
-use crate::config::Settings;
+use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::process::{Process, Stat};
 use crate::servers::cassandra::{connect, failed};
@@ -17,6 +20,9 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// How long the processor may take for all messages before the run is given up.
 const DRAIN_WITHIN: Duration = Duration::from_secs(1800);
+
+/// How long the consumer may take for all messages.
+const CONSUME_WITHIN: Duration = Duration::from_secs(600);
 
 /// What was seen of the processor.
 #[derive(Debug)]
@@ -57,6 +63,34 @@ pub(super) async fn drain(
         cpu_seconds: stat.cpu_ticks as f64 / rustix::param::clock_ticks_per_second() as f64,
         peak_resident_mib: peak,
     })
+}
+
+/// Messages per second of a consumer that takes so many from the earliest offsets and looks at none, from its first one on.
+pub(super) async fn consume(private: &Settings, topic: &'static str, messages: u64) -> Result<f64> {
+    let brokers = loopback(private.ports.kafka);
+    let taken = tokio::task::spawn_blocking(move || {
+        let consumer: BaseConsumer = client_config(&brokers, "bench-consumer")
+            .set("group.id", "bench-consumer")
+            .set("auto.offset.reset", "earliest")
+            .create()?;
+        consumer.subscribe(&[topic])?;
+        let (begun, mut first, mut taken) = (Instant::now(), None, 0);
+        while taken < messages {
+            match consumer.poll(LOOK_EVERY) {
+                Some(message) => {
+                    message?;
+                    first.get_or_insert_with(Instant::now);
+                    taken += 1;
+                }
+                // A change of the group ends a poll as well.
+                None if begun.elapsed() < CONSUME_WITHIN => {}
+                None => return Err(KafkaError::NoMessageReceived),
+            }
+        }
+        Ok(messages as f64 / first.unwrap_or(begun).elapsed().as_secs_f64())
+    });
+    let failed = |cause: KafkaError| Error::Refused(format!("the consumer of the bench: {cause}"));
+    taken.await.map_err(|e| Error::Refused(e.to_string()))?.map_err(failed)
 }
 
 struct Sight {

@@ -42,12 +42,13 @@ async fn checks(
             "Prometheus is not here: Debian's package brings it (`apt-get download prometheus` must work)";
         return Ok(vec![Closing { title: "metrics", passed: false, lines: vec![line.to_owned()] }]);
     };
+    let cargo = |title, arguments: &[&str]| cargo(&own.settings, &promtool, title, arguments);
     let mut closings = Vec::new();
     for step in promtool_steps(&own.settings, &promtool)? {
         closings.push(call(step, terminal).await?);
     }
     // Built before the servers start: the compiler would take their memory and time.
-    let built = call(cargo(&own.settings, "metrics: build", &["--no-run"]), terminal).await?;
+    let built = call(cargo("metrics: build", &["--no-run"]), terminal).await?;
     if !built.passed {
         closings.push(built);
         return Ok(closings);
@@ -56,11 +57,11 @@ async fn checks(
     let every = "metrics: every expression on the real stack";
     let mut steps = Vec::new();
     match &args.only {
-        Some(name) => steps.push(cargo(&own.settings, every, &["--", "--nocapture", name])),
-        None => steps.push(cargo(&own.settings, every, &["--", "--test-threads=1", "--skip", PROVOKED])),
+        Some(name) => steps.push(cargo(every, &["--", "--nocapture", name])),
+        None => steps.push(cargo(every, &["--", "--test-threads=1", "--skip", PROVOKED])),
     }
     if args.part == TestPart::Long {
-        steps.push(cargo(&own.settings, "metrics: alerts provoked", &["--", "--nocapture", PROVOKED]));
+        steps.push(cargo("metrics: alerts provoked", &["--", "--nocapture", PROVOKED]));
     }
     for step in steps {
         closings.push(call(step, terminal).await?);
@@ -96,7 +97,7 @@ fn promtool_steps(settings: &Settings, promtool: &Path) -> Result<Vec<Step>> {
     ])
 }
 
-fn cargo(own: &Settings, title: &'static str, arguments: &[&str]) -> Step {
+fn cargo(own: &Settings, promtool: &Path, title: &'static str, arguments: &[&str]) -> Step {
     let http = |port| format!("http://{}", loopback(port));
     let ports = own.ports;
     Step {
@@ -110,6 +111,7 @@ fn cargo(own: &Settings, title: &'static str, arguments: &[&str]) -> Step {
         folder: own.checkout.clone(),
         environment: vec![
             ("PIPELINE_TEST_PROMETHEUS", http(ports.prometheus)),
+            ("PIPELINE_TEST_PROMTOOL", promtool.display().to_string()),
             ("PIPELINE_TEST_KAFKA_AGENT", http(ports.kafka_agent)),
             ("PIPELINE_TEST_CASSANDRA_AGENT", http(ports.cassandra_agent)),
             ("PIPELINE_TEST_PROCESSOR", http(ports.processor)),

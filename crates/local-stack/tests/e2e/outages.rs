@@ -78,7 +78,8 @@ async fn carry(client: TcpStream, server: TcpStream, overloaded: &AtomicBool) ->
             let mut frame = frame(&mut from_server).await?;
             if refused.lock().unwrap().remove(&[frame[2], frame[3]]) {
                 let words = b"too much";
-                let body = [&OVERLOADED.to_be_bytes()[..], &(words.len() as u16).to_be_bytes(), words].concat();
+                let body =
+                    [&OVERLOADED.to_be_bytes()[..], &(words.len() as u16).to_be_bytes(), words].concat();
                 let header = [frame[0], 0, frame[2], frame[3], ERROR];
                 frame = [&header[..], &(body.len() as u32).to_be_bytes(), &body].concat();
             }

@@ -5,6 +5,7 @@
 
 mod alerts;
 mod checker;
+mod mutants;
 mod promql;
 mod scrapes;
 mod sources;
