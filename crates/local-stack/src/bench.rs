@@ -185,8 +185,8 @@ fn print(figures: &Figures, json: bool, terminal: Terminal) {
                 format!("{:.0} events/s", figures.processor_steady_events_per_second),
                 "",
             ),
-            row("(c) ratio of (b) to (a)", format!("{:.2}", figures.ratio), "≥ 0.75"),
-            row("(d) CPU per million events", format!("{:.2} s", figures.cpu_seconds_per_million), "≤ 6 s"),
+            row("(c) ratio of (b) to (a)", format!("{:.2}", figures.ratio), "≥ 0.80"),
+            row("(d) CPU per million events", format!("{:.2} s", figures.cpu_seconds_per_million), "≤ 5 s"),
             row(
                 "(e) peak memory of the processor",
                 format!("{:.0} MiB", figures.peak_resident_mib),

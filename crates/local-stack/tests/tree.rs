@@ -76,7 +76,14 @@ fn read(file: &str) -> String {
 
 /// A source file without its tests.
 fn code(file: &str) -> String {
-    read(file).split("\n#[cfg(test)]").next().unwrap_or_default().to_owned()
+    const MARK: &str = "\n#[cfg(test)]\n";
+    let text = read(file);
+    let opens_tests = |at: &usize| {
+        let next = text[at + MARK.len()..].lines().next().unwrap_or_default();
+        next.contains("mod ") && next.ends_with('{')
+    };
+    let tests = text.match_indices(MARK).map(|(at, _)| at).find(opens_tests);
+    text[..tests.unwrap_or(text.len())].to_owned()
 }
 
 fn is_test(file: &str) -> bool {

@@ -113,7 +113,7 @@ pub struct VerifyArgs {
     /// Compare rows and totals with Kafka's log too, as far as it is retained
     #[arg(long, conflicts_with = "rebuild")]
     pub kafka: bool,
-    /// Write what the rows say; the processor must be stopped
+    /// Write what the rows say, after TRUNCATE of the pane table; the processor must be stopped
     #[arg(long)]
     pub rebuild: bool,
     /// Folder of the state files

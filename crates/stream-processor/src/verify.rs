@@ -1,6 +1,7 @@
 //! `verify`: recomputes panes and totals from the event rows and prints where they differ from what is stored. Works beside
 //! a running processor: a pane row is compared with the rows below its own `upto`. `--rebuild` writes what the rows say,
-//! with the partition's state file held, so that no processor runs it meanwhile.
+//! with the partition's state file held, so that no processor runs it meanwhile; pane rows that say too much keep what they say, so
+//! the pane table is truncated first.
 
 mod log;
 
@@ -8,6 +9,7 @@ use crate::config::VerifyArgs;
 use crate::decode::GroupIndex;
 use crate::error::ProcessorError;
 use crate::partition::Position;
+use crate::start::StateFacts;
 use crate::state::{self, StateFile};
 use crate::store::Store;
 use crate::store::cassandra::CassandraStore;
@@ -69,16 +71,14 @@ fn failed(cause: impl std::fmt::Display) -> ProcessorError {
 impl Verifier {
     /// Compares every partition, or rebuilds; fails where something differs.
     pub async fn run(&self, args: &VerifyArgs) -> Result<(), ProcessorError> {
-        let buckets = self.buckets().await?;
         let mut outcome = Outcome::default();
         for partition in (0..self.partitions).filter(|p| args.partition.is_none_or(|only| only == *p)) {
-            let of_partition = buckets.get(&partition).cloned().unwrap_or_default();
             if args.rebuild {
-                self.rebuild(args, partition, &of_partition, &mut outcome).await?;
+                self.rebuild(args, partition, &mut outcome).await?;
             } else {
-                self.compare(partition, &of_partition, &mut outcome).await?;
+                self.compare(partition, &mut outcome).await?;
                 if args.kafka {
-                    self.compare_log(partition, &of_partition, &mut outcome).await?;
+                    self.compare_log(partition, &mut outcome).await?;
                 }
             }
         }
@@ -98,17 +98,20 @@ impl Verifier {
         Ok(())
     }
 
-    /// The buckets that have rows, per Kafka partition.
-    async fn buckets(&self) -> Result<BTreeMap<i32, BTreeSet<i64>>, ProcessorError> {
+    /// Where a partition stands and the buckets that have rows, in this order: the rows below its next offset are all in them.
+    async fn standing(&self, partition: i32) -> Result<(Position, BTreeSet<i64>), ProcessorError> {
+        let position = self.store.progress(partition).await?.unwrap_or_default();
         let d = &self.definition;
         let cql = format!("SELECT DISTINCT bucket, shard FROM {}.{}", self.keyspace, d.stream.name);
         let pages = self.session.query_iter(cql, ()).await.map_err(failed)?;
         let mut rows = pages.rows_stream::<(CqlTimestamp, i32)>().map_err(failed)?;
-        let mut buckets: BTreeMap<i32, BTreeSet<i64>> = BTreeMap::new();
+        let mut buckets = BTreeSet::new();
         while let Some((bucket, shard)) = rows.try_next().await.map_err(failed)? {
-            buckets.entry(shard / d.store.shards as i32).or_default().insert(bucket.0);
+            if shard / d.store.shards as i32 == partition {
+                buckets.insert(bucket.0);
+            }
         }
-        Ok(buckets)
+        Ok((position, buckets))
     }
 
     /// The event rows of one bucket, in the order of the log.
@@ -157,16 +160,11 @@ impl Verifier {
 
     /// Compares stored panes and totals with the rows. The panes are read first, so that a running processor only adds rows
     /// above their `upto`.
-    async fn compare(
-        &self,
-        partition: i32,
-        buckets: &BTreeSet<i64>,
-        outcome: &mut Outcome,
-    ) -> Result<(), ProcessorError> {
-        let before = self.store.progress(partition).await?.unwrap_or_default();
+    async fn compare(&self, partition: i32, outcome: &mut Outcome) -> Result<(), ProcessorError> {
+        let (before, buckets) = self.standing(partition).await?;
         let shape = PaneShape::new(&self.definition);
         let mut counted = 0;
-        for bucket in buckets {
+        for bucket in &buckets {
             let starts = self.pane_starts(partition, *bucket).await?;
             let stored = self.store.load_panes(partition, &starts).await?;
             let rows = self.rows(partition, *bucket).await?;
@@ -215,27 +213,20 @@ impl Verifier {
         &self,
         args: &VerifyArgs,
         partition: i32,
-        buckets: &BTreeSet<i64>,
         outcome: &mut Outcome,
     ) -> Result<(), ProcessorError> {
         let d = &self.definition;
         let path = state::path_of(&args.checkpoints, &d.stream.name, partition);
         let held = StateFile::open(&path, &format!("verify --rebuild, pid {}", std::process::id()));
-        let _held = held.map_err(|e| ProcessorError::Fatal(format!("{e}; stop the processor first")))?;
-        let progress = self.store.progress(partition).await?.unwrap_or_default();
-        let expired_before =
-            chrono::Utc::now().timestamp_millis() - d.store.ttl_seconds * 1000 + TOPIC_RETENTION_MS;
-        if let Some(bucket) = buckets.iter().find(|b| d.store.ttl_seconds > 0 && **b < expired_before) {
-            return Err(ProcessorError::Refused(format!(
-                "partition {partition}: rows of the bucket at {bucket} may have expired (store.ttl); its panes cannot be \
-                 rebuilt from rows"
-            )));
-        }
+        let held = held.map_err(|e| ProcessorError::Fatal(format!("{e}; stop the processor first")))?;
+        let (progress, buckets) = self.standing(partition).await?;
+        let position = ahead(partition, progress, held.facts(), &d.layout())?;
+        self.check_complete(partition, &position, &buckets).await?;
         let shape = PaneShape::new(d);
         for bucket in buckets {
             let mut panes = Panes::new(shape.clone(), (d.windows.pane_ms, 0), usize::MAX, i64::MAX);
-            let rows = self.rows(partition, *bucket).await?;
-            for row in rows.iter().filter(|r| r.offset < progress.next_offset) {
+            let rows = self.rows(partition, bucket).await?;
+            for row in rows.iter().filter(|r| r.offset < position.next_offset) {
                 let (shape, pane) = panes.cold_mut(self.pane_start(row.time_ms));
                 pane.add(shape, row.offset, &row.groups, &row.measures);
                 outcome.rows += 1;
@@ -243,13 +234,57 @@ impl Verifier {
             let settled: BTreeMap<i64, Vec<usize>> = panes
                 .cold
                 .iter_mut()
-                .map(|(start, pane)| (*start, pane.settle(progress.next_offset)))
+                .map(|(start, pane)| (*start, pane.settle(position.next_offset)))
                 .collect();
             outcome.pane_rows += settled.values().map(|rows| rows.len() as u64).sum::<u64>();
             let groups = group_panes(&settled, d.store.bucket);
-            self.store.write_panes(partition, progress.next_offset, &groups, &panes).await?;
+            self.store.write_panes(partition, position.next_offset, &groups, &panes).await?;
         }
         Ok(())
+    }
+
+    /// Refuses where rows of counted events are gone.
+    async fn check_complete(
+        &self,
+        partition: i32,
+        position: &Position,
+        buckets: &BTreeSet<i64>,
+    ) -> Result<(), ProcessorError> {
+        let ttl_ms = self.definition.store.ttl_seconds * 1000;
+        let expired_before = chrono::Utc::now().timestamp_millis() - ttl_ms + TOPIC_RETENTION_MS;
+        let oldest = buckets.first().filter(|bucket| ttl_ms > 0 && **bucket < expired_before);
+        let mut rows = 0;
+        for bucket in buckets {
+            let of_bucket = self.rows(partition, *bucket).await?;
+            rows += of_bucket.iter().filter(|row| row.offset < position.next_offset).count() as i64;
+        }
+        let events = position.totals.events;
+        if oldest.is_none() && rows >= events {
+            return Ok(());
+        }
+        let next_offset = position.next_offset;
+        Err(ProcessorError::Refused(format!(
+            "partition {partition}: {events} events were counted below offset {next_offset}, the table holds {rows} of their rows, \
+             and any may have expired (store.ttl): panes cannot be rebuilt from rows; `run --replay` rebuilds what Kafka still has"
+        )))
+    }
+}
+
+/// The position the processor will go on from: a state file is ahead of the progress row after a kill between both.
+fn ahead(
+    partition: i32,
+    progress: Position,
+    state: Option<StateFacts>,
+    layout: &str,
+) -> Result<Position, ProcessorError> {
+    match state {
+        Some(state) if state.layout != layout => Err(ProcessorError::Refused(format!(
+            "partition {partition}: the state file is of the layout {}, the stream definition of {layout}: use the definition it \
+             was made for",
+            state.layout
+        ))),
+        Some(state) if state.position.next_offset > progress.next_offset => Ok(state.position),
+        _ => Ok(progress),
     }
 }
 
@@ -316,4 +351,57 @@ fn compare_pane(shape: &PaneShape, stored: &Pane, rows: &[&EventRow], next_offse
         }
     }
     differences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partition::Totals;
+
+    fn definition() -> Definition {
+        Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap()
+    }
+
+    fn row(offset: i64, age: f64) -> EventRow {
+        EventRow { offset, time_ms: 0, groups: vec![0, 1, 2], measures: vec![age] }
+    }
+
+    #[test]
+    fn a_pane_that_counts_other_than_its_rows_is_named() {
+        let shape = PaneShape::new(&definition());
+        let rows = [row(0, 30.0), row(5, 40.0), row(9, 50.0)];
+        let rows: Vec<&EventRow> = rows.iter().collect();
+        let stored = |taken: &[&EventRow], upto: i64| {
+            let mut pane = Pane::empty(&shape);
+            taken.iter().for_each(|row| pane.add(&shape, row.offset, &row.groups, &row.measures));
+            pane.settle(upto);
+            pane
+        };
+        assert_eq!(compare_pane(&shape, &stored(&rows[..2], 6), &rows, 6), Vec::<String>::new());
+        let short = compare_pane(&shape, &stored(&rows[..1], 6), &rows, 6);
+        assert!(short.len() == 4 && short[0].contains("stored 1") && short[0].contains("say 2"), "{short:?}");
+        let other = EventRow { measures: vec![41.0], ..row(5, 0.0) };
+        let wrong = compare_pane(&shape, &stored(&[rows[0], &other], 6), &rows, 6);
+        assert!(wrong.len() == 4 && wrong[0].contains("71.0"), "{wrong:?}");
+        assert_eq!(compare_pane(&shape, &Pane::empty(&shape), &rows, 6).len(), 4);
+    }
+
+    #[test]
+    fn a_rebuild_goes_as_far_as_the_state_file_and_refuses_one_of_another_layout() {
+        let at = |next_offset: i64| Position {
+            next_offset,
+            totals: Totals { events: next_offset, ..Totals::default() },
+            ..Position::default()
+        };
+        let state = |next_offset: i64, layout: &str| {
+            let (layout, cluster_id) = (layout.to_owned(), String::new());
+            Some(StateFacts { position: at(next_offset), layout, cluster_id })
+        };
+        let check = |state, expected| assert_eq!(ahead(0, at(100), state, "a").unwrap(), at(expected));
+        check(None, 100);
+        check(state(200, "a"), 200);
+        check(state(50, "a"), 100);
+        let refused = ahead(0, at(100), state(200, "b"), "a").unwrap_err().to_string();
+        assert!(refused.contains("layout b") && refused.contains("of a"), "{refused}");
+    }
 }

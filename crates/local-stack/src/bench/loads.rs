@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{NAME, PRELOAD_WITHIN, measure, stress};
+use super::measure::Drained;
+use super::{NAME, PRELOAD_WITHIN, finish, measure, stress};
 use crate::cli::BenchArgs;
 use crate::config::Settings;
 use crate::error::{Error, Result};
@@ -20,6 +21,12 @@ const NEW_EVENTS: u64 = 60_000;
 
 /// Rate of the live load beside the old events.
 const LIVE_RATE: u64 = 500;
+
+/// Rate at which old events are produced: slow enough that new ones come in between.
+const OLD_RATE: u64 = 50_000;
+
+/// How long `verify` may take.
+const VERIFY_WITHIN: Duration = Duration::from_secs(300);
 
 /// How old the old events are at most: rising from there to now in the order of the log.
 const OLD: &str = "7d";
@@ -63,20 +70,18 @@ pub(super) struct Backlog {
     pub(super) peak_resident_mib: f64,
 }
 
-/// Drains old events while new ones keep coming.
+/// Drains old events with new ones among them, while more new ones keep coming; then holds the panes against the rows.
 pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Cold> {
     stress(private, NAME, &["--messages", &NEW_EVENTS.to_string()]).await?;
     measure::drain(private, NAME, NEW_EVENTS, terminal).await?;
-    let since = Instant::now();
-    stress(private, NAME, &["--messages", &args.messages.to_string(), "--span", OLD]).await?;
-    terminal.done("old events", &format!("{} over the last {OLD}", args.messages), since.elapsed());
     // Long enough for the slowest drain; ended with it.
     let mut live = services::load(private, PRELOAD_WITHIN.as_secs(), LIVE_RATE)?;
     live.environment.extend(services::names(NAME));
     let mut live = Process::spawn(&live, &private.folders)?;
-    let drained = measure::drain(private, NAME, NEW_EVENTS + args.messages, terminal).await;
+    let drained = old(private, args, terminal).await;
     live.stop().await;
     let drained = drained?;
+    finish(private, services::verify(private)?, VERIFY_WITHIN).await?;
     Ok(Cold {
         old_events: args.messages,
         live_events_per_second: LIVE_RATE,
@@ -84,6 +89,14 @@ pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Termina
         cpu_seconds_per_million: drained.cpu_seconds / (args.messages as f64 / 1e6),
         peak_resident_mib: drained.peak_resident_mib,
     })
+}
+
+async fn old(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Drained> {
+    let since = Instant::now();
+    let (messages, rate) = (args.messages.to_string(), OLD_RATE.to_string());
+    stress(private, NAME, &["--messages", &messages, "--span", OLD, "--rate", &rate]).await?;
+    terminal.done("old events", &format!("{messages} over the last {OLD}"), since.elapsed());
+    measure::drain(private, NAME, NEW_EVENTS + args.messages, terminal).await
 }
 
 /// Measures how long events take at a steady rate, and how long a killed processor's successor takes to new rows.

@@ -7,7 +7,6 @@ use crate::decode::{Decoder, Record};
 use crate::error::ProcessorError;
 use crate::fetch::readable_headers;
 use crate::partition::Position;
-use crate::store::Store;
 use common::kafka::client_config;
 use futures::TryStreamExt;
 use rdkafka::Message;
@@ -91,12 +90,10 @@ impl Verifier {
     pub(super) async fn compare_log(
         &self,
         partition: i32,
-        buckets: &BTreeSet<i64>,
         outcome: &mut Outcome,
     ) -> Result<(), ProcessorError> {
-        // Rows are read after the position: all rows below it are there.
-        let position = self.store.progress(partition).await?.unwrap_or_default();
-        let stored = self.keys(partition, buckets).await?;
+        let (position, buckets) = self.standing(partition).await?;
+        let stored = self.keys(partition, &buckets).await?;
         let read = || self.read_log(partition, &position, Comparison { stored, ..Comparison::default() });
         let (low, mut found) = tokio::task::block_in_place(read)?;
         found.close(low, &position);

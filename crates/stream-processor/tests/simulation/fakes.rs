@@ -40,6 +40,18 @@ impl Outside {
         self.world.lock().mutation == Some(mutation)
     }
 
+    /// Waits for its turn; fails where it is told to.
+    async fn may_fail(&self) -> Result<(), ProcessorError> {
+        self.world.gate(self.life).await;
+        let mut world = self.world.lock();
+        if world.fail_at != Some(world.steps) {
+            return Ok(());
+        }
+        world.failing.insert(self.life);
+        world.say(|| format!("{}: told to fail", self.who));
+        Err(ProcessorError::Stopped)
+    }
+
     /// Writes `ops`, in an order the schedule chooses; returns when the last one is acknowledged.
     async fn put(&self, mut ops: Vec<Op>) -> Result<(), ProcessorError> {
         if ops.is_empty() {
@@ -75,7 +87,7 @@ impl Outside {
             }
         }
         // Landed, but not yet known to have: a crash may come in between.
-        self.world.gate(self.life).await;
+        self.may_fail().await?;
         Ok(())
     }
 
@@ -169,7 +181,7 @@ impl Store for Outside {
     async fn look_up(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<Vec<(u32, i64)>, ProcessorError> {
         let mut found = Vec::new();
         for group in groups {
-            self.world.gate(self.life).await;
+            self.may_fail().await?;
             for number in &group.events {
                 let event = &chunk.events[*number as usize];
                 let offset = self.stored_offset(event.time_ms, &id_text(chunk.id(event)));
@@ -188,7 +200,7 @@ impl Store for Outside {
     ) -> Result<BTreeMap<i64, Pane>, ProcessorError> {
         let mut loaded = BTreeMap::new();
         for start in starts {
-            self.world.gate(self.life).await;
+            self.may_fail().await?;
             let world = self.world.lock();
             let mut pane = Pane::empty(&self.shape);
             for (index, (dimension, value)) in self.shape.names.iter().enumerate() {
@@ -230,7 +242,7 @@ impl Store for Outside {
     }
 
     async fn progress(&self, _: i32) -> Result<Option<Position>, ProcessorError> {
-        self.world.gate(self.life).await;
+        self.may_fail().await?;
         let world = self.world.lock();
         let mut position = (!world.progress.is_empty()).then(|| position_of(&world.progress));
         if world.mutation == Some(Mutation::RawWatermark)

@@ -86,6 +86,11 @@ fn strike(cold: bool, step: u64, fault: Fault) {
     if stopped && fault != Fault::Error {
         return finish(sim, "the end");
     }
+    if fault == Fault::Error {
+        let ended = sim.owner.as_ref().and_then(|owner| owner.ended.as_ref());
+        let failed = ended.is_some_and(Result::is_err);
+        assert_eq!(failed, step > 0, "step {step}, cold {cold}: the error ended nothing");
+    }
     sim.crash();
     if let (Fault::PowerLoss, Volume::Disk(disk)) = (fault, &sim.machine(0).volume) {
         disk.power_loss(&mut step.clone());
