@@ -115,6 +115,7 @@ fn cargo(own: &Settings, promtool: &Path, title: &'static str, arguments: &[&str
             ("PIPELINE_TEST_KAFKA_AGENT", http(ports.kafka_agent)),
             ("PIPELINE_TEST_CASSANDRA_AGENT", http(ports.cassandra_agent)),
             ("PIPELINE_TEST_PROCESSOR", http(ports.processor)),
+            ("PIPELINE_TEST_SOURCE", http(ports.source)),
             ("PIPELINE_TEST_KAFKA", loopback(ports.kafka)),
             ("PIPELINE_TEST_CASSANDRA", loopback(ports.cassandra)),
             ("PIPELINE_TEST_BIN", own.binaries.display().to_string()),

@@ -1,10 +1,11 @@
 //! Alerts provoked for real, one after the other: what breaks, and how long it takes until it is told. Minutes by nature, so
 //! only `./test long` asks for it; it leaves the stack broken and comes last.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use local_stack::process::Record;
+use local_stack::servers::http_client;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rustix::process::Signal;
@@ -19,6 +20,9 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// Records that are no events: enough to be told, too few to pause a partition.
 const POISON: usize = 5;
+
+/// More in a row than a partition takes by default.
+const TOO_MUCH_POISON: usize = 5000;
 
 fn signal(part: &str, signal: Signal) {
     let file = Path::new(&variable("PIPELINE_TEST_FOLDER")).join(format!("run/{part}.json"));
@@ -49,29 +53,36 @@ async fn told(what: &str, broken: Instant, expected: &[&str]) {
     }
 }
 
-fn poison() {
+/// Records that are no events, all of one partition.
+fn poison(records: usize) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", variable("PIPELINE_TEST_KAFKA")).create().unwrap();
-    for number in 0..POISON {
-        let key = number.to_string();
-        producer
-            .send(BaseRecord::to("user_created").key(&key).payload("no event"))
-            .map_err(|(e, _)| e)
-            .unwrap();
+    for _ in 0..records {
+        let record = BaseRecord::to("user_created").key("poison").payload("no event");
+        producer.send(record).map_err(|(e, _)| e).unwrap();
     }
     producer.flush(Duration::from_secs(10)).unwrap();
 }
 
+/// Every answer of the source says that there is nothing: no retry changes it.
+async fn refuse_all() {
+    let url = format!("{}/faults", variable("PIPELINE_TEST_SOURCE"));
+    let faults = r#"{"faults": {"not_found": {"rate": 1.0}}}"#;
+    let answer = http_client().unwrap().put(url).body(faults).send().await.unwrap();
+    assert!(answer.status().is_success());
+}
+
 /// The processor as `./run` starts it.
-fn processor() -> Child {
+fn processor(arguments: &[&str]) -> Child {
     let listen = variable("PIPELINE_TEST_PROCESSOR").replace("http://", "");
     let folder = variable("PIPELINE_TEST_FOLDER");
     let log = std::fs::File::create(Path::new(&folder).join("logs/stream-processor-again.log")).unwrap();
     Command::new(Path::new(&variable("PIPELINE_TEST_BIN")).join("stream-processor"))
         .arg("run")
+        .args(arguments)
         .env("PIPELINE_KAFKA_BROKERS", variable("PIPELINE_TEST_KAFKA"))
         .env("PIPELINE_CASSANDRA_NODES", variable("PIPELINE_TEST_CASSANDRA"))
-        .env("PIPELINE_CHECKPOINTS", Path::new(&folder).join("checkpoints"))
+        .env("PIPELINE_CHECKPOINTS", checkpoints())
         .env("PIPELINE_STREAM", sources::root().join("streams/user_created.toml"))
         .env("PIPELINE_HTTP_LISTEN", listen)
         .stdout(log.try_clone().unwrap())
@@ -81,30 +92,67 @@ fn processor() -> Child {
         .unwrap()
 }
 
+fn checkpoints() -> PathBuf {
+    Path::new(&variable("PIPELINE_TEST_FOLDER")).join("checkpoints")
+}
+
 #[tokio::test]
 async fn provoked_for_real_each_alert_tells_what_broke() {
-    let _load = load();
+    let _load = load(5);
+    let copies = Instant::now();
+    let sent_again = load(80);
     // A counter that is first seen after it has risen shows no rise.
     wait_until("counters are known", "count_over_time(processor_committed_dead_letters_total[1m]) > 2").await;
     let since = Instant::now();
-    signal("source", Signal::KILL);
-    poison();
+    poison(POISON);
     told("poison", since, &["DeadLetters"]).await;
+    refuse_all().await;
+    told("source without data", since, &["IngestRunsFailed"]).await;
+    let since = Instant::now();
+    signal("source", Signal::KILL);
     told("source stopped", since, &["IngestNoSuccess"]).await;
+    told("most records sent again", copies, &["DuplicatesJump"]).await;
+    drop(sent_again);
+    from_the_processor_on().await;
+}
+
+async fn from_the_processor_on() {
     let since = Instant::now();
     signal("stream-processor", Signal::KILL);
-    told(
-        "processor stopped",
-        since,
-        &["ProcessingStalled", "TargetDown stream-processor", "LagOverObjective", "CheckpointStaleUnknown"],
+    let alerts = [
+        "ProcessingStalled",
+        "TargetDown stream-processor",
+        "LagOverObjective",
+        "CheckpointStaleUnknown",
+        "LagGrowing",
+    ];
+    told("processor stopped", since, &alerts).await;
+    std::fs::remove_dir_all(checkpoints()).unwrap();
+    std::fs::create_dir(checkpoints()).unwrap();
+    let since = Instant::now();
+    let mut recovered = processor(&[]);
+    told("checkpoints lost", since, &["CheckpointRecovered"]).await;
+    recovered.kill().await.unwrap();
+    let since = Instant::now();
+    let mut replaying = processor(&["--replay"]);
+    told("started with --replay", since, &["PartitionReplayed"]).await;
+    replaying.kill().await.unwrap();
+    let _processor = processor(&[]);
+    wait_until(
+        "all is processed",
+        "sum(dashboard_lag_messages) < 5000 and sum(up{job='stream-processor'}) == 1",
     )
     .await;
-    let _processor = processor();
-    wait_until("all parts answer again", "count(up == 1) == 6").await;
+    let since = Instant::now();
+    poison(TOO_MUCH_POISON);
+    told("too much poison", since, &["PartitionPaused", "CheckpointStale"]).await;
     let since = Instant::now();
     signal("cassandra", Signal::KILL);
     told("cassandra stopped", since, &["SinkErrors", "TargetDown cassandra", "LagOverObjectiveUnknown"])
         .await;
+    let since = Instant::now();
+    signal("kafka", Signal::KILL);
+    told("kafka stopped", since, &["TargetDown kafka", "KafkaOfflinePartitionsUnknown"]).await;
 }
 
 /// Waits until an expression has a series.

@@ -34,11 +34,11 @@ pub fn prometheus() -> Prometheus {
     Prometheus::at(&variable("PIPELINE_TEST_PROMETHEUS"))
 }
 
-/// Events at a steady rate, some of them twice, until it is dropped.
-pub fn load() -> Child {
+/// Events at a steady rate, this many percent of them twice, until it is dropped.
+pub fn load(duplicates: u32) -> Child {
     let program = std::path::Path::new(&variable("PIPELINE_TEST_BIN")).join("ingest-producer");
     Command::new(program)
-        .args(["stress", "--seconds", "3600", "--rate", "200", "--duplicates", "5"])
+        .args(["stress", "--seconds", "3600", "--rate", "200", "--duplicates", &duplicates.to_string()])
         .env("PIPELINE_KAFKA_BROKERS", variable("PIPELINE_TEST_KAFKA"))
         .env("PIPELINE_STREAM", sources::root().join("streams/user_created.toml"))
         .stdin(Stdio::null())
@@ -74,7 +74,7 @@ async fn until_nothing_is_wrong(prometheus: &mut Prometheus, expressions: &[Expr
 
 #[tokio::test]
 async fn every_expression_returns_series_and_the_check_notices_each_mistake() {
-    let mut load = load();
+    let mut load = load(5);
     let mut prometheus = prometheus();
     let expressions = [of_boards(), of_rules()].concat();
     assert!(expressions.len() > 200, "boards and rules are no longer found: {}", expressions.len());

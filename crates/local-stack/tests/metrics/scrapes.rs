@@ -54,7 +54,7 @@ fn stage_seconds(scrape: &str, states: &[&str]) -> BTreeMap<String, f64> {
 #[tokio::test]
 async fn the_seconds_of_each_stage_add_up_to_the_time_that_passed_under_load() {
     const ALL: [&str; 3] = ["idle", "busy", "backpressured"];
-    let _load = load();
+    let _load = load(5);
     let processor = variable("PIPELINE_TEST_PROCESSOR");
     let begun = Instant::now();
     let first_text = scrape(&processor).await;
