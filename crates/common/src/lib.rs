@@ -3,7 +3,7 @@
 //! Pure contracts: [`stream`] (the stream definition), [`event`] (envelope, ids, placement), [`schema`] (tables as CQL),
 //! [`run_ledger`] (words of the ledger), [`control`] (commands), [`windows`] (what readers make of panes). Plumbing: [`config`]
 //! (settings), [`telemetry`] (logs), [`admin`] (health, readiness, `/metrics`), [`metrics`] (made and registered at once),
-//! [`presence`] (who is alive), [`shutdown`] (signals), [`kafka`] and [`cassandra`] (clients set up the one right way),
+//! [`presence`] (who is alive), [`registry`] (how a stream was made), [`shutdown`] (signals), [`kafka`] and [`cassandra`] (clients set up the one right way),
 //! [`pane_reader`] (pane rows for [`windows`]).
 
 pub mod admin;
@@ -15,6 +15,7 @@ pub mod kafka;
 pub mod metrics;
 pub mod pane_reader;
 pub mod presence;
+pub mod registry;
 pub mod run_ledger;
 pub mod schema;
 pub mod shutdown;

@@ -33,6 +33,7 @@ pub mod stress;
 use anyhow::Context;
 use common::admin::{self, Health};
 use common::presence::{self, Instance};
+use common::registry::check_layout;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
@@ -155,6 +156,7 @@ impl Parts {
             .context("kafka")??;
         health.set(publish::DEPENDENCY, Ok(()));
         let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
+        check_layout(&session, &common.keyspace, &definition).await?;
         let stream = &definition.stream.name;
         let ledger = CassandraLedger::new(session.clone(), &common.keyspace, stream).await?;
         health.set(service::DEPENDENCY, Ok(()));

@@ -1,5 +1,6 @@
 //! The binary: settings, logs, run, exit code.
 
+use common::registry::RegistryError;
 use ingest_producer::config::Config;
 use std::process::ExitCode;
 
@@ -25,7 +26,10 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(done) => print(&done.text, done.code),
-        Err(error) => fail(&format!("{error:#}"), 1),
+        Err(error) => {
+            let refused = matches!(error.downcast_ref(), Some(RegistryError::Another { .. }));
+            fail(&format!("{error:#}"), if refused { 3 } else { 1 })
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 use common::cassandra::ConnectError;
 use common::pane_reader::PaneReadError;
+use common::registry::RegistryError;
 
 /// What the caller does about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +26,9 @@ pub enum Error {
     /// Panes cannot be read.
     #[error(transparent)]
     Panes(#[from] PaneReadError),
+    /// The stream was not made, or was made otherwise.
+    #[error("cassandra: {0}")]
+    Registry(#[from] RegistryError),
     /// No connection with Cassandra.
     #[error(transparent)]
     NoConnection(#[from] ConnectError),
@@ -41,6 +45,7 @@ impl Error {
             Error::Cassandra(_)
             | Error::NoTables(_)
             | Error::Panes(_)
+            | Error::Registry(_)
             | Error::NoConnection(_)
             | Error::Kafka(_) => Kind::Retryable,
         }

@@ -7,6 +7,7 @@ use crate::rates::{History, Sample, WINDOW_SECONDS};
 use common::config::CommonArgs;
 use common::event::floor_to;
 use common::pane_reader::PaneReader;
+use common::registry::check_layout;
 use common::schema::THROUGHPUT_RESOLUTIONS;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -126,6 +127,7 @@ impl Store {
         let stream = definition.stream.name.as_str();
         let session = common::cassandra::connect(settings, CONNECT_LIMIT, shutdown).await?;
         let statements = Statements::prepare(&session, &settings.keyspace).await?;
+        check_layout(&session, &settings.keyspace, definition).await?;
         let panes = PaneReader::new(session.clone(), &settings.keyspace, definition).await?;
         let created_at = created_at(&session, &settings.keyspace, stream).await?;
         let baseline_from = now - WINDOW_SECONDS - BASELINE_SECONDS;

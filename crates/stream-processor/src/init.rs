@@ -5,6 +5,7 @@ use crate::error::ProcessorError;
 use common::cassandra::connect;
 use common::config::CommonArgs;
 use common::kafka::{PARTITIONER, client_config, wait_for_broker};
+use common::registry::{Registered, RegistryError, registered};
 use common::schema::{self, CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -25,17 +26,6 @@ pub struct Made {
     pub cluster_id: String,
     /// Lines for the user.
     pub report: Vec<String>,
-}
-
-/// A row of table `streams`: what every service must agree with.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Registered {
-    /// Layout of the stream.
-    pub layout: String,
-    /// Kafka cluster.
-    pub cluster_id: String,
-    /// Partitions of the events topic.
-    pub partitions: i32,
 }
 
 fn fatal(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ {
@@ -123,26 +113,14 @@ pub async fn check_registered(
     stream: &str,
     wanted: &Registered,
 ) -> Result<(), ProcessorError> {
-    let select = format!("SELECT layout, cluster_id, partitions FROM {keyspace}.streams WHERE stream = ?");
-    let not_made = |cause: &dyn std::fmt::Display| {
-        ProcessorError::Fatal(format!(
-            "stream `{stream}` is not set up ({cause}); run `stream-processor init` first"
-        ))
-    };
-    let rows = session.query_unpaged(select, (stream,)).await.map_err(|e| not_made(&e))?;
-    let rows = rows.into_rows_result().map_err(|e| not_made(&e))?;
-    let row = rows.maybe_first_row::<(String, String, i32)>().map_err(|e| not_made(&e))?;
-    let Some((layout, cluster_id, partitions)) = row else {
-        return Err(not_made(&"no row in table streams"));
-    };
-    let found = Registered { layout, cluster_id, partitions };
+    let found =
+        registered(session, keyspace, stream).await.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
     if found == *wanted {
         return Ok(());
     }
-    Err(ProcessorError::Refused(format!(
-        "stream `{stream}` is registered in another shape\n  registered: {found:?}\n  now:        {wanted:?}\n\
-         put the old definition and servers back, or give the changed stream a new name"
-    )))
+    let (registered, now) = (format!("{found:?}"), format!("{wanted:?}"));
+    let another = RegistryError::Another { stream: stream.to_owned(), registered, now };
+    Err(ProcessorError::Refused(another.to_string()))
 }
 
 async fn make_topics(common: &CommonArgs, topic: &str, args: &InitArgs) -> Result<(), ProcessorError> {
