@@ -15,3 +15,4 @@ mod refusals;
 mod streams;
 mod stress;
 mod truth;
+mod verify;

@@ -270,9 +270,12 @@ impl Store for Outside {
                 std::mem::take(&mut *lock(&self.put_off))
             };
             self.put(put_off).await?;
+        }
+        {
             let mut world = self.world.lock();
-            let committed = world.committed.get(&self.life);
-            if world.watch && committed.is_none_or(|committed| *committed < position.next_offset) {
+            // What a life shows first is what it starts from.
+            let committed = *world.committed.entry(self.life).or_insert(position.next_offset);
+            if world.watch && committed < position.next_offset {
                 world.bad("published before committed", || format!("{position:?}"));
             }
         }
