@@ -1,5 +1,6 @@
 //! `backfill`: runs the intervals of a span of the past in this process, through the same ledger and leases as the service,
-//! so that both may go on at once and a backfill that was stopped is simply started again.
+//! so that both may go on at once. A backfill that was stopped is simply started again; one that was killed, once its leases
+//! have run out.
 
 use crate::Done;
 use crate::config::BackfillArgs;
@@ -23,14 +24,27 @@ use std::time::Duration;
 const MAX_INTERVALS: usize = 200_000;
 /// Rows of dead letters' copies must outlive the log by this much; see the definition's `store.ttl`.
 const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
-/// Pause before a run that failed is tried again here, at most.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What to do, and how many intervals it leaves out.
 #[derive(Debug, PartialEq)]
 struct Selection {
     chosen: Vec<(Interval, Option<Run>)>,
     left_out: usize,
+    /// Of those left out: how many somebody holds a lease of.
+    held: usize,
+}
+
+impl Selection {
+    /// How many are left out, and what to do about those that may be a killed producer's.
+    fn left_out(&self) -> String {
+        match self.held {
+            0 => format!("{} left out", self.left_out),
+            held => format!(
+                "{} left out, {held} of them under a lease: should its owner be gone, backfill again once it has run out",
+                self.left_out
+            ),
+        }
+    }
 }
 
 /// Runs what is asked for, or only says what it would run.
@@ -54,7 +68,7 @@ pub async fn backfill(
     }
     let found = runner.ledger.runs(args.from, args.to).await?;
     let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
-    let selection = select(&intervals, &runs, args);
+    let selection = select(&intervals, &runs, args, now_ms);
     if only_say {
         return Ok(Done::text(dry_run(&selection)));
     }
@@ -80,22 +94,29 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
     Ok(())
 }
 
-fn select(intervals: &[Interval], runs: &BTreeMap<i64, Run>, args: &BackfillArgs) -> Selection {
-    let wanted = |run: Option<&Run>| match run.map(|run| run.state) {
-        None | Some(RunState::Scheduled) => true,
-        Some(RunState::Failed) => args.reprocess != Reprocess::None,
-        Some(RunState::Succeeded) => args.reprocess == Reprocess::Completed,
-        // Somebody is at it.
-        Some(RunState::Running | RunState::Retrying) => false,
+/// A run that retries is chosen before its time too: [`run_one`] waits for it, and nobody else may be there to.
+fn select(intervals: &[Interval], runs: &BTreeMap<i64, Run>, args: &BackfillArgs, now_ms: i64) -> Selection {
+    let wanted = |run: &Run| match run.state {
+        RunState::Scheduled | RunState::Retrying => true,
+        RunState::Failed => args.reprocess != Reprocess::None,
+        RunState::Succeeded => args.reprocess == Reprocess::Completed,
+        // While its lease holds somebody is at it; a killed producer's runs out.
+        RunState::Running => !run.holds_a_lease(now_ms),
     };
-    let with_runs = intervals.iter().map(|interval| (*interval, runs.get(&interval.start_ms)));
-    let mut chosen: Vec<(Interval, Option<Run>)> =
-        with_runs.filter(|(_, run)| wanted(*run)).map(|(interval, run)| (interval, run.cloned())).collect();
+    let (mut chosen, mut held) = (Vec::new(), 0);
+    for interval in intervals {
+        let run = runs.get(&interval.start_ms);
+        if run.is_none_or(wanted) {
+            chosen.push((*interval, run.cloned()));
+        } else if run.is_some_and(|run| run.holds_a_lease(now_ms)) {
+            held += 1;
+        }
+    }
     let left_out = intervals.len() - chosen.len();
     if args.newest_first {
         chosen.reverse();
     }
-    Selection { chosen, left_out }
+    Selection { chosen, left_out, held }
 }
 
 fn dry_run(selection: &Selection) -> String {
@@ -104,8 +125,7 @@ fn dry_run(selection: &Selection) -> String {
         let state = run.as_ref().map_or("no run yet", |run| run.state.name());
         let _ = writeln!(text, "{} to {}  {state}", time(interval.start_ms), time(interval.end_ms));
     }
-    let _ =
-        write!(text, "{} intervals would be run, {} left out", selection.chosen.len(), selection.left_out);
+    let _ = write!(text, "{} intervals would be run, {}", selection.chosen.len(), selection.left_out());
     text
 }
 
@@ -116,7 +136,7 @@ async fn run_all(
     shutdown: &Shutdown,
 ) -> anyhow::Result<Done> {
     let bar = progress_bar(selection.chosen.len() as u64);
-    let left_out = selection.left_out;
+    let left_out = selection.left_out();
     let work = selection.chosen.into_iter().map(|(interval, run)| run_one(runner, interval, run, shutdown));
     let mut running = futures::stream::iter(work).buffer_unordered(args.max_active_runs as usize);
     let (mut succeeded, mut failed, mut taken, mut stopped) = (0, 0, 0, 0);
@@ -131,13 +151,13 @@ async fn run_all(
     }
     bar.finish_and_clear();
     let text = format!(
-        "backfill: {succeeded} succeeded, {failed} failed, {taken} taken by others, {stopped} stopped, {left_out} left out"
+        "backfill: {succeeded} succeeded, {failed} failed, {taken} taken by others, {stopped} stopped, {left_out}"
     );
     let code = if failed > 0 { 1 } else { shutdown.exit_code() };
     Ok(Done { text, code })
 }
 
-/// One interval to its end, retries included; `None`: somebody else has it.
+/// One interval to its end, retries included, each at its time; `None`: somebody else has it.
 async fn run_one(
     runner: &Arc<Runner>,
     interval: Interval,
@@ -145,6 +165,7 @@ async fn run_one(
     shutdown: &Shutdown,
 ) -> anyhow::Result<Option<Ended>> {
     loop {
+        wait_for_retry(seen.as_ref(), (runner.clock)(), shutdown).await;
         if shutdown.has_begun() {
             return Ok(Some(Ended::Interrupted));
         }
@@ -156,12 +177,16 @@ async fn run_one(
             return Ok(Some(ended));
         }
         seen = runner.ledger.run(interval.start_ms).await?;
-        let wait_ms = seen.as_ref().map_or(0, |run| run.retry_at_ms - (runner.clock)());
-        let pause = Duration::from_millis(wait_ms.max(0).unsigned_abs()).min(LONGEST_PAUSE);
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = shutdown.begun() => {}
-        }
+    }
+}
+
+/// Until a run that retries is due, or shutdown begins. The run's deadline bounds it: whoever sets a retry gives up beyond.
+async fn wait_for_retry(seen: Option<&Run>, now_ms: i64, shutdown: &Shutdown) {
+    let retrying = seen.filter(|run| run.state == RunState::Retrying);
+    let wait_ms = retrying.map_or(0, |run| run.retry_at_ms - now_ms);
+    tokio::select! {
+        () = tokio::time::sleep(Duration::from_millis(wait_ms.max(0).unsigned_abs())) => {}
+        () = shutdown.begun() => {}
     }
 }
 
@@ -193,25 +218,65 @@ mod tests {
         BackfillArgs { from: T0, to: T0 + 360_000, reprocess, max_active_runs: 1, newest_first }
     }
 
-    fn chosen(reprocess: Reprocess, newest_first: bool) -> Vec<i64> {
-        let states = [RunState::Succeeded, RunState::Failed, RunState::Running, RunState::Retrying];
-        let runs = states
-            .into_iter()
-            .zip(0..)
-            .map(|(state, n)| (T0 + n * 60_000, run(T0 + n * 60_000, state)))
-            .collect();
+    const NOW: i64 = T0 + 3_600_000;
+
+    /// Minute by minute: over well, over badly, running, retrying, scheduled; then two without a row.
+    fn rows() -> BTreeMap<i64, Run> {
+        let at = |n: i64, state| run(T0 + n * 60_000, state);
+        let rows = [
+            at(0, RunState::Succeeded),
+            at(1, RunState::Failed),
+            Run { lease_until_ms: NOW + 1, ..at(2, RunState::Running) },
+            Run { lease_until_ms: NOW, ..at(3, RunState::Running) },
+            Run { retry_at_ms: NOW, ..at(4, RunState::Retrying) },
+            Run { retry_at_ms: NOW + 60_000, ..at(5, RunState::Retrying) },
+            at(6, RunState::Scheduled),
+        ];
+        rows.into_iter().map(|run| (run.interval.start_ms, run)).collect()
+    }
+
+    fn selection(reprocess: Reprocess, newest_first: bool) -> Selection {
         let intervals: Vec<Interval> =
-            (0..6).map(|n| Interval { start_ms: T0 + n * 60_000, end_ms: T0 + (n + 1) * 60_000 }).collect();
-        let selection = select(&intervals, &runs, &args(reprocess, newest_first));
-        assert_eq!(selection.left_out + selection.chosen.len(), 6);
+            (0..9).map(|n| Interval { start_ms: T0 + n * 60_000, end_ms: T0 + (n + 1) * 60_000 }).collect();
+        let selection = select(&intervals, &rows(), &args(reprocess, newest_first), NOW);
+        assert_eq!(selection.left_out + selection.chosen.len(), 9);
+        selection
+    }
+
+    fn chosen(reprocess: Reprocess, newest_first: bool) -> Vec<i64> {
+        let selection = selection(reprocess, newest_first);
         selection.chosen.iter().map(|(interval, _)| (interval.start_ms - T0) / 60_000).collect()
     }
 
     #[test]
     fn what_is_over_is_run_again_only_when_asked_for() {
-        assert_eq!(chosen(Reprocess::None, false), [4, 5]);
-        assert_eq!(chosen(Reprocess::Failed, false), [1, 4, 5]);
-        assert_eq!(chosen(Reprocess::Completed, true), [5, 4, 1, 0]);
+        assert_eq!(chosen(Reprocess::None, false), [3, 4, 5, 6, 7, 8]);
+        assert_eq!(chosen(Reprocess::Failed, false), [1, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(chosen(Reprocess::Completed, true), [8, 7, 6, 5, 4, 3, 1, 0]);
+    }
+
+    #[test]
+    fn a_run_is_left_to_others_only_while_its_lease_holds() {
+        let selection = selection(Reprocess::Completed, false);
+        assert_eq!((selection.left_out, selection.held), (1, 1));
+        let words = dry_run(&selection);
+        assert!(words.contains("8 intervals would be run, 1 left out, 1 of them under a lease"), "{words}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retry_is_waited_for_until_its_time_but_not_beyond_a_stop() {
+        let shutdown = Shutdown::default();
+        let waited = async |run: &Run| {
+            let begun = tokio::time::Instant::now();
+            wait_for_retry(Some(run), NOW, &shutdown).await;
+            begun.elapsed().as_millis()
+        };
+        let later = Run { retry_at_ms: NOW + 600_000, ..run(T0, RunState::Retrying) };
+        assert_eq!(waited(&later).await, 600_000);
+        assert_eq!(waited(&Run { retry_at_ms: NOW - 1, ..later.clone() }).await, 0);
+        assert_eq!(waited(&Run { state: RunState::Running, ..later.clone() }).await, 0);
+        shutdown.begin();
+        assert_eq!(waited(&later).await, 0);
     }
 
     #[test]

@@ -52,7 +52,8 @@ impl Run {
         matches!(self.state, RunState::Succeeded | RunState::Failed)
     }
 
-    fn holds_a_lease(&self, now_ms: i64) -> bool {
+    /// Whether somebody is at it.
+    pub fn holds_a_lease(&self, now_ms: i64) -> bool {
         self.state == RunState::Running && self.lease_until_ms > now_ms
     }
 
