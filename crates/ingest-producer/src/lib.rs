@@ -52,7 +52,7 @@ use std::time::Duration;
 
 /// How long to wait for Kafka and Cassandra at start.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// How long the main loop may stand still before `/healthz` says so: a planning over a month of intervals takes seconds.
+/// How long the main loop may stand still before `/healthz` says so: a planning over 50,000 intervals takes seconds.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long the last records may take to leave.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);

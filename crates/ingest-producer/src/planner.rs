@@ -160,6 +160,17 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
     Plan { decisions, settled_to_ms }
 }
 
+/// Where to look back to instead of `from_ms`, if the ledger has a gap there: as many intervals back from its far end, the
+/// end of the `last` row that begins before `from_ms`; the timeline's start where there is none. `None`: there is no gap.
+pub fn behind_gap(timeline: &Timeline, from_ms: i64, last: Option<Interval>, intervals: u32) -> Option<i64> {
+    match last {
+        _ if from_ms <= timeline.start_ms() => None,
+        None => Some(timeline.start_ms()),
+        Some(last) if last.end_ms >= from_ms => None,
+        Some(last) => Some(timeline.back(last.end_ms, intervals)),
+    }
+}
+
 /// Whether no row covers any part of the interval.
 fn is_unknown(runs: &BTreeMap<i64, Run>, interval: &Interval) -> bool {
     let before_its_end = runs.range(..interval.end_ms).next_back();
@@ -237,6 +248,9 @@ pub(crate) mod tests {
 
     const MINUTE: i64 = 60_000;
     const T0: i64 = 1_700_000_040_000;
+    /// Intervals that a restart looks back, and those of an outage that is longer.
+    const LOOK_BACK: u32 = 200;
+    const OUTAGE: i64 = 300;
 
     pub(crate) fn run(start_ms: i64, state: RunState) -> Run {
         Run {
@@ -280,6 +294,31 @@ pub(crate) mod tests {
 
         fn add(&mut self, run: Run) {
             self.runs.insert(run.interval.start_ms, run);
+        }
+
+        /// All that a restart knows comes from the ledger.
+        fn restart(&mut self, now_ms: i64) {
+            self.timeline = Timeline::from_json(&self.timeline.to_json()).unwrap();
+            let last = |from_ms| self.runs.range(..from_ms).next_back().map(|(_, run)| run.interval);
+            let mut from_ms = self.timeline.back(now_ms, LOOK_BACK);
+            while let Some(further_ms) = behind_gap(&self.timeline, from_ms, last(from_ms), LOOK_BACK) {
+                from_ms = further_ms;
+            }
+            self.settled_to_ms = from_ms;
+        }
+
+        /// Until there is nothing left to do, and nothing goes wrong.
+        fn settle(&mut self, now_ms: i64) -> Result<(), TestCaseError> {
+            loop {
+                let found = self.plan(now_ms);
+                self.settled_to_ms = found.settled_to_ms;
+                if found.decisions.is_empty() {
+                    return Ok(());
+                }
+                for decision in &found.decisions {
+                    carry_out(self, decision, 0, now_ms)?;
+                }
+            }
         }
 
         fn plan(&self, now_ms: i64) -> Plan {
@@ -411,7 +450,7 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         /// Plans and carries out at random moments, with attempts that end well, badly or not at all, clocks that step
-        /// back, and restarts, which know nothing but the ledger.
+        /// back, restarts, which know nothing but the ledger, and an outage longer than they look back.
         #[test]
         fn every_interval_ends_in_the_ledger_once_whatever_happens(
             schedule in schedules(),
@@ -419,16 +458,22 @@ pub(crate) mod tests {
                 (-2000i64..7000, any::<bool>(), prop::collection::vec(0u8..5, 8)), 1..40),
             catch_up in 0u32..6,
             room in 1u32..4,
+            outage_at in 0usize..80,
         ) {
             let mut world = World { max_active_runs: room, ..World::of(&schedule, catch_up) };
             let length = { let i = world.timeline.containing(T0); i.end_ms - i.start_ms };
             let (mut now, mut latest) = (T0, T0);
-            for (thousandths, restart, fates) in steps {
+            for (step, (thousandths, restart, fates)) in steps.into_iter().enumerate() {
                 now += thousandths * length / 1000;
                 latest = latest.max(now);
+                if step == outage_at {
+                    now = latest + OUTAGE * length;
+                    latest = now;
+                    world.restart(now);
+                    world.settle(now)?;
+                }
                 if restart {
-                    world.timeline = Timeline::from_json(&world.timeline.to_json()).unwrap();
-                    world.settled_to_ms = world.timeline.start_ms();
+                    world.restart(now);
                 }
                 for _ in 0..3 {
                     let found = world.plan(now);
@@ -443,16 +488,7 @@ pub(crate) mod tests {
             }
             // In the end nothing goes wrong any more.
             now = latest + 60 * length;
-            loop {
-                let found = world.plan(now);
-                world.settled_to_ms = found.settled_to_ms;
-                if found.decisions.is_empty() {
-                    break;
-                }
-                for decision in &found.decisions {
-                    carry_out(&mut world, decision, 0, now)?;
-                }
-            }
+            world.settle(now)?;
             let mut at = world.timeline.start_ms();
             for run in world.runs.values() {
                 prop_assert_eq!(run.interval.start_ms, at, "no gap, no overlap");

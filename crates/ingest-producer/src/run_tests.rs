@@ -2,10 +2,12 @@
 
 use super::*;
 use crate::ledger::memory::MemoryLedger;
+use crate::schedule::Timeline;
 use crate::service::Service;
 use crate::source::client::Page;
 use async_trait::async_trait;
 use common::admin::Health;
+use common::stream::Schedule;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -84,6 +86,7 @@ struct World {
     now: Arc<AtomicI64>,
     luck: Arc<Luck>,
     source_fails: u64,
+    schedule: Schedule,
 }
 
 impl World {
@@ -97,12 +100,18 @@ impl World {
             now: Arc::new(AtomicI64::new(T0)),
             luck,
             source_fails,
+            schedule: Schedule::Every(MINUTE),
         }
+    }
+
+    fn with_schedule(schedule: &Schedule) -> World {
+        World { schedule: schedule.clone(), ..World::new(1, 0, 0) }
     }
 
     fn runner(&self, owner: &str) -> Arc<Runner> {
         let text = include_str!("../../../streams/user_created.toml");
         let mut definition = Definition::parse("users", text).unwrap();
+        definition.stream.schedule = self.schedule.clone();
         definition.stream.retry.attempts = 50;
         definition.stream.retry.deadline_ms = 1000 * MINUTE;
         let now = self.now.clone();
@@ -163,6 +172,67 @@ async fn a_first_start_catches_up_and_every_record_is_acknowledged() {
         2 * PAGE,
         "times lie in their interval"
     );
+}
+
+/// Ticks until a planning finds nothing to do, with a restart on the way; how many ended well, how many were missed.
+async fn settle(world: &World) -> (usize, usize) {
+    let mut service = world.service("b");
+    let mut ticks = 0;
+    loop {
+        let before = world.ledger.all();
+        service.tick().await.unwrap();
+        service.wait_for_active().await;
+        let runs = world.ledger.all();
+        if runs == before {
+            for pair in runs.windows(2) {
+                assert_eq!(pair[0].interval.end_ms, pair[1].interval.start_ms, "a gap: {pair:?}");
+            }
+            let missed = |run: &&Run| run.state == RunState::Failed && run.error.starts_with("missed: ");
+            let missed = runs.iter().filter(missed).count();
+            return (runs.iter().filter(|run| run.state == RunState::Succeeded).count(), missed);
+        }
+        ticks += 1;
+        if ticks == 3 {
+            service = world.service("c");
+        }
+    }
+}
+
+const DAY: i64 = 1440 * MINUTE;
+
+fn weekly_and_monthly() -> [Schedule; 2] {
+    ["0 0 * * MON", "0 0 1 * *"].map(|cron| Schedule::Cron(cron.to_owned()))
+}
+
+#[tokio::test]
+async fn weeks_and_months_are_caught_up_as_far_as_the_limit() {
+    for schedule in weekly_and_monthly() {
+        assert_eq!(settle(&World::with_schedule(&schedule)).await, (10, 0), "{schedule:?}");
+    }
+}
+
+/// The first producer is killed in the middle of a run; nobody is there for so many days.
+async fn check_outage(schedule: Schedule, days: i64, expected: (usize, usize)) {
+    let world = World::with_schedule(&schedule);
+    assert_eq!(settle(&world).await, (10, 0));
+    let interval = Timeline::first(&schedule, None, 0, T0).unwrap().containing(T0);
+    world.now.store(interval.end_ms, Ordering::SeqCst);
+    world.runner("killed").claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    world.pass(days * DAY);
+    assert_eq!(settle(&world).await, expected, "{schedule:?}");
+    assert!(world.ledger.all().iter().all(Run::is_over));
+}
+
+#[tokio::test]
+async fn after_an_outage_of_any_length_each_interval_is_run_or_noted_as_missed() {
+    // Ten before, the killed one, the last ten; the rest is missed, further back than the look-back too.
+    check_outage(Schedule::Every(MINUTE), 40, (21, 40 * 1440 - 10)).await;
+    check_outage(Schedule::Every(60 * MINUTE), 40, (21, 40 * 24 - 10)).await;
+    let [weekly, monthly] = weekly_and_monthly();
+    check_outage(weekly.clone(), 40, (16, 0)).await;
+    check_outage(weekly, 140, (21, 10)).await;
+    check_outage(monthly.clone(), 40, (12, 0)).await;
+    check_outage(monthly, 365 + 31, (21, 3)).await;
 }
 
 #[tokio::test]

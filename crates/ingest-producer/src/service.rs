@@ -6,6 +6,7 @@ use crate::planner::{self, Decision, Facts, Run};
 use crate::run::{Ended, Runner};
 use crate::schedule::{ScheduleError, Timeline};
 use common::admin::Health;
+use common::event::floor_to;
 use common::run_ledger::{Interval, RunState, RunType};
 use common::shutdown::Shutdown;
 use futures::StreamExt;
@@ -19,10 +20,11 @@ use tokio_util::sync::CancellationToken;
 pub const DEPENDENCY: &str = "cassandra";
 /// How often the planner is woken. What is due comes from the ledger: a missed tick changes nothing.
 const TICK: Duration = Duration::from_millis(500);
-/// How far back unfinished runs are looked for after a start: 31 days.
-const LOOK_BACK_MS: i64 = 31 * 86_400_000;
-/// How many intervals back at most: it bounds what one planning holds in memory.
+/// How many intervals back unfinished runs are looked for after a start, or as far as catching up goes where that is further:
+/// it bounds what one planning holds in memory.
 const LOOK_BACK_INTERVALS: u32 = 50_000;
+/// Rows of the ledger are read in so long pieces while the end of a gap is looked for.
+const DAY_MS: i64 = 86_400_000;
 /// Rows of intervals that are not begun now, written at once.
 const NOTES_IN_FLIGHT: usize = 16;
 /// How long runs may go on after a stop before they are interrupted.
@@ -106,8 +108,8 @@ impl Service {
             (Some(timeline), _) => timeline.clone(),
         };
         if state.updated_at_ms != self.updated_at_ms {
+            self.settled_to_ms = self.look_back(&timeline, now_ms).await?;
             self.updated_at_ms = state.updated_at_ms;
-            self.settled_to_ms = look_back(&timeline, runner.definition.stream.catch_up, now_ms);
         }
         let found = runner.ledger.runs(self.settled_to_ms, now_ms).await?;
         runner.metrics.ledger(found.iter());
@@ -148,7 +150,7 @@ impl Service {
                 if timeline.ends_with(&settings.schedule) {
                     return Ok(timeline);
                 }
-                let from_ms = look_back(&timeline, settings.catch_up, now_ms);
+                let from_ms = self.look_back(&timeline, now_ms).await?;
                 let runs = ledger.runs(from_ms, now_ms).await?;
                 let end_ms = runs.last().map_or(timeline.start_ms(), |run| run.interval.end_ms);
                 tracing::info!(from = end_ms, schedule = ?settings.schedule, "the schedule has changed");
@@ -161,6 +163,33 @@ impl Service {
         // Another producer was faster: its timeline counts.
         let state = ledger.stream_state().await?;
         Ok(Timeline::from_json(state.schedules.as_deref().unwrap_or_default())?)
+    }
+
+    /// From where on runs are looked for that are not over or not there. Over a gap it goes on from the gap's far end, so that
+    /// an outage of any length is noted to its first interval.
+    async fn look_back(&self, timeline: &Timeline, now_ms: i64) -> Result<i64, LedgerError> {
+        let intervals = LOOK_BACK_INTERVALS.max(self.runner.definition.stream.catch_up);
+        let mut from_ms = timeline.back(now_ms, intervals);
+        loop {
+            let last = self.last_before(from_ms, timeline.start_ms()).await?;
+            match planner::behind_gap(timeline, from_ms, last, intervals) {
+                Some(further_ms) => from_ms = further_ms,
+                None => return Ok(from_ms),
+            }
+        }
+    }
+
+    /// The last interval with a row that begins before `to_ms`, but not before `start_ms`.
+    async fn last_before(&self, mut to_ms: i64, start_ms: i64) -> Result<Option<Interval>, LedgerError> {
+        while to_ms > start_ms {
+            self.health.beat();
+            let from_ms = floor_to(to_ms - 1, DAY_MS).max(start_ms);
+            if let Some(run) = self.runner.ledger.runs(from_ms, to_ms).await?.pop() {
+                return Ok(Some(run.interval));
+            }
+            to_ms = from_ms;
+        }
+        Ok(None)
     }
 
     async fn carry_out(&mut self, decisions: Vec<Decision>, now_ms: i64) -> Result<(), ServiceError> {
@@ -225,11 +254,4 @@ impl Service {
     pub(crate) async fn wait_for_active(&mut self) {
         while self.active.join_next().await.is_some() {}
     }
-}
-
-/// From where on unfinished runs are looked for.
-fn look_back(timeline: &Timeline, catch_up: u32, now_ms: i64) -> i64 {
-    let start_ms = timeline.start_ms();
-    let by_time = timeline.containing((now_ms - LOOK_BACK_MS).max(start_ms)).start_ms;
-    by_time.max(timeline.back(now_ms, LOOK_BACK_INTERVALS.max(catch_up)))
 }
