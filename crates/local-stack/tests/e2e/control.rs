@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_for, wait_until};
+use crate::ingest::{rfc3339, short_intervals};
 
 const STREAM: &str = "user_created";
 
@@ -138,4 +139,44 @@ async fn running(pipeline: &Pipeline) -> String {
         log.into_iter().find(|(_, (state, _))| state == "running").map(|(id, _)| id)
     })
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_producer_carries_out_a_backfill_and_runs_what_was_cleared() {
+    let edit = |text| short_intervals(text, "2s").replace("catch_up = 2000", "catch_up = 5");
+    let pipeline = Pipeline::with_stream("control_runs", edit).await;
+    pipeline.init().await;
+    let _source = pipeline.source().await;
+    let mut producer = pipeline.producer();
+    producer.ready().await;
+    wait_until("the schedule runs", SOON, || async {
+        pipeline.runs().await.values().filter(|run| run.state == "succeeded").count() >= 5
+    })
+    .await;
+    let (first_ms, length_ms) = (*pipeline.runs().await.keys().next().unwrap(), pipeline.interval_ms());
+
+    // Before the first interval of the schedule: only the backfill can have run them.
+    let (from, to) = (rfc3339(first_ms - 5 * length_ms), rfc3339(first_ms));
+    let (code, words) = pipeline.control(&["backfill", "--from", &from, "--to", &to]).await;
+    assert!(code == Some(0) && words.contains("done: backfill: 5 succeeded, 0 failed"), "{words}");
+    let runs = pipeline.runs().await;
+    let backfilled: Vec<_> = runs.range(..first_ms).map(|(_, run)| run).collect();
+    assert_eq!(backfilled.len(), 5, "{backfilled:?}");
+    for run in backfilled {
+        assert!(run.state == "succeeded" && run.run_type == "backfill" && run.acked == 10, "{run:?}");
+    }
+
+    let (from, to) = (rfc3339(first_ms), rfc3339(first_ms + 2 * length_ms));
+    let (code, words) = pipeline.control(&["clear", "--from", &from, "--to", &to]).await;
+    assert!(code == Some(0) && words.contains("done: 2 runs cleared"), "{words}");
+    for start_ms in [first_ms, first_ms + length_ms] {
+        wait_until("a cleared run succeeds again", SOON, || async {
+            let attempts = pipeline.attempts().await;
+            let outcomes: Vec<&str> = attempts[&start_ms].iter().map(|a| a.outcome.as_str()).collect();
+            outcomes == ["succeeded", "cleared", "succeeded"]
+                && pipeline.runs().await[&start_ms].state == "succeeded"
+        })
+        .await;
+    }
+    producer.stop().await;
 }

@@ -204,6 +204,11 @@ impl Pipeline {
         self.service(&format!("ingest-producer-{instance}"), "ingest-producer", &["run"], &more)
     }
 
+    /// A command of the producer that goes on for a while, to be killed or stopped.
+    pub fn begun(&self, name: &str, arguments: &[&str], more: &[(&str, String)]) -> Service {
+        self.service(name, "ingest-producer", arguments, more)
+    }
+
     /// `stream-processor run` as this instance.
     pub fn processor(&self, instance: &str) -> Service {
         self.processor_with(instance, &[])

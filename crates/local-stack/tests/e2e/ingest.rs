@@ -12,7 +12,8 @@ const MINUTE_MS: i64 = 60_000;
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 86_400_000;
 
-fn rfc3339(ms: i64) -> String {
+/// As arguments of the command line take it.
+pub fn rfc3339(ms: i64) -> String {
     chrono::DateTime::from_timestamp_millis(ms).unwrap().to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
 }
 
@@ -298,4 +299,63 @@ async fn fetched_again(pipeline: &Pipeline, again: impl Future<Output = String>)
     assert_eq!(after.events, before.events);
     assert_eq!(after.duplicates, before.duplicates + 24 * RECORDS);
     pipeline.assert_counted_once(after.events).await;
+}
+
+/// Intervals of the backfill that is killed and stopped.
+const BACKFILLED: i64 = 40;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backfill_that_is_killed_and_another_that_is_stopped_are_finished_by_a_third() {
+    let pipeline = Pipeline::with_stream("backfill_kills", |text| short_intervals(text, "15m")).await;
+    pipeline.init().await;
+    let _source = pipeline.source().await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    // Pages that take a while: the kill and the stop strike in the middle of runs.
+    let drip = json!({"drip_ms": 100, "drip_bytes": 1024, "faults": {"drip": {"rate": 1.0}}});
+    pipeline.faults(&drip).await;
+    let to_ms = (now_ms() - DAY_MS).div_euclid(pipeline.interval_ms()) * pipeline.interval_ms();
+    let from_ms = to_ms - BACKFILLED * pipeline.interval_ms();
+    let arguments = ["backfill", "--from", &rfc3339(from_ms), "--to", &rfc3339(to_ms)];
+    let lease_ms = 3000;
+    let lease = [("PIPELINE_LEASE_SECONDS", (lease_ms / 1000).to_string())];
+    let in_the_middle = async |succeeded: usize| {
+        wait_until("a backfill is in the middle of runs", PATIENT, || async {
+            let runs = pipeline.runs().await;
+            let in_state = |state: &str| runs.values().filter(|run| run.state == state).count();
+            in_state("succeeded") >= succeeded && in_state("running") > 0
+        })
+        .await;
+    };
+
+    let first = pipeline.begun("backfill-killed", &arguments, &lease);
+    in_the_middle(4).await;
+    first.kill().await;
+    let killed_ms = now_ms();
+    assert!(pipeline.runs().await.values().any(|run| run.state == "running"), "the kill struck no run");
+    wait_until("its leases have run out", SOON, || async { now_ms() > killed_ms + lease_ms }).await;
+
+    let second = pipeline.begun("backfill-stopped", &arguments, &lease);
+    in_the_middle(12).await;
+    assert_eq!(second.stop().await.code(), Some(143));
+    let runs = pipeline.runs().await;
+    assert!(runs.values().all(|run| run.state != "running"), "{runs:?}");
+    assert!(runs.values().any(|run| run.state == "retrying"), "the stop struck no run: {runs:?}");
+
+    pipeline.faults(&json!({})).await;
+    let third = pipeline.backfill(from_ms, to_ms).await;
+    let words = text(&third.stdout);
+    assert!(third.status.success(), "{words}{}", text(&third.stderr));
+    assert!(words.contains("0 failed, 0 taken by others, 0 stopped"), "{words}");
+    assert_eq!(pipeline.assert_complete(to_ms).await as i64, BACKFILLED);
+    let attempts = pipeline.attempts().await;
+    for outcome in ["lost", "interrupted"] {
+        assert!(attempts.values().flatten().any(|a| a.outcome == outcome), "none is {outcome}: {attempts:?}");
+    }
+    wait_until("the log is processed", PATIENT, || async {
+        pipeline.progress().await.next_offsets == pipeline.log_end(&pipeline.topic).await
+    })
+    .await;
+    pipeline.assert_counted_once(BACKFILLED * RECORDS).await;
+    processor.stop().await;
 }
