@@ -145,7 +145,7 @@ async fn from_the_processor_on() {
     .await;
     let since = Instant::now();
     poison(TOO_MUCH_POISON);
-    told("too much poison", since, &["PartitionPaused", "CheckpointStale"]).await;
+    told("too much poison", since, &["PartitionPaused", "CheckpointStale stream-processor"]).await;
     let since = Instant::now();
     signal("cassandra", Signal::KILL);
     told("cassandra stopped", since, &["SinkErrors", "TargetDown cassandra", "LagOverObjectiveUnknown"])
