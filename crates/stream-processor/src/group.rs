@@ -158,7 +158,7 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Group<S, D> {
         let stopped = self.stop(&all, runtime);
         self.commit(CommitMode::Sync);
         self.consumer.context().closing.store(true, Ordering::SeqCst);
-        ended.and(stopped)
+        graver(ended, stopped)
     }
 
     fn follow(&mut self, runtime: &Handle) -> Result<(), ProcessorError> {
@@ -309,14 +309,16 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Group<S, D> {
             });
             match ended {
                 Ok(Ok(())) | Ok(Err(ProcessorError::Stopped)) => {}
-                Ok(Err(error)) => result = Err(error),
+                Ok(Err(error)) => result = graver(result, Err(error)),
                 Err(error) if error.is_cancelled() => {}
                 Err(error) => {
-                    result = Err(ProcessorError::Fatal(format!("worker of partition {partition}: {error}")))
+                    let text = format!("worker of partition {partition}: {error}");
+                    result = graver(result, Err(ProcessorError::Fatal(text)));
                 }
             }
             if running.fetcher.join().is_err() {
-                result = Err(ProcessorError::Fatal(format!("fetcher of partition {partition} panicked")));
+                let text = format!("fetcher of partition {partition} panicked");
+                result = graver(result, Err(ProcessorError::Fatal(text)));
             }
             self.health.forget(&format!("partition {partition}"));
             self.opener.metrics.stopped(partition);
@@ -341,6 +343,45 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Group<S, D> {
     }
 }
 
+/// Of two ends the one that the process ends with: the first, but lost history is never masked by another error.
+fn graver(
+    first: Result<(), ProcessorError>,
+    second: Result<(), ProcessorError>,
+) -> Result<(), ProcessorError> {
+    let refused = |end: &Result<(), ProcessorError>| matches!(end, Err(ProcessorError::Refused(_)));
+    let (kept, masked) = if first.is_ok() || (refused(&second) && !refused(&first)) {
+        (second, first)
+    } else {
+        (first, second)
+    };
+    if let Err(error) = masked {
+        tracing::error!(%error, "another partition ended too");
+    }
+    kept
+}
+
 fn partitions(list: &TopicPartitionList) -> Vec<i32> {
     list.elements().iter().map(rdkafka::topic_partition_list::TopicPartitionListElem::partition).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_never_masked_by_another_error() {
+        let refused = || Err(ProcessorError::Refused("lost history".into()));
+        let fatal = || Err(ProcessorError::Fatal("disk".into()));
+        let code = |end: Result<(), ProcessorError>| end.map_err(|e| e.exit_code());
+        for (first, second, ends_with) in [
+            (Ok(()), Ok(()), Ok(())),
+            (fatal(), Ok(()), Err(1)),
+            (Ok(()), fatal(), Err(1)),
+            (fatal(), refused(), Err(3)),
+            (refused(), fatal(), Err(3)),
+            (Ok(()), refused(), Err(3)),
+        ] {
+            assert_eq!(code(graver(first, second)), ends_with);
+        }
+    }
 }
