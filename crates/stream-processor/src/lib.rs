@@ -38,7 +38,7 @@ use crate::error::ProcessorError;
 use crate::fetch::ChunkLimits;
 use crate::group::{Group, GroupSettings};
 use crate::metrics::Metrics;
-use crate::open::Opener;
+use crate::open::{Opener, Replays};
 use crate::poison_gate::{PoisonLimits, WINDOW_RECORDS};
 use crate::store::cassandra::{CassandraStore, StoreContext};
 use crate::verify::Verifier;
@@ -130,6 +130,9 @@ async fn process(
 ) -> Result<(), ProcessorError> {
     #[cfg(feature = "failpoints")]
     args.kill_at.as_ref().map_or(Ok(()), kill_at::KillAt::arm).map_err(ProcessorError::Fatal)?;
+    // Secrets stand in files: only their paths are settings.
+    let settings = serde_json::json!({"common": common, "run": args});
+    tracing::info!(%settings, "settings in force");
     let metrics = Arc::new(Metrics::new().map_err(|e| ProcessorError::Fatal(format!("metrics: {e}")))?);
     metrics
         .watch_checkpoints(args.checkpoints.clone(), &definition.stream.name)
@@ -221,7 +224,7 @@ async fn connect(
         checkpoints: args.checkpoints.clone(),
         holder: format!("instance {instance}, pid {}", std::process::id()),
         recover: args.recover,
-        replay: args.replay,
+        replays: Replays::new(args.replay),
         memory_most: (args.seen_memory_mib as usize) << 20,
         held_deadline: revoke_deadline,
         store,

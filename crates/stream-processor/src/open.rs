@@ -13,8 +13,9 @@ use common::admin::Health;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
@@ -35,8 +36,8 @@ pub struct Opener<S> {
     pub holder: String,
     /// What to do without a state.
     pub recover: RecoverPolicy,
-    /// Walk again from the earliest offset.
-    pub replay: bool,
+    /// Which partitions walk again from the earliest offset.
+    pub replays: Replays,
     /// Bytes of panes and filters per partition.
     pub memory_most: usize,
     /// How long another owner may take to close a file before it is called out.
@@ -49,6 +50,29 @@ pub struct Opener<S> {
     pub health: Arc<Health>,
     /// Ends waiting.
     pub shutdown: Shutdown,
+}
+
+/// The partitions that `--replay` still asks for: each once, so that a rebalance does not start a replay over.
+#[derive(Debug)]
+pub struct Replays {
+    wanted: bool,
+    begun: Mutex<BTreeSet<i32>>,
+}
+
+impl Replays {
+    /// `wanted`: as the command line says.
+    pub fn new(wanted: bool) -> Replays {
+        Replays { wanted, begun: Mutex::default() }
+    }
+
+    fn asks_for(&self, partition: i32) -> bool {
+        self.wanted && !self.begun.lock().unwrap_or_else(PoisonError::into_inner).contains(&partition)
+    }
+
+    /// Its state says from now on how far the replay is.
+    fn begun(&self, partition: i32) {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner).insert(partition);
+    }
 }
 
 /// A partition ready to be fetched.
@@ -84,9 +108,10 @@ impl<S: Store> Opener<S> {
             layout: &layout,
             cluster_id: &self.cluster_id,
             recover: self.recover,
-            replay: self.replay,
+            replay: self.replays.asks_for(partition),
         };
         let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most)?;
+        self.replays.begun(partition);
         self.tell(partition, &start);
         Ok(Opened { partition_id: partition, start, state, partition: partition_state })
     }
@@ -190,6 +215,31 @@ pub fn begin<C: Checkpoint>(
 fn broken(error: StateError) -> ProcessorError {
     match error {
         StateError::NewerFormat { .. } => ProcessorError::Refused(error.to_string()),
+        // The file is as good as before.
+        StateError::DiskFull { .. } => ProcessorError::Fatal(error.to_string()),
         error => ProcessorError::Fatal(format!("{error}; remove the file to recover exactly from cassandra")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_is_replayed_once_however_often_it_comes_back() {
+        let replays = Replays::new(true);
+        assert!(replays.asks_for(1));
+        replays.begun(1);
+        assert!(!replays.asks_for(1) && replays.asks_for(2));
+        assert!(!Replays::new(false).asks_for(1));
+    }
+
+    #[test]
+    fn a_full_disk_asks_for_space_and_not_for_the_files_removal() {
+        let file = "checkpoints/user_created-0.redb".to_owned();
+        let full = broken(StateError::DiskFull { file: file.clone() }).to_string();
+        assert!(full.contains("free space") && !full.contains("remove"), "{full}");
+        let damaged = broken(StateError::Broken { file, cause: "checksum".into() }).to_string();
+        assert!(damaged.contains("remove the file"), "{damaged}");
     }
 }

@@ -11,7 +11,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// Format this program writes and reads.
@@ -47,6 +47,12 @@ pub enum StateError {
         file: String,
         /// Its format.
         found: u32,
+    },
+    /// Nothing is wrong with what it holds.
+    #[error("state file {file}: the disk is full; free space on it and start again, nothing was skipped")]
+    DiskFull {
+        /// Its path.
+        file: String,
     },
     /// Damaged, or the disk failed.
     #[error("state file {file}: {cause}")]
@@ -152,6 +158,16 @@ fn first_bytes(path: &Path) -> Vec<u8> {
     if read.is_ok() { first } else { vec![u8::MAX] }
 }
 
+/// What redb says, told apart by what the caller can do about it.
+fn failed(file: &str, error: impl Into<redb::Error>) -> StateError {
+    match error.into() {
+        redb::Error::Io(e) if e.kind() == ErrorKind::StorageFull => {
+            StateError::DiskFull { file: file.to_owned() }
+        }
+        e => StateError::Broken { file: file.to_owned(), cause: e.to_string() },
+    }
+}
+
 impl StateFile {
     /// Opens or makes the file; `holder` is noted beside it, for whoever finds it held.
     pub fn open(path: &Path, holder: &str) -> Result<StateFile, StateError> {
@@ -171,7 +187,7 @@ impl StateFile {
                     .unwrap_or_else(|_| "an unknown process".into());
                 StateError::Held { file: file.clone(), holder }
             }
-            e => StateError::Broken { file: file.clone(), cause: e.to_string() },
+            e => failed(&file, e),
         })?;
         // Only a hint for people: failing to write it must not stop anything.
         let _hint = std::fs::write(holder_file(path), holder);
@@ -181,8 +197,7 @@ impl StateFile {
     /// Over a storage of the caller's, such as one that fails on purpose.
     pub fn with_backend(name: &str, backend: impl StorageBackend) -> Result<StateFile, StateError> {
         let opened = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend);
-        let database =
-            opened.map_err(|e| StateError::Broken { file: name.to_owned(), cause: e.to_string() })?;
+        let database = opened.map_err(|e| failed(name, e))?;
         StateFile::with_database(name.to_owned(), database)
     }
 
@@ -282,8 +297,8 @@ impl StateFile {
             write.open_table(SEEN)?;
             put_head(&write, &head)
         })();
-        done.map_err(|e| self.broken(e))?;
-        write.commit().map_err(|e| self.broken(e))?;
+        done.map_err(|e| failed(&self.file, e))?;
+        write.commit().map_err(|e| failed(&self.file, e))?;
         self.head = Some(head);
         Ok(())
     }
@@ -294,14 +309,14 @@ impl StateFile {
         let panes = &commit.partition.panes;
         let head = Head { hot_from: panes.hot_from, position: commit.partition.position, ..head.clone() };
         let write = self.begin()?;
-        write_batch(&write, &head, commit).map_err(|e| self.broken(e))?;
-        write.commit().map_err(|e| self.broken(e))?;
+        write_batch(&write, &head, commit).map_err(|e| failed(&self.file, e))?;
+        write.commit().map_err(|e| failed(&self.file, e))?;
         self.head = Some(head);
         Ok(())
     }
 
     fn begin(&self) -> Result<redb::WriteTransaction, StateError> {
-        let mut write = self.database.begin_write().map_err(|e| self.broken(e))?;
+        let mut write = self.database.begin_write().map_err(|e| failed(&self.file, e))?;
         write.set_two_phase_commit(true);
         Ok(write)
     }
