@@ -9,6 +9,7 @@ use common::kafka::{client_config, producer_config};
 use common::schema::dead_letter_topic;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
+use futures::future::try_join_all;
 use rdkafka::Message;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
@@ -22,6 +23,8 @@ use std::time::Duration;
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Headers that say why a record was refused begin so.
 const ERROR_HEADERS: &str = "__connect.errors.";
+/// Dead letters held in memory at once while they are sent again.
+const REPLAY_PAGE: usize = 64;
 /// Where a record that was sent again comes from.
 const REPLAYED_FROM: &str = "replayed_from";
 
@@ -61,41 +64,58 @@ pub async fn run(
     }
 }
 
-/// The dead letters from `from` on, at most `most`. Blocking.
+/// Reads the dead letters from one offset to the end as it was at the beginning. Blocking.
+struct Reader {
+    consumer: BaseConsumer,
+    topic: String,
+    next: i64,
+    end: i64,
+}
+
+impl Reader {
+    fn open(common: &CommonArgs, topic: &str, from: Option<i64>) -> Result<Reader, ProcessorError> {
+        let topic = dead_letter_topic(topic);
+        let kafka = failed("kafka");
+        let mut config = client_config(&common.kafka_brokers, "stream-processor-dlq");
+        config.set("group.id", "stream-processor.dlq").set("enable.auto.commit", "false");
+        let consumer: BaseConsumer = config.create().map_err(|e| kafka(&e))?;
+        let (low, end) = consumer.fetch_watermarks(&topic, 0, DEADLINE).map_err(|e| kafka(&e))?;
+        let next = from.unwrap_or(low);
+        if next < low || next > end {
+            return Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {next}")));
+        }
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&topic, 0, Offset::Offset(next)).map_err(|e| kafka(&e))?;
+        consumer.assign(&list).map_err(|e| kafka(&e))?;
+        Ok(Reader { consumer, topic, next, end })
+    }
+
+    /// The next ones, at most `most`; none: the end.
+    fn page(&mut self, most: usize) -> Result<Vec<OwnedMessage>, ProcessorError> {
+        let kafka = failed("kafka");
+        let mut letters = Vec::new();
+        while self.next < self.end && letters.len() < most {
+            match self.consumer.poll(DEADLINE) {
+                None => return Err(kafka(&format!("no record at offset {} of {}", self.next, self.topic))),
+                Some(Err(e)) => return Err(kafka(&e)),
+                Some(Ok(message)) => {
+                    self.next = message.offset() + 1;
+                    letters.push(message.detach());
+                }
+            }
+        }
+        Ok(letters)
+    }
+}
+
+/// The dead letters from `from` on, at most `most`.
 fn read(
     common: &CommonArgs,
     topic: &str,
     from: Option<i64>,
     most: usize,
 ) -> Result<Vec<OwnedMessage>, ProcessorError> {
-    let dead_letters = dead_letter_topic(topic);
-    let kafka = failed("kafka");
-    let mut config = client_config(&common.kafka_brokers, "stream-processor-dlq");
-    config.set("group.id", "stream-processor.dlq").set("enable.auto.commit", "false");
-    let consumer: BaseConsumer = config.create().map_err(|e| kafka(&e))?;
-    let (low, high) = consumer.fetch_watermarks(&dead_letters, 0, DEADLINE).map_err(|e| kafka(&e))?;
-    let from = from.unwrap_or(low);
-    if from < low || from > high {
-        return Err(ProcessorError::Fatal(format!(
-            "{dead_letters} holds offsets {low} to {high}, not {from}"
-        )));
-    }
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&dead_letters, 0, Offset::Offset(from)).map_err(|e| kafka(&e))?;
-    consumer.assign(&list).map_err(|e| kafka(&e))?;
-    let mut letters = Vec::new();
-    let mut next = from;
-    while next < high && letters.len() < most {
-        match consumer.poll(DEADLINE) {
-            None => return Err(kafka(&format!("no record at offset {next} of {dead_letters}"))),
-            Some(Err(e)) => return Err(kafka(&e)),
-            Some(Ok(message)) => {
-                next = message.offset() + 1;
-                letters.push(message.detach());
-            }
-        }
-    }
-    Ok(letters)
+    tokio::task::block_in_place(|| Reader::open(common, topic, from)?.page(most))
 }
 
 fn header(letter: &OwnedMessage, name: &str) -> String {
@@ -104,7 +124,7 @@ fn header(letter: &OwnedMessage, name: &str) -> String {
 }
 
 fn list(common: &CommonArgs, topic: &str, limit: usize, json: bool) -> Result<(), ProcessorError> {
-    let letters = tokio::task::block_in_place(|| read(common, topic, None, limit))?;
+    let letters = read(common, topic, None, limit)?;
     let lines: Vec<Line> = letters
         .iter()
         .map(|letter| Line {
@@ -128,7 +148,7 @@ fn list(common: &CommonArgs, topic: &str, limit: usize, json: bool) -> Result<()
 }
 
 fn show(common: &CommonArgs, topic: &str, offset: i64) -> Result<(), ProcessorError> {
-    let letters = tokio::task::block_in_place(|| read(common, topic, Some(offset), 1))?;
+    let letters = read(common, topic, Some(offset), 1)?;
     let Some(letter) = letters.first() else {
         return Err(ProcessorError::Fatal(format!(
             "{} has no offset {offset} yet",
@@ -144,30 +164,42 @@ fn show(common: &CommonArgs, topic: &str, offset: i64) -> Result<(), ProcessorEr
     say(&format!("key: {}\n\n{}", text(letter.key()), text(letter.payload())))
 }
 
-/// Sends dead letters again through the events topic: without the error headers, with where they come from.
+/// Sends dead letters again through the events topic, page by page. What is refused once more meanwhile comes after the end
+/// that was read first, and is not sent a second time.
 async fn replay(common: &CommonArgs, topic: &str, only: Option<i64>) -> Result<(), ProcessorError> {
-    let most = if only.is_some() { 1 } else { usize::MAX };
-    let letters = tokio::task::block_in_place(|| read(common, topic, only, most))?;
     let producer: FutureProducer = producer_config(&common.kafka_brokers, "stream-processor-dlq")
         .create()
         .map_err(|e| failed("kafka")(&e))?;
-    let dead_letters = dead_letter_topic(topic);
-    for letter in &letters {
-        let from = format!("{dead_letters}/0/{}", letter.offset());
-        let kept =
-            letter.headers().into_iter().flat_map(|h| h.iter().filter(|h| !h.key.starts_with(ERROR_HEADERS)));
-        let headers = kept
-            .chain([Header { key: REPLAYED_FROM, value: Some(from.as_bytes()) }])
-            .fold(OwnedHeaders::new(), OwnedHeaders::insert);
-        let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(topic).headers(headers);
-        record.key = letter.key();
-        record.payload = letter.payload();
-        producer
-            .send(record, DEADLINE)
-            .await
-            .map_err(|(e, _)| failed(&format!("sending {from} again"))(&e))?;
+    let mut reader = tokio::task::block_in_place(|| Reader::open(common, topic, only))?;
+    let most = if only.is_some() { 1 } else { REPLAY_PAGE };
+    let mut sent = 0;
+    loop {
+        let letters = tokio::task::block_in_place(|| reader.page(most))?;
+        try_join_all(letters.iter().map(|letter| send_again(&producer, topic, letter))).await?;
+        sent += letters.len();
+        if letters.is_empty() || only.is_some() {
+            return say(&format!("{sent} dead letters sent again to {topic}"));
+        }
     }
-    say(&format!("{} dead letters sent again to {topic}", letters.len()))
+}
+
+/// Without the error headers, with where it comes from.
+async fn send_again(
+    producer: &FutureProducer,
+    topic: &str,
+    letter: &OwnedMessage,
+) -> Result<(), ProcessorError> {
+    let from = format!("{}/0/{}", dead_letter_topic(topic), letter.offset());
+    let kept =
+        letter.headers().into_iter().flat_map(|h| h.iter().filter(|h| !h.key.starts_with(ERROR_HEADERS)));
+    let headers = kept
+        .chain([Header { key: REPLAYED_FROM, value: Some(from.as_bytes()) }])
+        .fold(OwnedHeaders::new(), OwnedHeaders::insert);
+    let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(topic).headers(headers);
+    record.key = letter.key();
+    record.payload = letter.payload();
+    let sent = producer.send(record, DEADLINE).await;
+    sent.map(|_| ()).map_err(|(e, _)| failed(&format!("sending {from} again"))(&e))
 }
 
 /// Lets a paused partition go on past its poison.
