@@ -4,6 +4,7 @@
 
 mod checkpoints;
 mod control;
+mod dead_letters;
 mod harness;
 mod ingest;
 mod ingest_kills;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Headers, Message, OwnedMessage};
+use rdkafka::message::{Header, Headers, Message, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -98,14 +98,27 @@ impl Pipeline {
 
     /// Records of a topic, as far as the log says.
     pub async fn log_end(&self, topic: &str) -> i64 {
+        self.ends(topic).await.values().sum()
+    }
+
+    /// Where each partition of a topic ends.
+    pub async fn ends(&self, topic: &str) -> BTreeMap<i32, i64> {
         let consumer = self.consumer();
         let topic = topic.to_owned();
-        let sum = tokio::task::spawn_blocking(move || {
-            (0..partitions(&consumer, &topic))
-                .map(|partition| consumer.fetch_watermarks(&topic, partition, KAFKA_TIMEOUT).unwrap().1)
-                .sum()
+        let end = |consumer: &BaseConsumer, topic: &str, partition| {
+            consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT).unwrap().1
+        };
+        let ends = tokio::task::spawn_blocking(move || {
+            (0..partitions(&consumer, &topic)).map(|p| (p, end(&consumer, &topic, p))).collect()
         });
-        sum.await.unwrap()
+        ends.await.unwrap()
+    }
+
+    /// What comes next in each Kafka partition, as the progress rows say it.
+    pub async fn next_offsets(&self) -> BTreeMap<i32, i64> {
+        let query = format!("SELECT kafka_partition, next_offset FROM {}.partition_progress", self.keyspace);
+        let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
+        rows.rows::<(i32, i64)>().unwrap().map(Result::unwrap).collect()
     }
 
     /// Number of partitions of a topic; 0 where it does not exist.
@@ -166,6 +179,24 @@ impl Pipeline {
                 .send(BaseRecord::<(), String>::to(&topic).payload(&value))
                 .map_err(|(error, _)| error)
                 .unwrap();
+            producer.flush(KAFKA_TIMEOUT).unwrap();
+        });
+        sent.await.unwrap();
+    }
+
+    /// Sends values to one partition in this order, all with one key and these headers.
+    pub async fn send_to_partition(&self, partition: i32, headers: &[(&str, &str)], values: Vec<String>) {
+        let producer: ThreadedProducer<DefaultProducerContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
+        let topic = self.topic.clone();
+        let headers = headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+            headers.insert(Header { key, value: Some(*value) })
+        });
+        let sent = tokio::task::spawn_blocking(move || {
+            for value in values {
+                let record = BaseRecord::to(&topic).partition(partition).headers(headers.clone());
+                producer.send(record.key("key").payload(&value)).map_err(|(error, _)| error).unwrap();
+            }
             producer.flush(KAFKA_TIMEOUT).unwrap();
         });
         sent.await.unwrap();

@@ -1,0 +1,166 @@
+//! What an operator does about dead letters: a partition that pauses over too many, and letters that are sent again.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, SecondsFormat};
+use rdkafka::message::Message;
+use serde_json::Value;
+
+use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
+use crate::oracle::header;
+
+/// The partition that gets the poison.
+const POISONED: i32 = 2;
+
+/// How far event time may be ahead of the broker's clock.
+const AHEAD_MOST_MS: i64 = 3_600_000;
+
+/// Time for a slow machine to send a record before its event time is no longer too far ahead.
+const STILL_AHEAD_MS: i64 = 8_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_much_poison_pauses_its_partition_alone_until_somebody_accepts_it() {
+    const LIMIT: i64 = 5;
+    const POISON: i64 = LIMIT + 3;
+    let pipeline = Pipeline::initialised("poison").await;
+    let limit = [("PIPELINE_POISON_IN_A_ROW", LIMIT.to_string())];
+    let mut processor = pipeline.processor_with("one", &limit);
+    processor.ready().await;
+    pipeline.stress(600).await;
+    let first = pipeline.ends(&pipeline.topic).await[&POISONED];
+    let values = (0..POISON).map(|number| format!("poison {number}")).collect();
+    pipeline.send_to_partition(POISONED, &[], values).await;
+    wait_until("readiness tells", SOON, || async { !processor.is_ready().await }).await;
+    pipeline.stress(600).await;
+    wait_until("the other partitions go on", SOON, || async {
+        pipeline.behind().await.keys().eq([&POISONED])
+    })
+    .await;
+
+    let report = processor.json("/readyz").await.unwrap().to_string();
+    let paused = format!("paused at offset {}", first + LIMIT);
+    let way_on = format!("dlq accept --partition {POISONED} --up-to {}", first + LIMIT + 1);
+    for words in [format!("partition {POISONED}"), paused, way_on] {
+        assert!(report.contains(&words) && processor.words().contains(&words), "{words}: {report}");
+    }
+    for partition in 0..6 {
+        let name = format!("processor_paused{{partition=\"{partition}\"}}");
+        let wanted = f64::from(u8::from(partition == POISONED));
+        assert_eq!(processor.metric(&name).await, Some(wanted), "{name}");
+    }
+    assert!(!processor.is_ready().await, "ready although a partition is paused");
+
+    pipeline.dlq(["accept", "--partition", "2", "--up-to"], (first + POISON).to_string()).await;
+    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
+    wait_until("all is processed", PATIENT, || async { pipeline.behind().await.is_empty() }).await;
+    assert_eq!(processor.metric("processor_paused{partition=\"2\"}").await, Some(0.0));
+    assert_eq!(pipeline.progress().await.dead_letters, POISON);
+    pipeline.assert_counted_once(1_200).await;
+    pipeline.verify().await;
+    pipeline.assert_listed(first, POISON).await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_sent_again_count_as_what_they_are_by_then() {
+    let pipeline = Pipeline::initialised("sent_again").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.stress(100).await;
+    // A producer's clock was wrong: too far ahead now, and good a little later.
+    let time_ms = now_ms() + AHEAD_MOST_MS + STILL_AHEAD_MS;
+    let time = DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339_opts(SecondsFormat::Millis, true);
+    let headers = [("ce_id", "ahead"), ("ce_time", time.as_str())];
+    let value = r#"{"first_name":"Ada","last_name":"Ahead"}"#;
+    pipeline.send_to_partition(1, &headers, vec![value.to_owned()]).await;
+    pipeline.send_to_partition(0, &[], vec!["never an event".to_owned()]).await;
+    wait_until("both are set aside", SOON, || async { pipeline.progress().await.dead_letters == 2 }).await;
+
+    let letters = pipeline.letters().await;
+    let class_of = |letter: &Value| letter["class"].as_str().unwrap().to_owned();
+    let ahead = letters.iter().find(|letter| class_of(letter) == "EventTimeInFuture").unwrap();
+    let ahead = ahead["offset"].to_string();
+    let shown = pipeline.dlq(["show", "--offset"], ahead.clone()).await;
+    assert!(shown.contains(value) && shown.contains("ce_id: ahead"), "{shown}");
+
+    wait_until("its time has come", SOON, || async { now_ms() > time_ms - AHEAD_MOST_MS }).await;
+    let said = pipeline.dlq(["replay"], "--all".to_owned()).await;
+    assert!(said.contains("2 dead letters sent again"), "{said}");
+    wait_until("one is an event, one a dead letter again", SOON, || async {
+        let progress = pipeline.progress().await;
+        (progress.events, progress.dead_letters, progress.duplicates) == (101, 3, 0)
+    })
+    .await;
+    pipeline.assert_provenance(&ahead, &time).await;
+
+    pipeline.dlq(["replay", "--offset"], ahead).await;
+    wait_until("once more, and it is a duplicate", SOON, || async {
+        pipeline.progress().await.duplicates == 1
+    })
+    .await;
+    pipeline.assert_counted_once(101).await;
+    assert_eq!(pipeline.progress().await.dead_letters, 3);
+    pipeline.verify().await;
+    processor.stop().await;
+}
+
+impl Pipeline {
+    /// Records that are in the log and not yet processed, by partition; only those that have some.
+    async fn behind(&self) -> BTreeMap<i32, i64> {
+        let mut behind = self.ends(&self.topic).await;
+        for (partition, next_offset) in self.next_offsets().await {
+            *behind.get_mut(&partition).unwrap() -= next_offset;
+        }
+        behind.retain(|_, records| *records > 0);
+        behind
+    }
+
+    /// `stream-processor dlq …`, which must succeed, and what it printed.
+    async fn dlq<const N: usize>(&self, arguments: [&str; N], last: String) -> String {
+        let arguments = [&["dlq"], &arguments[..], &[last.as_str()]].concat();
+        let output = self.run("stream-processor", &arguments, &[]).await;
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// `dlq list --json`.
+    async fn letters(&self) -> Vec<Value> {
+        let printed = self.dlq(["list"], "--json".to_owned()).await;
+        serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
+    }
+
+    /// The list, the table and each letter name where the poison from `first` on comes from, and why it was refused.
+    async fn assert_listed(&self, first: i64, poison: i64) {
+        let table = self.dlq(["list", "--limit"], "100".to_owned()).await;
+        let mut sources = Vec::new();
+        for letter in self.letters().await {
+            assert_eq!(letter["source_partition"], POISONED.to_string());
+            assert_eq!(letter["class"], "MissingHeader");
+            assert!(letter["message"].as_str().unwrap().contains("ce_id"), "{letter}");
+            let offset: i64 = letter["source_offset"].as_str().unwrap().parse().unwrap();
+            assert!(table.contains(&format!("{POISONED}/{offset}")), "{table}");
+            let shown = self.dlq(["show", "--offset"], letter["offset"].to_string()).await;
+            assert!(shown.ends_with(&format!("poison {}\n", offset - first)), "{shown}");
+            sources.push(offset);
+        }
+        sources.sort_unstable();
+        assert!(sources.into_iter().eq(first..first + poison), "{table}");
+    }
+
+    /// The record that was sent again says from where, keeps its own headers, and has lost what was wrong with it; so does the
+    /// one that is a dead letter again, which says what is wrong now.
+    async fn assert_provenance(&self, ahead: &str, time: &str) {
+        let from = format!("{}.dlq/0/{ahead}", self.topic);
+        let records = self.all_records(&self.topic).await;
+        let sent = records.iter().find(|record| header(record, "replayed_from").as_ref() == Some(&from));
+        let sent = sent.unwrap_or_else(|| panic!("no record of {from}"));
+        assert_eq!(header(sent, "ce_id").as_deref(), Some("ahead"));
+        assert_eq!(header(sent, "ce_time").as_deref(), Some(time));
+        assert_eq!(header(sent, "__connect.errors.offset"), None);
+        let dead = self.records(&format!("{}.dlq", self.topic)).await;
+        let again = dead.last().unwrap();
+        assert_eq!(again.payload(), Some(&b"never an event"[..]));
+        assert!(header(again, "replayed_from").is_some_and(|from| from.contains(".dlq/0/")));
+        assert!(header(again, "__connect.errors.exception.message").is_some());
+    }
+}
