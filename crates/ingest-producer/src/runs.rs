@@ -70,7 +70,7 @@ pub async fn show(ledger: &dyn Ledger, args: &ShowArgs) -> anyhow::Result<Done> 
     Ok(Done::text(format!("{text}{table}")))
 }
 
-/// Makes runs due again: any running producer takes them up.
+/// Makes runs due again: any running producer takes up those its schedule reaches back to, a backfill takes up any.
 pub async fn clear(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<Done> {
     let cleared = overrule(ledger, args, RunState::Scheduled, now_ms).await?;
     ledger.touch(now_ms).await?;

@@ -184,11 +184,8 @@ fn send_all(producer: &ThreadedProducer<StressContext>, plan: &Plan<'_>, sender:
     let mut identity = Identity::new(sender);
     let mut repeats = Repeats::new(plan.args.duplicates);
     for index in 0..plan.messages {
-        let mut intended = Instant::now();
-        if plan.rate > 0.0 {
-            intended = begun + Duration::from_secs_f64(index as f64 / plan.rate);
-            wait_until(intended);
-        }
+        let intended = intended_at(begun, index, plan.rate).unwrap_or_else(Instant::now);
+        wait_until(intended);
         if plan.shutdown.has_begun() || deadline.is_some_and(|deadline| intended >= deadline) {
             break;
         }
@@ -246,6 +243,11 @@ fn headers(plan: &Plan<'_>, identity: &Identity) -> OwnedHeaders {
         .insert(text(event::HEADER_TIME, identity.time()))
         .insert(text(event::HEADER_RUN_ID, plan.run_id.as_bytes()))
         .insert(text(event::HEADER_PRODUCED_AT, produced_at))
+}
+
+/// When a message is due, however late those before it were: a stall counts against all that wait behind it. `None`: no rate.
+fn intended_at(begun: Instant, index: u64, rate: f64) -> Option<Instant> {
+    (rate > 0.0).then(|| begun + Duration::from_secs_f64(index as f64 / rate))
 }
 
 fn wait_until(intended: Instant) {

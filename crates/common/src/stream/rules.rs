@@ -169,7 +169,7 @@ fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Definition;
+    use super::super::{Auth, Definition, Pagination};
 
     const GOOD: &str = include_str!("../../../../streams/user_created.toml");
 
@@ -217,6 +217,50 @@ mod tests {
         check(("ttl = \"365d\"", "ttl = \"3d\""), "shorter than topic retention");
         check(("name = \"email\"", "name = \"event_id\""), "the pipeline's own column");
         check(("measures = [\"age\"]", "measures = [\"email\"]"), "measures are int, bigint or double");
+    }
+
+    #[test]
+    fn every_kind_of_pagination_and_credentials_is_read() {
+        let source = |change: (&str, &str)| {
+            assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
+            Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().source
+        };
+        let paged = "&page={page}\"\nallow_private = true\nrecords = \"/results\"\npage_size = 500\npagination = { kind = \"page\", first = 1, pages = 2 }";
+        let by = |place: &str, pagination: &str| {
+            let to = format!(
+                "{place}\"\nallow_private = true\nrecords = \"/results\"\npage_size = 500\npagination = {{ {pagination} }}"
+            );
+            source((paged, &to)).pagination
+        };
+        let (text, pointer) = (str::to_owned, "/next".to_owned());
+        assert_eq!(by("", "kind = \"none\""), Pagination::None);
+        assert_eq!(by("&skip={offset}", "kind = \"offset\""), Pagination::Offset);
+        assert_eq!(
+            by("&after={cursor}", "kind = \"cursor\", pointer = \"/next\""),
+            Pagination::Cursor { pointer: pointer.clone() }
+        );
+        assert_eq!(by("", "kind = \"link_header\""), Pagination::LinkHeader);
+        assert_eq!(by("", "kind = \"next_url\", pointer = \"/next\""), Pagination::NextUrl { pointer });
+        let auth = |line: &str| {
+            source(("allow_private = true", &format!("allow_private = true\nauth = {{ {line} }}"))).auth
+        };
+        assert_eq!(auth("kind = \"none\""), Auth::None);
+        let token_file = text("/run/token");
+        assert_eq!(auth("kind = \"bearer\", token_file = \"/run/token\""), Auth::Bearer { token_file });
+        let (user, password_file) = (text("me"), text("/run/password"));
+        assert_eq!(
+            auth("kind = \"basic\", user = \"me\", password_file = \"/run/password\""),
+            Auth::Basic { user, password_file }
+        );
+        let (header, key_file) = (text("x-api-key"), text("/run/key"));
+        assert_eq!(
+            auth("kind = \"api_key\", header = \"x-api-key\", key_file = \"/run/key\""),
+            Auth::ApiKey { header, key_file }
+        );
+        check(
+            ("allow_private = true", "allow_private = true\nauth = { kind = \"bearer\" }"),
+            "`source.auth.token_file`",
+        );
     }
 
     #[test]

@@ -236,6 +236,19 @@ mod tests {
     }
 
     #[test]
+    fn a_page_may_name_the_url_of_the_next_one() {
+        let by_url = Pagination::NextUrl { pointer: "/paging/next".to_owned() };
+        let mut pages = Pages::new(&by_url, 10, 5);
+        assert_eq!(pages.first(), Position::Start);
+        let mut after = |body: Value| pages.after(fetched(10, &body));
+        let next = "/v1/orders?after=17";
+        assert_eq!(after(json!({"paging": {"next": next}})), Ok(Next::Named(next.to_owned())));
+        assert_eq!(after(json!({"paging": {"next": null}})), Ok(Next::End));
+        assert_eq!(after(json!({"paging": {"next": next}})), Err(PaginationError::Loop(3)));
+        assert!(matches!(after(json!({"paging": {"next": true}})), Err(PaginationError::NoName { .. })));
+    }
+
+    #[test]
     fn the_last_record_names_the_next_page_until_there_is_no_more() {
         let last = |more: Option<&str>| Pagination::LastRecord {
             pointer: "/id".to_owned(),

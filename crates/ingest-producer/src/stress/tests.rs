@@ -44,6 +44,14 @@ fn a_rate_is_kept_and_seconds_end_it() {
 }
 
 #[test]
+fn a_message_is_due_by_its_place_not_by_when_the_one_before_was_sent() {
+    let begun = Instant::now();
+    let due_ms = |index| intended_at(begun, index, 500.0).unwrap().duration_since(begun).as_millis();
+    assert_eq!([0, 1, 500, 1_000_000].map(due_ms), [0, 2, 1000, 2_000_000]);
+    assert_eq!(intended_at(begun, 7, 0.0), None);
+}
+
+#[test]
 fn the_closing_line_says_it_all() {
     let ack_ms = report::Latency { p50: 12.34, p99: 45.6, max: 99.0 };
     let report = Report {
