@@ -14,6 +14,7 @@ use crate::source::client::FetchPage;
 use crate::source::extract::{self, Event};
 use crate::source::paginate::{Fetched, Next, Pages};
 use crate::source::request::Requests;
+use backon::{ExponentialBuilder, Retryable};
 use common::run_ledger::{Interval, RunState, RunType};
 use common::stream::{Definition, EventTime};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 const MAX_HELD_BYTES: usize = 256 << 20;
 /// Pause before the ledger is asked again.
 const LEDGER_PAUSE: Duration = Duration::from_millis(500);
+/// How often a claim without an answer is made again: well within a lease of the usual length.
+const CLAIM_AGAIN: usize = 4;
 /// How often the ledger is asked again once the process has been asked to stop.
 const LAST_TRIES: u32 = 6;
 
@@ -117,7 +120,10 @@ impl Runner {
         let now_ms = self.now();
         let until_ms = now_ms + self.lease_ms;
         let lease = Lease { run_id: Uuid::new_v4().to_string(), owner: self.owner.clone(), now_ms, until_ms };
-        let claimed = self.ledger.claim(interval, run_type, seen, &lease).await?;
+        // The same lease again: where an earlier try was carried out without an answer, it is found to be ours.
+        let pauses = ExponentialBuilder::default().with_min_delay(LEDGER_PAUSE).with_max_times(CLAIM_AGAIN);
+        let claim = (|| self.ledger.claim(interval, run_type, seen, &lease)).retry(pauses);
+        let claimed = claim.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
         if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.is_over())) {
             let cause = format!("was {}; run again by a {}", over.state, run_type);
             let cleared = noted(over, claim.attempt - 1, OUTCOME_CLEARED, cause);
