@@ -3,18 +3,17 @@
 
 use crate::config::DlqCommand;
 use crate::error::ProcessorError;
+use crate::log_reader::LogReader;
 use common::cassandra::connect;
 use common::config::CommonArgs;
-use common::kafka::{client_config, producer_config};
+use common::kafka::producer_config;
 use common::schema::dead_letter_topic;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use futures::future::try_join_all;
 use rdkafka::Message;
-use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use scylla::value::CqlTimestamp;
 use serde::Serialize;
 use std::io::Write;
@@ -64,48 +63,29 @@ pub async fn run(
     }
 }
 
-/// Reads the dead letters from one offset to the end as it was at the beginning. Blocking.
-struct Reader {
-    consumer: BaseConsumer,
-    topic: String,
-    next: i64,
-    end: i64,
+/// The dead letters, from `from` on. Blocking.
+fn open(common: &CommonArgs, topic: &str, from: Option<i64>) -> Result<LogReader, ProcessorError> {
+    let topic = dead_letter_topic(topic);
+    let mut reader = LogReader::open(&common.kafka_brokers, &topic, 0)?;
+    if let Some(from) = from {
+        if from < reader.low || from > reader.end {
+            let (low, end) = (reader.low, reader.end);
+            return Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {from}")));
+        }
+        reader.start_at(from)?;
+    }
+    Ok(reader)
 }
 
-impl Reader {
-    fn open(common: &CommonArgs, topic: &str, from: Option<i64>) -> Result<Reader, ProcessorError> {
-        let topic = dead_letter_topic(topic);
-        let kafka = failed("kafka");
-        let mut config = client_config(&common.kafka_brokers, "stream-processor-dlq");
-        config.set("group.id", "stream-processor.dlq").set("enable.auto.commit", "false");
-        let consumer: BaseConsumer = config.create().map_err(|e| kafka(&e))?;
-        let (low, end) = consumer.fetch_watermarks(&topic, 0, DEADLINE).map_err(|e| kafka(&e))?;
-        let next = from.unwrap_or(low);
-        if next < low || next > end {
-            return Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {next}")));
-        }
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&topic, 0, Offset::Offset(next)).map_err(|e| kafka(&e))?;
-        consumer.assign(&list).map_err(|e| kafka(&e))?;
-        Ok(Reader { consumer, topic, next, end })
+/// The next ones, at most `most`; none: the end. Blocking.
+fn page(reader: &mut LogReader, most: usize) -> Result<Vec<OwnedMessage>, ProcessorError> {
+    let mut letters = Vec::new();
+    while letters.len() < most
+        && let Some(letter) = reader.next_record()?
+    {
+        letters.push(letter.detach());
     }
-
-    /// The next ones, at most `most`; none: the end.
-    fn page(&mut self, most: usize) -> Result<Vec<OwnedMessage>, ProcessorError> {
-        let kafka = failed("kafka");
-        let mut letters = Vec::new();
-        while self.next < self.end && letters.len() < most {
-            match self.consumer.poll(DEADLINE) {
-                None => return Err(kafka(&format!("no record at offset {} of {}", self.next, self.topic))),
-                Some(Err(e)) => return Err(kafka(&e)),
-                Some(Ok(message)) => {
-                    self.next = message.offset() + 1;
-                    letters.push(message.detach());
-                }
-            }
-        }
-        Ok(letters)
-    }
+    Ok(letters)
 }
 
 /// The dead letters from `from` on, at most `most`.
@@ -115,7 +95,7 @@ fn read(
     from: Option<i64>,
     most: usize,
 ) -> Result<Vec<OwnedMessage>, ProcessorError> {
-    tokio::task::block_in_place(|| Reader::open(common, topic, from)?.page(most))
+    tokio::task::block_in_place(|| page(&mut open(common, topic, from)?, most))
 }
 
 fn header(letter: &OwnedMessage, name: &str) -> String {
@@ -170,11 +150,11 @@ async fn replay(common: &CommonArgs, topic: &str, only: Option<i64>) -> Result<(
     let producer: FutureProducer = producer_config(&common.kafka_brokers, "stream-processor-dlq")
         .create()
         .map_err(|e| failed("kafka")(&e))?;
-    let mut reader = tokio::task::block_in_place(|| Reader::open(common, topic, only))?;
+    let mut reader = tokio::task::block_in_place(|| open(common, topic, only))?;
     let most = if only.is_some() { 1 } else { REPLAY_PAGE };
     let mut sent = 0;
     loop {
-        let letters = tokio::task::block_in_place(|| reader.page(most))?;
+        let letters = tokio::task::block_in_place(|| page(&mut reader, most))?;
         try_join_all(letters.iter().map(|letter| send_again(&producer, topic, letter))).await?;
         sent += letters.len();
         if letters.is_empty() || only.is_some() {

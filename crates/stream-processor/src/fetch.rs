@@ -6,7 +6,7 @@ use crate::decode::{Decoder, Record};
 use crate::error::ProcessorError;
 use crate::group::GroupContext;
 use crate::stages::{StageClock, StageState};
-use crate::start::Start;
+use crate::start::{Start, another_record};
 use crate::worker::Chunks;
 use common::event::fingerprint;
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -152,10 +152,7 @@ impl FirstRecord {
         if found == expected {
             return Ok(false);
         }
-        Err(ProcessorError::Refused(format!(
-            "partition {partition}: the record at offset {offset} is not the one that was processed (fingerprint {found:x}, \
-             expected {expected:x}): the topic was made anew; bring the old topic back, or give the stream a new name"
-        )))
+        Err(another_record(partition, offset, found, expected).into())
     }
 }
 
@@ -163,7 +160,8 @@ fn timestamp_ms(message: &BorrowedMessage<'_>) -> i64 {
     message.timestamp().to_millis().unwrap_or(0)
 }
 
-fn fingerprint_of(message: &BorrowedMessage<'_>) -> i64 {
+/// What tells a record from that of another log.
+pub(crate) fn fingerprint_of(message: &BorrowedMessage<'_>) -> i64 {
     fingerprint(
         message.key().unwrap_or_default(),
         message.payload().unwrap_or_default(),

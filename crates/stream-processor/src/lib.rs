@@ -4,7 +4,8 @@
 //! [`decode`] into [`chunk`]s) and a [`worker`]. [`open`] gathers where the partition stands and [`start`] decides where it
 //! begins. The worker is the one file that orders effects; what a chunk comes to is decided in [`partition`] over
 //! [`windows`], [`write_plan`] cuts it to statements, [`store`] and [`dead_letters`] write it, [`state`] commits it.
-//! [`init`] makes tables and topics; [`verify`], [`report`], [`dlq`] and [`checkpoint`] are for operators.
+//! [`init`] makes tables and topics; [`verify`], [`report`], [`dlq`] and [`checkpoint`] are for operators;
+//! [`log_reader`] reads a topic beside the group.
 
 pub mod checkpoint;
 pub mod chunk;
@@ -18,6 +19,7 @@ pub mod group;
 pub mod init;
 #[cfg(feature = "failpoints")]
 pub mod kill_at;
+pub mod log_reader;
 pub mod metrics;
 pub mod open;
 pub mod partition;
@@ -218,6 +220,7 @@ async fn connect(
         revoke_deadline,
     };
     let opener = Opener {
+        brokers: common.kafka_brokers.clone(),
         definition: Arc::new(definition),
         topic,
         cluster_id,

@@ -2,6 +2,8 @@
 //! state. Blocking: a partition is not fetched before this is done.
 
 use crate::error::ProcessorError;
+use crate::fetch::fingerprint_of;
+use crate::log_reader::LogReader;
 use crate::metrics::Metrics;
 use crate::partition::Partition;
 use crate::start::{self, Facts, How, RecoverPolicy, Start};
@@ -26,6 +28,8 @@ const WATERMARK_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Opener<S> {
     /// Stream definition.
     pub definition: Arc<Definition>,
+    /// Bootstrap servers.
+    pub brokers: String,
     /// Events topic.
     pub topic: String,
     /// Kafka cluster.
@@ -110,7 +114,8 @@ impl<S: Store> Opener<S> {
             recover: self.recover,
             replay: self.replays.asks_for(partition),
         };
-        let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most)?;
+        let look = |offset| self.fingerprint_at(partition, offset);
+        let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most, look)?;
         self.replays.begun(partition);
         self.tell(partition, &start);
         Ok(Opened { partition_id: partition, start, state, partition: partition_state })
@@ -163,6 +168,25 @@ impl<S: Store> Opener<S> {
         }
     }
 
+    /// Fingerprint of the record at `offset` of the log.
+    fn fingerprint_at(&self, partition: i32, offset: i64) -> Result<i64, ProcessorError> {
+        loop {
+            let read = LogReader::open(&self.brokers, &self.topic, partition).and_then(|mut reader| {
+                reader.start_at(offset)?;
+                Ok(reader.next_record()?.map(|record| fingerprint_of(&record)))
+            });
+            match read {
+                Ok(Some(fingerprint)) => return Ok(fingerprint),
+                _ if self.shutdown.has_begun() => return Err(ProcessorError::Stopped),
+                read => {
+                    tracing::warn!(partition, offset, ?read, "last record that was counted not yet read");
+                    self.health.beat();
+                    std::thread::sleep(HELD_POLL);
+                }
+            }
+        }
+    }
+
     fn watermarks<C: ConsumerContext>(
         &self,
         partition: i32,
@@ -183,14 +207,21 @@ impl<S: Store> Opener<S> {
 }
 
 /// What follows from the facts: the decision, and the state in memory and on the disk that goes with it. `memory_most` bounds
-/// the bytes of panes and filters.
+/// the bytes of panes and filters, `look` gives the fingerprint of the log's record at an offset.
 pub fn begin<C: Checkpoint>(
     checkpoint: &mut C,
     facts: &Facts<'_>,
     definition: &Definition,
     memory_most: usize,
+    look: impl FnOnce(i64) -> Result<i64, ProcessorError>,
 ) -> Result<(Start, Partition), ProcessorError> {
     let start = start::decide(facts)?;
+    if let Some((offset, expected)) = start.last_counted {
+        let found = look(offset)?;
+        if found != expected {
+            return Err(start::another_record(facts.partition, offset, found, expected).into());
+        }
+    }
     let windows = &definition.windows;
     let times = (windows.pane_ms, windows.lateness_ms);
     let mut panes = Panes::new(PaneShape::new(definition), times, memory_most, i64::MIN);

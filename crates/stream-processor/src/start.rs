@@ -70,6 +70,9 @@ pub struct Start {
     pub fetch_from: i64,
     /// Fingerprint the record at `fetch_from` must have.
     pub expected: Option<i64>,
+    /// Without it: offset and fingerprint of the last record that was counted, to be compared before anything is done. Who walks
+    /// again would come by it only after having written.
+    pub last_counted: Option<(i64, i64)>,
 }
 
 /// History is lost, or of another log: nothing is skipped silently.
@@ -82,6 +85,18 @@ pub struct Refusal {
     pub what: String,
     /// What can be done.
     pub ways_on: &'static str,
+}
+
+/// The refusal of a log in which the record at `offset` is not the one that was processed.
+pub fn another_record(partition: i32, offset: i64, found: i64, expected: i64) -> Refusal {
+    Refusal {
+        partition,
+        what: format!(
+            "the record at offset {offset} is not the one that was processed (fingerprint {found:x}, expected \
+             {expected:x}): the topic was made anew"
+        ),
+        ways_on: "bring the old topic back, or give the stream a new name",
+    }
 }
 
 /// Decides, or refuses.
@@ -144,11 +159,13 @@ pub fn decide(facts: &Facts<'_>) -> Result<Start, Refusal> {
     };
     check_log(facts, &position)?;
     let checkable = how != How::Replay && position.fingerprint.is_some() && position.next_offset > facts.low;
+    let counted = facts.progress.filter(|progress| !checkable && progress.next_offset > facts.low);
     Ok(Start {
         how,
         position,
         fetch_from: if checkable { position.next_offset - 1 } else { position.next_offset },
         expected: position.fingerprint.filter(|_| checkable),
+        last_counted: counted.and_then(|progress| Some((progress.next_offset - 1, progress.fingerprint?))),
     })
 }
 
@@ -242,7 +259,9 @@ mod tests {
         let start = decide(&facts).unwrap();
         assert_eq!((start.how, start.position.next_offset, start.position.count_from), (How::Replay, 10, 50));
         assert_eq!(start.position.totals.events, 50);
-        assert_eq!(start.expected, None);
+        assert_eq!((start.expected, start.last_counted), (None, Some((49, 9))));
+        let trimmed = decide(&Facts { low: 50, ..facts }).unwrap();
+        assert_eq!(trimmed.last_counted, None, "it is no longer in the log");
     }
 
     fn check_refusal(facts: &Facts<'_>, part: &str) {

@@ -154,6 +154,7 @@ async fn a_log_that_lost_or_changed_its_records_is_refused_and_nothing_is_writte
     pipeline.assert_refused(&["run"], &words).await;
     pipeline.stress(300).await;
     pipeline.assert_refused(&["run"], &words).await;
+    pipeline.assert_refused(&["run", "--replay"], &words).await;
     pipeline.lose_checkpoints();
     pipeline.assert_refused(&["run"], &words).await;
 

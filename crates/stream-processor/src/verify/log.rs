@@ -6,17 +6,13 @@ use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
 use crate::error::ProcessorError;
 use crate::fetch::readable_headers;
+use crate::log_reader::LogReader;
 use crate::partition::Position;
-use common::kafka::client_config;
 use futures::TryStreamExt;
 use rdkafka::Message;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use scylla::value::CqlTimestamp;
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::time::Duration;
 
-const DEADLINE: Duration = Duration::from_secs(20);
 /// Records decoded at a time.
 const CHUNK_RECORDS: usize = 4000;
 
@@ -134,28 +130,18 @@ impl Verifier {
         position: &Position,
         mut found: Comparison,
     ) -> Result<(i64, Comparison), ProcessorError> {
-        let failed = |e: &dyn std::fmt::Display| ProcessorError::Retryable(format!("kafka: {e}"));
-        let mut config = client_config(&self.brokers, "stream-processor-verify");
-        config.set("group.id", "stream-processor.verify").set("enable.auto.commit", "false");
-        let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
-        let (low, high) =
-            consumer.fetch_watermarks(&self.topic, partition, DEADLINE).map_err(|e| failed(&e))?;
+        let mut reader = LogReader::open(&self.brokers, &self.topic, partition)?;
+        let (low, high) = (reader.low, reader.end);
         if position.next_offset > high {
             return Err(ProcessorError::Refused(format!(
                 "partition {partition}: the next offset is {}, the log ends at {high}: another log",
                 position.next_offset
             )));
         }
-        let mut from = TopicPartitionList::new();
-        from.add_partition_offset(&self.topic, partition, Offset::Offset(low)).map_err(|e| failed(&e))?;
-        consumer.assign(&from).map_err(|e| failed(&e))?;
+        reader.end = position.next_offset;
         let decoder = Decoder::new(&self.definition, partition);
-        let (mut chunk, mut next) = (decoder.chunk(), low);
-        while next < position.next_offset {
-            let message = consumer.poll(DEADLINE);
-            let message = message.ok_or_else(|| failed(&format!("no record at offset {next}")))?;
-            let message = message.map_err(|e| failed(&e))?;
-            next = message.offset() + 1;
+        let mut chunk = decoder.chunk();
+        while let Some(message) = reader.next_record()? {
             let headers = message.headers().map(readable_headers).unwrap_or_default();
             let record = Record {
                 offset: message.offset(),

@@ -263,6 +263,9 @@ impl Store for Outside {
         position: &Position,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
+        if batch.is_none() && self.is_out(Mutation::FirstProgress) {
+            return Ok(());
+        }
         if batch.is_some() {
             let put_off = if self.is_out(Mutation::PanesBeforeRows) {
                 Vec::new()
@@ -280,12 +283,13 @@ impl Store for Outside {
             }
         }
         self.put(vec![self.progress_op(position)]).await?;
-        if batch.is_some() {
+        if let Some(batch) = batch {
             let second = self.world.lock().second;
-            let total = position.totals.records().to_be_bytes().to_vec();
-            let stamp = self.stamp(position.next_offset);
+            let records = position.totals.records();
+            let total = if self.is_out(Mutation::RunningTotal) { batch.rows as i64 } else { records };
             let target = Target::Throughput(second);
-            self.put(vec![Op { target, stamp, cells: vec![("total", total)] }]).await?;
+            let cells = vec![("total", total.to_be_bytes().to_vec())];
+            self.put(vec![Op { target, stamp: position.next_offset, cells }]).await?;
             lock(&self.machine).settle();
         }
         Ok(())

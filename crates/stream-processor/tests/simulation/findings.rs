@@ -254,11 +254,7 @@ fn finding_10_events_whose_rows_may_have_expired_are_dead_letters_however_often_
     let mut sim = sim(&[event(0, 1), event(0, 2), old(0, 1), old(0, 3), Rec::Poison], &[2, 1]);
     sim.start(0);
     sim.run_until(published(3));
-    {
-        let mut world = sim.world();
-        world.expired_before = Some(BASE_MS + PANE_MS);
-        world.rows.clear();
-    }
+    sim.world().expire();
     sim.lose_volume_and_restart();
     sim.run_until(published(5));
     assert_eq!(sim.count_of(0), 2);

@@ -2,7 +2,6 @@
 //! which is dropped when the process is killed.
 
 use super::fakes::Outside;
-use super::log::Rec;
 use super::machine::{Image, Machine, SimCheckpoint, Volume};
 use super::mutations::Mutation;
 use super::world::Shared;
@@ -155,7 +154,7 @@ impl Process {
         let mut progress = crate::store::Store::progress(&*self.outside, 0).await?;
         let (low, high, mutation) = {
             let world = world.lock();
-            (world.log.low, world.log.high(), world.mutation)
+            (world.topic().low, world.topic().high(), world.mutation)
         };
         let found = state.facts();
         let stale = mutation == Some(Mutation::StaleState) && !self.with.replay;
@@ -175,7 +174,8 @@ impl Process {
             recover: RecoverPolicy::Auto,
             replay: self.with.replay,
         };
-        let (start, mut partition) = begin(&mut state, &facts, &definition, self.with.memory_most)?;
+        let look = |offset| Ok(world.lock().compared(offset));
+        let (start, mut partition) = begin(&mut state, &facts, &definition, self.with.memory_most, look)?;
         partition.panes.cold_most = self.with.cold_most;
         let who = &self.outside.who;
         world.lock().say(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));
@@ -207,16 +207,16 @@ fn fetch(world: Shared, life: usize, definition: &Definition, start: Start) -> C
         loop {
             let chunk = {
                 let mut world = world.lock();
-                if next >= world.log.high() {
+                if next >= world.topic().high() {
                     return;
                 }
-                if next < world.log.low {
+                if next < world.topic().low {
                     // What Kafka says of an offset that retention has removed.
                     world.failing.insert(life);
                     world.say(|| format!("{life}: offset {next} is out of range"));
                     return drop(sender.try_send(Err(ProcessorError::Refused("out of range".into()))));
                 }
-                match first.admit(0, next, || world.log.fingerprint(next)) {
+                match first.admit(0, next, || world.compared(next)) {
                     Err(e) => Err(e),
                     Ok(false) => {
                         next += 1;
@@ -224,12 +224,12 @@ fn fetch(world: Shared, life: usize, definition: &Definition, start: Start) -> C
                     }
                     Ok(true) => {
                         let size = match &mut world.batches {
-                            Some(sizes) if sizes.is_empty() => world.log.high(),
+                            Some(sizes) if sizes.is_empty() => world.topic().high(),
                             Some(sizes) => sizes.remove(0),
                             None => 1 + i64::from(world.choices.pick(5, 65)),
                         };
-                        let end = (next + size).min(world.log.high());
-                        let mut chunk = world.log.chunk(&decoder, next..end);
+                        let end = (next + size).min(world.topic().high());
+                        let mut chunk = world.topic().chunk(&decoder, next..end);
                         change_keys(&mut chunk, world.hash_mask, world.mutation);
                         next = end;
                         Ok(chunk)
@@ -266,9 +266,4 @@ fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
 /// A new machine's volume: in memory, or a real state file on a simulated disk that is as new.
 pub fn new_volume(on_disk: bool) -> Volume {
     if on_disk { Volume::Disk(super::disk::Disk::default()) } else { Volume::Memory(Image::default()) }
-}
-
-/// Whether a log holds a record whose rows may have expired.
-pub fn has_expiry(records: &[Rec]) -> bool {
-    records.iter().any(|rec| matches!(rec, Rec::TooOld(_)))
 }

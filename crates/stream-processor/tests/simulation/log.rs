@@ -2,6 +2,7 @@
 //! code with the processor's decoder and windows.
 
 use super::choices::Choices;
+use super::mutations;
 use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
 use crate::partition::Totals;
@@ -13,6 +14,10 @@ use std::collections::BTreeMap;
 pub const PANE_MS: i64 = 10_000;
 /// Allowed lateness: half a pane, as in the model.
 pub const LATENESS_MS: i64 = 5_000;
+/// How far time leaps, where it does: rows from before it have expired. Of whole panes and buckets.
+pub const LEAP_MS: i64 = 400 * 86_400_000;
+/// Further ahead than any event may be of its record.
+const FAR_MS: i64 = 70 * 365 * 86_400_000;
 /// Start of pane 0: two panes before a bucket of ten minutes ends, so that panes lie in two buckets.
 pub const BASE_MS: i64 = 1_800_000_000_000 - 2 * PANE_MS;
 const KINDS: [Option<&str>; 4] = [Some("a"), Some("b"), Some("else"), None];
@@ -93,13 +98,14 @@ pub fn event(at: i64, id: u32) -> Rec {
     Rec::Event(Event { at, id, kind: id as usize % 4, score: id as usize % 5 })
 }
 
-/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison.
+/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison of each kind.
 pub fn random(choices: &mut Choices) -> Vec<Rec> {
     let count = 2 + choices.pick(11, 85);
     let mut log = Vec::new();
     let mut seen: Vec<Event> = Vec::new();
+    let mut leap = 0;
     for id in 0..count {
-        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(5, 60) };
+        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(7, 60) };
         let earlier = |choices: &mut Choices| seen[choices.index(seen.len(), 60)];
         let event = match sort {
             1 => {
@@ -117,16 +123,25 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
             }
             4 => {
                 let other = earlier(choices);
-                Event { at: (other.at + PANE_MS) % (3 * PANE_MS), ..other }
+                let era = other.at / LEAP_MS * LEAP_MS;
+                Event { at: era + (other.at - era + PANE_MS) % (3 * PANE_MS), ..other }
+            }
+            5 => {
+                log.push(Rec::TooFar(Event { at: FAR_MS, ..earlier(choices) }));
+                continue;
+            }
+            6 => {
+                leap = LEAP_MS;
+                earlier(choices)
             }
             _ => {
                 let pane = i64::from(choices.pick(5, 70) % 4);
-                let at = pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
+                let at = leap + pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
                 Event { at, id, kind: choices.index(KINDS.len(), 60), score: choices.index(SCORES.len(), 60) }
             }
         };
         seen.push(event);
-        log.push(Rec::Event(event));
+        log.push(if event.at < leap { Rec::TooOld(event) } else { Rec::Event(event) });
     }
     log
 }
@@ -253,9 +268,14 @@ impl Log {
         self.below(self.high())
     }
 
+    /// The offset from which time has leapt: that of the first event whose rows may have expired.
+    pub fn leap(&self) -> Option<i64> {
+        self.records.iter().position(|rec| matches!(rec, Rec::TooOld(_))).map(|at| at as i64)
+    }
+
     fn timestamp(&self, offset: i64) -> i64 {
-        let too_old = self.records[..=offset as usize].iter().any(|r| matches!(r, Rec::TooOld(_)));
-        BASE_MS + 60_000 + self.broker + offset + if too_old { 400 * 86_400_000 } else { 0 }
+        let leap = if self.leap().is_some_and(|leap| leap <= offset) { LEAP_MS } else { 0 };
+        BASE_MS + 60_000 + self.broker + offset + leap
     }
 
     fn value(&self, offset: i64) -> Vec<u8> {
@@ -286,7 +306,7 @@ impl Log {
             let value = self.value(offset);
             let record = Record {
                 offset,
-                timestamp_ms: self.timestamp(offset),
+                timestamp_ms: mutations::record_time(self.timestamp(offset), BASE_MS + at),
                 key: None,
                 value: Some(&value),
                 headers: &headers,

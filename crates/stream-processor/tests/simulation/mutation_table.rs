@@ -8,7 +8,7 @@ use super::seeds::first_failing;
 /// Seeds within which every mutation must be noticed.
 const WITHIN: u64 = 2_000;
 
-const NOTICED: [Mutation; 15] = [
+const NOTICED: [Mutation; 20] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -19,6 +19,11 @@ const NOTICED: [Mutation; 15] = [
     Mutation::LookUpsAhead,
     Mutation::StampsByClock,
     Mutation::StaleState,
+    Mutation::Horizon,
+    Mutation::FutureBound,
+    Mutation::Fingerprint,
+    Mutation::FirstProgress,
+    Mutation::RunningTotal,
     Mutation::CommitBeforeRows,
     Mutation::CommitBeforeDeadLetters,
     Mutation::CommitBeforePanes,

@@ -27,6 +27,16 @@ pub enum Mutation {
     StampsByClock,
     /// A state behind the progress row is gone on with.
     StaleState,
+    /// Events are taken however old they are for their record.
+    Horizon,
+    /// Events are taken however far they are ahead of their record.
+    FutureBound,
+    /// The record before the next offset is not compared.
+    Fingerprint,
+    /// A new state does not show its progress row before its first batch.
+    FirstProgress,
+    /// `throughput` holds a batch's records, not the running total.
+    RunningTotal,
     /// The commit comes before the rows.
     CommitBeforeRows,
     /// The commit comes before the dead letters.
@@ -51,6 +61,15 @@ pub fn is_out(mutation: Mutation) -> bool {
 /// Takes out `mutation`, or puts everything back.
 pub fn take_out(mutation: Option<Mutation>) {
     OUT.set(mutation);
+}
+
+/// The time stamp the decoder is told, where a bound it decides by is taken out: as if the event had just happened.
+pub fn record_time(timestamp_ms: i64, event_ms: i64) -> i64 {
+    match OUT.get() {
+        Some(Mutation::Horizon) => timestamp_ms.min(event_ms.max(0) + 1000),
+        Some(Mutation::FutureBound) => timestamp_ms.max(event_ms),
+        _ => timestamp_ms,
+    }
 }
 
 /// In `Partition::apply`: whether a first copy whose row is there already is not offered to its pane.

@@ -1,7 +1,7 @@
 //! Schedules: who moves next and what goes wrong, drawn from a seed or written by hand.
 
 use super::choices::Choices;
-use super::life::{Life, Setting, StartWith, has_expiry, new_volume};
+use super::life::{Life, Setting, StartWith, new_volume};
 use super::log::{Log, Rec, definition, random};
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::{self, Mutation};
@@ -54,8 +54,9 @@ impl Sim {
     /// Nobody has started yet.
     pub fn new(records: Vec<Rec>, choices: Choices, case: Case) -> Sim {
         mutations::take_out(case.mutation);
-        let ttl_seconds = if has_expiry(&records) { 365 * 86_400 } else { 0 };
-        let mut world = World::new(Log::new(records), choices, case.mutation);
+        let log = Log::new(records);
+        let ttl_seconds = if log.leap().is_some() { 365 * 86_400 } else { 0 };
+        let mut world = World::new(log, choices, case.mutation);
         world.watch = !case.end_only;
         world.story = case.story.then(Vec::new);
         let log = format!("log {:?}", world.log.records);
@@ -104,6 +105,10 @@ impl Sim {
         self.owner = Some(Life::start(&self.setting, self.lives, disk, self.with));
         self.lives += 1;
         self.with.replay = false;
+    }
+
+    fn kill_zombies(&mut self) {
+        self.zombies.drain(..).for_each(|mut zombie| zombie.kill());
     }
 
     /// `kill -9` of the owner.
@@ -265,6 +270,15 @@ impl Sim {
     }
 
     fn restart(&mut self, machine: usize) {
+        let is_expired = {
+            let log = &self.world().log;
+            log.leap().is_some_and(|leap| leap <= log.low)
+        };
+        if is_expired {
+            // Nobody lives as long as a row.
+            self.kill_zombies();
+            self.world().expire();
+        }
         self.choose_start();
         self.start(machine);
     }
@@ -301,7 +315,7 @@ impl Sim {
             }
             None => {}
         }
-        let action = self.world().choices.pick(10, 35);
+        let action = self.world().choices.pick(11, 35);
         if !self.strike(action) && !self.step(id) {
             self.world().bad("a worker is stuck", || format!("{id}"));
         }
@@ -386,6 +400,7 @@ impl Sim {
                 self.owner.iter().for_each(|owner| owner.stop.cancel());
             }
             8 => self.trim(),
+            9 => self.make_topic_anew(machine),
             _ => {
                 self.crash();
                 self.with.replay = true;
@@ -404,6 +419,39 @@ impl Sim {
             self.say(|| "and the power fails".into());
             disk.power_loss(&mut u64::from(seed));
         }
+    }
+
+    /// The topic is made anew, of as many records, until somebody notices; nothing may be taken from it.
+    fn make_topic_anew(&mut self, machine: usize) {
+        self.crash();
+        self.kill_zombies();
+        if self.world().choices.pick(2, 50) == 1 {
+            self.wipe(machine);
+        }
+        {
+            let mut world = self.world();
+            let is_known = !world.progress.is_empty() && position_of(&world.progress).next_offset > 0;
+            if is_known {
+                world.say(|| "the topic is made anew".into());
+                world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
+            }
+        }
+        self.restart(machine);
+        if self.world().other.is_none() {
+            return;
+        }
+        self.run_until(|_| false);
+        let ended = self.owner.take().and_then(|owner| Some((owner.id, owner.ended?)));
+        let mut world = self.world();
+        let is_refused = ended.is_some_and(|(id, ended)| {
+            ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
+        });
+        if !is_refused {
+            world.bad("a topic made anew is not refused", String::new);
+        }
+        world.other = None;
+        drop(world);
+        self.restart(machine);
     }
 
     /// Retention removes records that the progress row has passed.

@@ -5,9 +5,9 @@ use super::schedule::{Case, run};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Schedules with the checkpoint in memory.
-const SEEDS: u64 = 10_000;
+const SEEDS: u64 = 50_000;
 /// Schedules with real state files on simulated disks.
-const DISK_SEEDS: u64 = 1_000;
+const DISK_SEEDS: u64 = 5_000;
 
 fn wanted(default: u64) -> u64 {
     let set = std::env::var("PIPELINE_SIMULATION_SEEDS");

@@ -2,7 +2,7 @@
 //! disks, and the gates at which a schedule decides who moves next. Everything a reader could see is checked as it lands.
 
 use super::choices::Choices;
-use super::log::{BASE_MS, Log, PaneRow, columns_of};
+use super::log::{BASE_MS, LEAP_MS, Log, PaneRow, columns_of};
 use super::mutations::Mutation;
 use crate::partition::{Position, Totals};
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,6 +54,8 @@ pub struct Gate {
 pub struct World {
     /// The partition's log.
     pub log: Log,
+    /// The log that is found in its place while the topic is another.
+    pub other: Option<Log>,
     /// What happens next.
     pub choices: Choices,
     /// The repair that is taken out.
@@ -137,6 +139,7 @@ impl World {
     pub fn new(log: Log, choices: Choices, mutation: Option<Mutation>) -> World {
         World {
             log,
+            other: None,
             choices,
             mutation,
             watch: true,
@@ -162,6 +165,17 @@ impl World {
             steps: 0,
             fail_at: None,
         }
+    }
+
+    /// What a fetch finds under the topic's name.
+    pub fn topic(&self) -> &Log {
+        self.other.as_ref().unwrap_or(&self.log)
+    }
+
+    /// Fingerprint of the record that a fetch finds at `offset`; always the right one, where the comparison is taken out.
+    pub fn compared(&self, offset: i64) -> i64 {
+        let is_out = self.mutation == Some(Mutation::Fingerprint);
+        if is_out { &self.log } else { self.topic() }.fingerprint(offset)
     }
 
     /// Tells the story on.
@@ -240,7 +254,7 @@ impl World {
             Target::Pane(start, dimension, value) => {
                 self.check_pane((*start, dimension, value), &before, &after);
             }
-            Target::Throughput(_) => {}
+            Target::Throughput(_) => self.check_throughput(&after),
             _ => self.check_progress(&before, &after),
         }
     }
@@ -310,6 +324,22 @@ impl World {
         self.check_written(next, "progress");
     }
 
+    fn check_throughput(&mut self, cells: &Cells) {
+        let (next, total) = (cells["total"].0, number(cells, "total"));
+        let exact = self.log.below(next.clamp(0, self.log.high())).totals.records();
+        if total != Some(exact) {
+            self.bad("a running total is not that of its offset", || format!("{total:?} at {next}"));
+        }
+    }
+
+    /// Rows from before time leapt expire: their records are long gone.
+    pub fn expire(&mut self) {
+        let before = BASE_MS + LEAP_MS;
+        self.say(|| "rows expire".into());
+        self.rows.retain(|(at, _), _| *at >= before);
+        self.expired_before = Some(before);
+    }
+
     fn is_expired(&self, at: i64) -> bool {
         self.expired_before.is_some_and(|before| at < before)
     }
@@ -353,6 +383,7 @@ impl World {
                 self.bad("a pane is wrong at the end", || format!("{key:?}: {row:?}"));
             }
         }
+        self.throughput.clone().values().for_each(|cells| self.check_throughput(cells));
         if let Some(extra) = self.rows.keys().find(|key| !exact.rows.contains_key(key)).cloned() {
             self.bad("a row too many at the end", || format!("{extra:?}"));
         }

@@ -1,0 +1,63 @@
+//! Reads one partition of a topic beside the consumer group, from an offset to the end as it was at the beginning. Blocking.
+
+use crate::error::ProcessorError;
+use common::kafka::client_config;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use std::time::Duration;
+
+/// How long an answer or a record may take.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A partition's log as it was when it was opened.
+pub struct LogReader {
+    consumer: BaseConsumer,
+    topic: String,
+    partition: i32,
+    next: i64,
+    /// First offset of the log.
+    pub low: i64,
+    /// Offset after its last record.
+    pub end: i64,
+}
+
+fn failed(cause: &dyn std::fmt::Display) -> ProcessorError {
+    ProcessorError::Retryable(format!("kafka: {cause}"))
+}
+
+impl LogReader {
+    /// Asks where the log begins and ends; it will be read from its beginning.
+    pub fn open(brokers: &str, topic: &str, partition: i32) -> Result<LogReader, ProcessorError> {
+        let mut config = client_config(brokers, "stream-processor-reader");
+        config.set("group.id", "stream-processor.reader").set("enable.auto.commit", "false");
+        let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
+        let (low, end) = consumer.fetch_watermarks(topic, partition, DEADLINE).map_err(|e| failed(&e))?;
+        let mut reader = LogReader { consumer, topic: topic.to_owned(), partition, next: low, low, end };
+        reader.start_at(low)?;
+        Ok(reader)
+    }
+
+    /// The next record will be the one at `offset`.
+    pub fn start_at(&mut self, offset: i64) -> Result<(), ProcessorError> {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&self.topic, self.partition, Offset::Offset(offset))
+            .and_then(|()| self.consumer.assign(&list))
+            .map_err(|e| failed(&e))?;
+        self.next = offset;
+        Ok(())
+    }
+
+    /// The next record; none at the end.
+    pub fn next_record(&mut self) -> Result<Option<BorrowedMessage<'_>>, ProcessorError> {
+        if self.next >= self.end {
+            return Ok(None);
+        }
+        let polled = self.consumer.poll(DEADLINE);
+        let message =
+            polled.ok_or_else(|| failed(&format!("no record at offset {} of {}", self.next, self.topic)))?;
+        let message = message.map_err(|e| failed(&e))?;
+        self.next = message.offset() + 1;
+        Ok(Some(message))
+    }
+}
