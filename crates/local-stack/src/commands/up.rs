@@ -155,12 +155,13 @@ fn report(settings: &Settings, extent: Extent, terminal: Terminal, took: Duratio
     rows.push(row("Cassandra", loopback(ports.cassandra), http(ports.cassandra_agent, "/metrics")));
     terminal.table(["what", "where", "metrics"], &rows);
     if extent == Extent::All {
-        try_next(&ports, terminal);
+        try_next(settings, terminal);
     }
 }
 
-fn try_next(ports: &Ports, terminal: Terminal) {
-    let brokers = if *ports == Ports::default() {
+fn try_next(settings: &Settings, terminal: Terminal) {
+    let ports = settings.ports;
+    let brokers = if ports == Ports::default() {
         String::new()
     } else {
         format!("PIPELINE_KAFKA_BROKERS={} ", loopback(ports.kafka))
@@ -168,7 +169,9 @@ fn try_next(ports: &Ports, terminal: Terminal) {
     let page = loopback(ports.dashboard);
     terminal.data("\ntry next:");
     terminal.data(&format!("  open http://{page}/ and watch the counters"));
-    terminal.data(&format!("  {brokers}target/release/ingest-producer stress --messages 100000"));
+    let producer = settings.binaries.join("ingest-producer");
+    let producer = producer.strip_prefix(&settings.checkout).unwrap_or(&producer).display();
+    terminal.data(&format!("  {brokers}{producer} stress --messages 100000"));
     terminal
         .data("  ./run stop and ./run again: everything goes on where it was, nothing is counted twice\n");
 }
