@@ -66,15 +66,12 @@ pub async fn run(
 /// The dead letters, from `from` on. Blocking.
 fn open(common: &CommonArgs, topic: &str, from: Option<i64>) -> Result<LogReader, ProcessorError> {
     let topic = dead_letter_topic(topic);
-    let mut reader = LogReader::open(&common.kafka_brokers, &topic, 0)?;
-    if let Some(from) = from {
-        if from < reader.low || from > reader.end {
-            let (low, end) = (reader.low, reader.end);
-            return Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {from}")));
-        }
-        reader.start_at(from)?;
+    let reader = LogReader::open(&common.kafka_brokers, &topic, 0, from)?;
+    let (low, end) = (reader.low, reader.end);
+    match from.filter(|from| !(low..=end).contains(from)) {
+        Some(from) => Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {from}"))),
+        None => Ok(reader),
     }
-    Ok(reader)
 }
 
 /// The next ones, at most `most`; none: the end. Blocking.

@@ -14,7 +14,6 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub struct LogReader {
     consumer: BaseConsumer,
     topic: String,
-    partition: i32,
     next: i64,
     /// First offset of the log.
     pub low: i64,
@@ -27,25 +26,24 @@ fn failed(cause: &dyn std::fmt::Display) -> ProcessorError {
 }
 
 impl LogReader {
-    /// Asks where the log begins and ends; it will be read from its beginning.
-    pub fn open(brokers: &str, topic: &str, partition: i32) -> Result<LogReader, ProcessorError> {
+    /// Of the log as it is now; the first record will be the one at `from`, or its lowest.
+    pub fn open(
+        brokers: &str,
+        topic: &str,
+        partition: i32,
+        from: Option<i64>,
+    ) -> Result<LogReader, ProcessorError> {
         let mut config = client_config(brokers, "stream-processor-reader");
-        config.set("group.id", "stream-processor.reader").set("enable.auto.commit", "false");
+        config.set("group.id", "stream-processor.reader");
+        config.set("enable.auto.commit", "false").set("auto.offset.reset", "error");
         let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
         let (low, end) = consumer.fetch_watermarks(topic, partition, DEADLINE).map_err(|e| failed(&e))?;
-        let mut reader = LogReader { consumer, topic: topic.to_owned(), partition, next: low, low, end };
-        reader.start_at(low)?;
-        Ok(reader)
-    }
-
-    /// The next record will be the one at `offset`.
-    pub fn start_at(&mut self, offset: i64) -> Result<(), ProcessorError> {
+        let next = from.unwrap_or(low);
         let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.topic, self.partition, Offset::Offset(offset))
-            .and_then(|()| self.consumer.assign(&list))
+        list.add_partition_offset(topic, partition, Offset::Offset(next))
+            .and_then(|()| consumer.assign(&list))
             .map_err(|e| failed(&e))?;
-        self.next = offset;
-        Ok(())
+        Ok(LogReader { consumer, topic: topic.to_owned(), next, low, end })
     }
 
     /// The next record; none at the end.

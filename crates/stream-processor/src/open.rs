@@ -171,10 +171,8 @@ impl<S: Store> Opener<S> {
     /// Fingerprint of the record at `offset` of the log.
     fn fingerprint_at(&self, partition: i32, offset: i64) -> Result<i64, ProcessorError> {
         loop {
-            let read = LogReader::open(&self.brokers, &self.topic, partition).and_then(|mut reader| {
-                reader.start_at(offset)?;
-                Ok(reader.next_record()?.map(|record| fingerprint_of(&record)))
-            });
+            let read = LogReader::open(&self.brokers, &self.topic, partition, Some(offset))
+                .and_then(|mut reader| Ok(reader.next_record()?.map(|record| fingerprint_of(&record))));
             match read {
                 Ok(Some(fingerprint)) => return Ok(fingerprint),
                 _ if self.shutdown.has_begun() => return Err(ProcessorError::Stopped),

@@ -130,7 +130,7 @@ impl Verifier {
         position: &Position,
         mut found: Comparison,
     ) -> Result<(i64, Comparison), ProcessorError> {
-        let mut reader = LogReader::open(&self.brokers, &self.topic, partition)?;
+        let mut reader = LogReader::open(&self.brokers, &self.topic, partition, None)?;
         let (low, high) = (reader.low, reader.end);
         if position.next_offset > high {
             return Err(ProcessorError::Refused(format!(
