@@ -428,30 +428,36 @@ impl Sim {
         if self.world().choices.pick(2, 50) == 1 {
             self.wipe(machine);
         }
-        {
-            let mut world = self.world();
-            let is_known = !world.progress.is_empty() && position_of(&world.progress).next_offset > 0;
-            if is_known {
-                world.say(|| "the topic is made anew".into());
-                world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
-            }
+        let is_known = {
+            let world = self.world();
+            !world.progress.is_empty() && position_of(&world.progress).next_offset > 0
+        };
+        if is_known {
+            self.meet_another_topic(machine);
         }
         self.restart(machine);
-        if self.world().other.is_none() {
-            return;
-        }
+    }
+
+    fn meet_another_topic(&mut self, machine: usize) {
+        let written = |world: &World| (world.rows.clone(), world.panes.clone(), world.dead.clone());
+        let (before, replay) = {
+            let mut world = self.world();
+            world.say(|| "the topic is made anew".into());
+            world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
+            (written(&world), world.choices.pick(2, 30) == 1)
+        };
+        self.with.replay = replay;
+        self.start(machine);
         self.run_until(|_| false);
         let ended = self.owner.take().and_then(|owner| Some((owner.id, owner.ended?)));
         let mut world = self.world();
         let is_refused = ended.is_some_and(|(id, ended)| {
             ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
         });
-        if !is_refused {
-            world.bad("a topic made anew is not refused", String::new);
+        if !is_refused || written(&world) != before {
+            world.bad("a topic made anew is not refused at once", String::new);
         }
         world.other = None;
-        drop(world);
-        self.restart(machine);
     }
 
     /// Retention removes records that the progress row has passed.
