@@ -90,6 +90,8 @@ the_command() {
   local command=
   if [ ${#packages[@]} -gt 0 ]; then
     command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+    # The JDK's package fails without it, and slim images have none.
+    [ -d /usr/share/man/man1 ] || command="mkdir -p /usr/share/man/man1 && $command"
     [ "$(id -u)" = 0 ] || command="sudo sh -c '$command'"
   fi
   if [ -n "$rust_missing" ]; then command="${command:+$command && }$(rust_command)"; fi
@@ -116,7 +118,7 @@ require() {
   if [ ${#packages[@]} -gt 0 ]; then
     say "  apt-get install ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null; } ||
+    { mkdir -p /usr/share/man/man1 && apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null; } ||
       die "apt-get could not install them; its words are above"
   fi
   if [ -n "$rust_missing" ]; then
