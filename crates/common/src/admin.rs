@@ -72,6 +72,11 @@ impl Health {
         self.with(|i| i.dependencies.get(dependency).is_some_and(Result::is_ok))
     }
 
+    /// Why a dependency is not up; `None`: it is, or is not known by this name.
+    pub fn problem(&self, dependency: &str) -> Option<String> {
+        self.with(|i| i.dependencies.get(dependency).and_then(|state| state.as_ref().err().cloned()))
+    }
+
     /// From now on not ready, whatever the dependencies say.
     pub fn stopping(&self) {
         self.with(|i| i.stopping = true);

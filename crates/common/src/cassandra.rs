@@ -7,8 +7,9 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use scylla::client::execution_profile::ExecutionProfile;
 use scylla::client::session::Session;
 use scylla::client::session_builder::SessionBuilder;
-use scylla::errors::{DbError, ExecutionError, RequestAttemptError};
+use scylla::errors::{DbError, ExecutionError, PrepareError, RequestAttemptError};
 use scylla::policies::retry::FallthroughRetryPolicy;
+use scylla::statement::prepared::PreparedStatement;
 use scylla::statement::{Consistency, SerialConsistency};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ const KEEPALIVE: Duration = Duration::from_secs(3);
 /// How long it may take to answer.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(6);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Pause between attempts to prepare a statement.
+const PREPARE_PAUSE: Duration = Duration::from_millis(250);
 
 /// Cassandra could not be reached in time.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +108,24 @@ pub enum Failure {
 /// Sorts an error of a request by what the caller does about it.
 pub fn classify(error: &ExecutionError) -> Failure {
     match error {
-        ExecutionError::LastAttemptError(RequestAttemptError::DbError(db, _)) => match db {
+        ExecutionError::LastAttemptError(error) => classify_attempt(error),
+        ExecutionError::PrepareError(error) => classify_prepare(error),
+        ExecutionError::BadQuery(_) => Failure::Refused,
+        ExecutionError::RequestTimeout(_) => Failure::Overloaded,
+        _ => Failure::Unavailable,
+    }
+}
+
+fn classify_prepare(error: &PrepareError) -> Failure {
+    match error {
+        PrepareError::AllAttemptsFailed { first_attempt } => classify_attempt(first_attempt),
+        _ => Failure::Unavailable,
+    }
+}
+
+fn classify_attempt(error: &RequestAttemptError) -> Failure {
+    match error {
+        RequestAttemptError::DbError(db, _) => match db {
             DbError::Overloaded | DbError::WriteTimeout { .. } | DbError::ReadTimeout { .. } => {
                 Failure::Overloaded
             }
@@ -118,12 +138,45 @@ pub fn classify(error: &ExecutionError) -> Failure {
             | DbError::AuthenticationError => Failure::Refused,
             _ => Failure::Unavailable,
         },
-        ExecutionError::LastAttemptError(
-            RequestAttemptError::SerializationError(_) | RequestAttemptError::CqlRequestSerialization(_),
-        )
-        | ExecutionError::BadQuery(_) => Failure::Refused,
-        ExecutionError::LastAttemptError(RequestAttemptError::UnableToAllocStreamId)
-        | ExecutionError::RequestTimeout(_) => Failure::Overloaded,
+        RequestAttemptError::SerializationError(_) | RequestAttemptError::CqlRequestSerialization(_) => {
+            Failure::Refused
+        }
+        RequestAttemptError::UnableToAllocStreamId => Failure::Overloaded,
         _ => Failure::Unavailable,
+    }
+}
+
+/// A statement could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum StatementError {
+    /// Cassandra knows no such table or column, or denies the right to it.
+    #[error("cassandra: {0}; run `stream-processor init` for this stream")]
+    NotSetUp(String),
+    /// Cassandra did not answer before the deadline.
+    #[error("cassandra does not answer: {0}")]
+    Unavailable(String),
+}
+
+/// Prepares an idempotent statement; tries again while Cassandra is unavailable, at most until `deadline`.
+pub async fn prepare(
+    session: &Session,
+    cql: &str,
+    deadline: Instant,
+) -> Result<PreparedStatement, StatementError> {
+    loop {
+        let error = match session.prepare(cql).await {
+            Ok(mut statement) => {
+                statement.set_is_idempotent(true);
+                return Ok(statement);
+            }
+            Err(error) => error,
+        };
+        match classify_prepare(&error) {
+            Failure::Refused => return Err(StatementError::NotSetUp(error.to_string())),
+            _ if Instant::now() + PREPARE_PAUSE > deadline => {
+                return Err(StatementError::Unavailable(error.to_string()));
+            }
+            _ => tokio::time::sleep(PREPARE_PAUSE).await,
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The row of table `streams`: what `stream-processor init` wrote once, and every service must agree with.
 
+use crate::cassandra::{Failure, classify};
 use crate::stream::Definition;
 use scylla::client::session::Session;
 
@@ -25,6 +26,9 @@ pub enum RegistryError {
         /// The driver's words.
         cause: String,
     },
+    /// Cassandra did not answer.
+    #[error("cassandra does not answer ({0})")]
+    Unavailable(String),
     /// It was made otherwise: exit code 3.
     #[error(
         "stream `{stream}` is registered in another shape\n  registered: {registered}\n  now:        {now}\n\
@@ -40,6 +44,15 @@ pub enum RegistryError {
     },
 }
 
+/// What to say of a topic that has more partitions than its stream was registered with.
+pub fn added_partitions(topic: &str, in_topic: i32, registered: i32) -> String {
+    format!(
+        "topic `{topic}` has {in_topic} partitions, but the stream was registered with {registered}: keys now hash to other \
+         partitions, so what is in the added ones is not processed, lest events count twice; kafka cannot remove partitions: give \
+         the stream a new name, or delete the topic and create it again with {registered} partitions from a copy"
+    )
+}
+
 /// Reads how a stream was made.
 pub async fn registered(
     session: &Session,
@@ -51,7 +64,10 @@ pub async fn registered(
         stream: stream.to_owned(),
         cause: cause.to_string(),
     };
-    let rows = session.query_unpaged(select, (stream,)).await.map_err(|e| not_set_up(&e))?;
+    let rows = session.query_unpaged(select, (stream,)).await.map_err(|e| match classify(&e) {
+        Failure::Refused => not_set_up(&e),
+        Failure::Overloaded | Failure::Unavailable => RegistryError::Unavailable(e.to_string()),
+    })?;
     let rows = rows.into_rows_result().map_err(|e| not_set_up(&e))?;
     let row = rows.maybe_first_row::<(String, String, i32)>().map_err(|e| not_set_up(&e))?;
     let (layout, cluster_id, partitions) = row.ok_or_else(|| not_set_up(&"no row in table streams"))?;

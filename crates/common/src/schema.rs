@@ -25,9 +25,18 @@ pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400),
 
 /// The tables that all streams of a keyspace share, as `(name, CREATE TABLE)`.
 pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
-    let table = |name: &str, columns: &str, options: &str| {
-        (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
-    };
+    let mut tables = processing_tables(keyspace);
+    tables.extend(ingestion_tables(keyspace));
+    tables
+}
+
+fn table(keyspace: &str, name: &str, columns: &str, options: &str) -> (String, String) {
+    (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
+}
+
+/// What the processor writes, and who is alive.
+fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
+    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
     let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
     vec![
         table(
@@ -43,8 +52,14 @@ pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
         table(
             "partition_progress",
             "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, late bigint, \
-             dead_letters bigint, seen_to bigint, fingerprint bigint, updated_at timestamp, \
-             PRIMARY KEY ((stream), kafka_partition)",
+             dead_letters bigint, skipped bigint, seen_to bigint, first_offset bigint, last_offset bigint, \
+             fingerprint bigint, written_to bigint, updated_at timestamp, PRIMARY KEY ((stream), kafka_partition)",
+            "",
+        ),
+        table(
+            "skipped_ranges",
+            "stream text, kafka_partition int, from_offset bigint, to_offset bigint, reason text, \
+             skipped_by text, skipped_at timestamp, PRIMARY KEY ((stream), kafka_partition, from_offset)",
             "",
         ),
         table(
@@ -62,7 +77,7 @@ pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
         table(
             "services",
             "service text, instance text, version text, started_at timestamp, seen_at timestamp, ready boolean, \
-             PRIMARY KEY ((service), instance)",
+             stream text, life text, partitions frozen<map<int, text>>, PRIMARY KEY ((service), instance)",
             &format!(" WITH default_time_to_live = {SERVICE_TTL_SECONDS} AND gc_grace_seconds = 600"),
         ),
         table(
@@ -72,6 +87,13 @@ pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
              PRIMARY KEY ((stream, hour), finished_at, kafka_partition)",
             " WITH default_time_to_live = 86400",
         ),
+    ]
+}
+
+/// What the producer writes.
+fn ingestion_tables(keyspace: &str) -> Vec<(String, String)> {
+    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
+    vec![
         table(
             "ingest_runs",
             "stream text, day timestamp, interval_start timestamp, interval_end timestamp, state text, run_type text, \

@@ -32,7 +32,7 @@ pub mod stress;
 
 use anyhow::Context;
 use common::admin::{self, Health};
-use common::presence::{self, Instance};
+use common::presence::{self, Holdings, Instance};
 use common::registry::check_layout;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -217,12 +217,16 @@ async fn produce(
     let registry = &parts.runner.metrics.registry;
     let router = admin::measured(admin::router(parts.health.clone(), registry.clone()), registry)?;
     admin::serve(args.http_listen, router, shutdown.clone()).await?;
-    let who = Instance {
-        keyspace: config.common.keyspace.clone(),
-        service: "ingest-producer",
-        instance: parts.runner.owner.clone(),
-    };
-    tokio::spawn(presence::announce(parts.session.clone(), who, parts.health.clone(), shutdown.clone()));
+    let stream = &parts.runner.definition.stream.name;
+    let who = Instance::new(&config.common.keyspace, "ingest-producer", stream, &parts.runner.owner);
+    let announcing = presence::announce(
+        parts.session.clone(),
+        who,
+        Holdings::default(),
+        parts.health.clone(),
+        shutdown.clone(),
+    );
+    tokio::spawn(announcing);
     let commands = tokio::spawn(parts.commands(config, shutdown).await?);
     let served = Service::new(parts.runner.clone(), parts.health.clone()).run(shutdown).await;
     shutdown.begin();

@@ -13,7 +13,7 @@ use crate::store::{Instance, Run, Store};
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::admin::Health;
 use common::config::CommonArgs;
-use common::presence;
+use common::presence::{self, Holdings};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use std::collections::BTreeMap;
@@ -236,12 +236,16 @@ impl CassandraReader {
 
     /// Says each second that this instance is alive, as long as the session is in use.
     fn announce(&self, store: &Store, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
-        let who = presence::Instance {
-            keyspace: self.stream.settings.keyspace.clone(),
-            service: "metrics-dashboard",
-            instance: self.stream.instance.clone(),
-        };
-        let announcing = presence::announce(store.session(), who, self.health.clone(), shutdown.clone());
+        let (keyspace, instance) = (&self.stream.settings.keyspace, &self.stream.instance);
+        let stream = &self.stream.definition.stream.name;
+        let who = presence::Instance::new(keyspace, "metrics-dashboard", stream, instance);
+        let announcing = presence::announce(
+            store.session(),
+            who,
+            Holdings::default(),
+            self.health.clone(),
+            shutdown.clone(),
+        );
         AbortOnDropHandle::new(tokio::spawn(announcing))
     }
 

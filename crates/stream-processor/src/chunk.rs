@@ -1,6 +1,7 @@
 //! What the fetcher hands to a worker: the decoded records of one stretch of one partition's log, in one arena. Plain data,
 //! no decisions.
 
+use crate::partition::LastRecord;
 use std::ops::Range;
 
 /// A column's value that the event does not have; bound as *unset*, never as null.
@@ -57,10 +58,12 @@ pub struct Reason {
 pub struct Chunk {
     /// Offset of the first record.
     pub first_offset: i64,
-    /// Offset after the last record.
+    /// Offset at which the next chunk begins: after the last record, or after the transaction markers that follow it.
     pub next_offset: i64,
-    /// Fingerprint of the last record.
-    pub fingerprint: i64,
+    /// The last record; `None`: the chunk only moves past offsets that hold no record.
+    pub last_record: Option<LastRecord>,
+    /// Offsets at its beginning that an operator had the processor skip.
+    pub skipped: Option<Range<i64>>,
     /// Time it took to decode, in microseconds.
     pub decode_us: u64,
     /// The events, by offset.
@@ -91,6 +94,11 @@ impl Chunk {
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// How many offsets at or after `from` it skips.
+    pub fn skipped_from(&self, from: i64) -> i64 {
+        self.skipped.as_ref().map_or(0, |skipped| (skipped.end - skipped.start.max(from)).max(0))
     }
 
     /// Bytes it holds, of events and of poison, about.

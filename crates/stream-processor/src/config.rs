@@ -36,6 +36,25 @@ pub enum Command {
     /// Look at the state files
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Have offsets skipped that cannot be read, so that a halted partition goes on
+    Skip(SkipArgs),
+}
+
+/// Which offsets to skip.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct SkipArgs {
+    /// Kafka partition
+    #[arg(long)]
+    pub partition: i32,
+    /// First offset to skip
+    #[arg(long)]
+    pub from: i64,
+    /// Offset after the last one to skip
+    #[arg(long)]
+    pub to: i64,
+    /// Why, for the record
+    #[arg(long, default_value = "")]
+    pub reason: String,
 }
 
 /// Settings of `init`.
@@ -212,6 +231,7 @@ mod tests {
             "stream-processor windows --size 5m --slide 1m --by age --last 2h --json",
             "stream-processor dlq accept --partition 1 --up-to 7",
             "stream-processor checkpoint check --checkpoints here",
+            "stream-processor skip --partition 2 --from 7 --to 9 --reason damaged",
         ];
         for line in lines {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));

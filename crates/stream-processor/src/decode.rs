@@ -36,6 +36,7 @@ pub struct Record<'a> {
 #[derive(Debug)]
 pub struct Decoder {
     partition: i32,
+    pane_ms: i64,
     shards: u32,
     /// Oldest event time below the record's time stamp, where rows expire.
     horizon_ms: Option<i64>,
@@ -75,6 +76,7 @@ impl Decoder {
         let ttl_ms = definition.store.ttl_seconds.saturating_mul(1000);
         Decoder {
             partition,
+            pane_ms: definition.windows.pane_ms,
             shards: definition.store.shards,
             horizon_ms: (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS),
             by_name: numbered(definition.columns.iter().map(|c| &c.name)),
@@ -84,6 +86,11 @@ impl Decoder {
         }
     }
 
+    /// Length of the stream's panes.
+    pub fn pane_ms(&self) -> i64 {
+        self.pane_ms
+    }
+
     /// An empty chunk for this decoder's events.
     pub fn chunk(&self) -> Chunk {
         Chunk::new(self.columns.len(), self.measures.len())
@@ -91,9 +98,6 @@ impl Decoder {
 
     /// Appends a record to `chunk`, as an event or as poison.
     pub fn decode(&self, record: &Record<'_>, chunk: &mut Chunk) {
-        if chunk.is_empty() {
-            chunk.first_offset = record.offset;
-        }
         chunk.next_offset = record.offset + 1;
         let (arena, cells, measures) = (chunk.arena.len(), chunk.cells.len(), chunk.measures.len());
         if let Err(reason) = self.event(record, chunk) {

@@ -5,7 +5,7 @@ use crate::error::ProcessorError;
 use common::cassandra::connect;
 use common::config::CommonArgs;
 use common::kafka::{PARTITIONER, client_config, wait_for_broker};
-use common::registry::{Registered, RegistryError, registered};
+use common::registry::{Registered, RegistryError, added_partitions, registered};
 use common::schema::{self, CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -50,7 +50,8 @@ pub async fn init(
         cluster_id: cluster_id.clone(),
         partitions: args.partitions,
     };
-    make_topics(common, &topic, args).await?;
+    let known = registered(&session, &common.keyspace, &definition.stream.name).await.ok();
+    make_topics(common, &topic, args, known.map(|known| known.partitions)).await?;
     register(&session, &common.keyspace, &definition.stream.name, &wanted).await?;
     Ok(Made { cluster_id, report: report(definition, args, &topic) })
 }
@@ -103,27 +104,37 @@ async fn register(
         .query_unpaged(insert, values)
         .await
         .map_err(|e| fatal("cassandra: registering the stream")(&e))?;
-    check_registered(session, keyspace, stream, wanted).await
+    registered_partitions(session, keyspace, stream, wanted).await.map(drop)
 }
 
-/// Refuses where the stream is registered with another layout, cluster or number of partitions, or not at all.
-pub async fn check_registered(
+/// The number of partitions that the stream was registered with. Refuses another layout or cluster, and a topic with fewer
+/// partitions. Partitions that were added later are not the stream's.
+pub async fn registered_partitions(
     session: &Session,
     keyspace: &str,
     stream: &str,
-    wanted: &Registered,
-) -> Result<(), ProcessorError> {
-    let found =
-        registered(session, keyspace, stream).await.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
-    if found == *wanted {
-        return Ok(());
+    now: &Registered,
+) -> Result<i32, ProcessorError> {
+    let found = registered(session, keyspace, stream).await.map_err(|e| match e {
+        RegistryError::Unavailable(_) => ProcessorError::Retryable(e.to_string()),
+        _ => ProcessorError::Fatal(e.to_string()),
+    })?;
+    if (&found.layout, &found.cluster_id) == (&now.layout, &now.cluster_id)
+        && found.partitions <= now.partitions
+    {
+        return Ok(found.partitions);
     }
-    let (registered, now) = (format!("{found:?}"), format!("{wanted:?}"));
+    let (registered, now) = (format!("{found:?}"), format!("{now:?}"));
     let another = RegistryError::Another { stream: stream.to_owned(), registered, now };
     Err(ProcessorError::Refused(another.to_string()))
 }
 
-async fn make_topics(common: &CommonArgs, topic: &str, args: &InitArgs) -> Result<(), ProcessorError> {
+async fn make_topics(
+    common: &CommonArgs,
+    topic: &str,
+    args: &InitArgs,
+    registered: Option<i32>,
+) -> Result<(), ProcessorError> {
     let admin: AdminClient<DefaultClientContext> =
         client_config(&common.kafka_brokers, "stream-processor-init")
             .create()
@@ -164,7 +175,7 @@ async fn make_topics(common: &CommonArgs, topic: &str, args: &InitArgs) -> Resul
             }
         }
     }
-    check_topic(&admin, topic, args.partitions).await
+    check_topic(&admin, topic, args.partitions, registered).await
 }
 
 /// The events topic may be there already: its shape must be the contract's.
@@ -172,8 +183,12 @@ async fn check_topic(
     admin: &AdminClient<DefaultClientContext>,
     topic: &str,
     partitions: i32,
+    registered: Option<i32>,
 ) -> Result<(), ProcessorError> {
     let found = partition_count(admin, topic).await?;
+    if let Some(registered) = registered.filter(|registered| found > *registered) {
+        return Err(ProcessorError::Refused(added_partitions(topic, found, registered)));
+    }
     if found != partitions {
         return Err(ProcessorError::Refused(format!(
             "topic `{topic}` has {found} partitions, not {partitions}: the number is never changed; \

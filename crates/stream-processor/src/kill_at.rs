@@ -5,11 +5,12 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The fail points of `worker.rs`, in the order of its loop.
-pub const STEPS: [&str; 7] = [
+pub const STEPS: [&str; 8] = [
     "before_look_up",
     "before_apply",
     "before_rows",
     "before_panes",
+    "before_note",
     "before_commit",
     "before_publish",
     "in_publish",

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             Command::Run(args) => serde_json::json!(args),
             Command::Verify(args) => serde_json::json!(args),
             Command::Windows(args) => serde_json::json!(args),
+            Command::Skip(args) => serde_json::json!(args),
             Command::Dlq(_) | Command::Checkpoint(_) => serde_json::Value::Null,
         };
         println!("{:#}", serde_json::json!({"common": cli.common, "command": command}));

@@ -1,8 +1,10 @@
 //! Every metric of the processor. `*_committed_*` come from the checkpoint's totals, so they survive restarts and are never
 //! ahead of what is stored; all others are of this process.
 
+use crate::group::Lost;
 use crate::partition::{Partition, Totals};
 use crate::stages::{StageClock, Stages};
+use crate::start::How;
 use crate::store::StepTimes;
 use common::metrics::Maker;
 use prometheus::core::{Collector, Desc};
@@ -33,9 +35,10 @@ pub const WORK: &str = "work";
 pub struct Metrics {
     /// Where all of them are registered.
     pub registry: Registry,
-    committed: [IntCounterVec; 4],
+    committed: [IntCounterVec; 5],
     next_offset: IntGaugeVec,
     paused: IntGaugeVec,
+    halted: IntGaugeVec,
     hot_panes: IntGaugeVec,
     hot_bytes: IntGaugeVec,
     seen_ids: IntGaugeVec,
@@ -61,7 +64,12 @@ pub struct Metrics {
     pub in_flight_limit: IntGauge,
     /// Partitions whose worker runs here.
     pub partitions: IntGauge,
+    /// Partitions that were given to this instance, but that the stream was not registered with.
+    pub unregistered_partitions: IntGauge,
+    /// Partitions that no live instance holds, as seen from here.
+    pub unowned_partitions: IntGauge,
     starts: IntCounterVec,
+    client_rebuilds: IntCounterVec,
 }
 
 impl Metrics {
@@ -85,9 +93,11 @@ impl Metrics {
                 total("processor_committed_duplicates_total", "Further copies of events")?,
                 total("processor_committed_late_events_total", "First copies later than allowed")?,
                 total("processor_committed_dead_letters_total", "Records sent to the dead-letter topic")?,
+                total("processor_committed_skipped_offsets_total", "Offsets skipped by an operator")?,
             ],
             next_offset: gauge("processor_next_offset", "Next offset to take, from the checkpoint")?,
             paused: gauge("processor_paused", "1: too much poison, waiting for dlq accept")?,
+            halted: gauge("processor_halted", "1: stands at an offset that cannot be read")?,
             hot_panes: gauge("processor_hot_panes", "Panes whose rows and seen keys are in memory")?,
             hot_bytes: gauge("processor_hot_bytes", "Bytes that hot panes and their filters take")?,
             seen_ids: gauge("processor_seen_ids", "Keys in the filters of hot panes")?,
@@ -106,7 +116,18 @@ impl Metrics {
             in_flight: make.gauge("processor_in_flight", "Requests to Cassandra not answered yet")?,
             in_flight_limit: make.gauge("processor_in_flight_limit", "Requests that may be in flight")?,
             partitions: make.gauge("processor_partitions", "Partitions whose worker runs here")?,
+            unregistered_partitions: make.gauge(
+                "processor_unregistered_partitions",
+                "Partitions here that were added to the topic later",
+            )?,
+            unowned_partitions: make
+                .gauge("processor_unowned_partitions", "Partitions that no live instance holds")?,
             starts: make.counters("processor_partition_starts_total", "Partition starts by how", &["how"])?,
+            client_rebuilds: make.counters(
+                "processor_client_rebuilds_total",
+                "Kafka clients built again by reason",
+                &["reason"],
+            )?,
             registry: make.registry,
         };
         metrics.at_zero();
@@ -114,8 +135,11 @@ impl Metrics {
     }
 
     fn at_zero(&self) {
-        for how in ["resume", "recover", "replay", "earliest"] {
-            self.starts.with_label_values(&[how]);
+        for how in How::ALL {
+            self.starts.with_label_values(&[how.name()]);
+        }
+        for reason in Lost::LABELS {
+            self.client_rebuilds.with_label_values(&[reason]);
         }
         for step in ["decode", "lookup", "apply", "write", "commit"] {
             self.seconds.with_label_values(&[step]);
@@ -141,6 +165,7 @@ impl Metrics {
             after.duplicates - before.duplicates,
             after.late - before.late,
             after.dead_letters - before.dead_letters,
+            after.skipped - before.skipped,
         ];
         for (counter, delta) in self.committed.iter().zip(deltas) {
             counter.with_label_values(&[&label]).inc_by(delta.unsigned_abs());
@@ -151,6 +176,27 @@ impl Metrics {
     /// A partition is paused, or goes on.
     pub fn paused(&self, partition: i32, paused: bool) {
         self.paused.with_label_values(&[&partition.to_string()]).set(i64::from(paused));
+    }
+
+    /// A partition stands at an offset that cannot be read, or does so no more.
+    pub fn halted(&self, partition: i32, halted: bool) {
+        let label = partition.to_string();
+        if halted {
+            self.halted.with_label_values(&[&label]).set(1);
+        } else {
+            // A series that was never made cannot be removed, and need not be.
+            let _absent = self.halted.remove_label_values(&[&label]);
+        }
+    }
+
+    /// The Kafka client was given up for `reason`, and another one is built.
+    pub fn client_rebuilt(&self, reason: &str) {
+        self.client_rebuilds.with_label_values(&[reason]).inc();
+    }
+
+    /// Whether a partition's worker has nothing to do until a record comes.
+    pub fn waits_for_records(&self, partition: i32) -> bool {
+        self.stages.is_idle(partition, WORK)
     }
 
     /// A stage of a partition begins; it tells the clock what it does.

@@ -5,23 +5,25 @@ use crate::error::ProcessorError;
 use crate::fetch::fingerprint_of;
 use crate::log_reader::LogReader;
 use crate::metrics::Metrics;
-use crate::partition::Partition;
+use crate::partition::{LastRecord, Partition};
 use crate::start::{self, Facts, How, RecoverPolicy, Start};
 use crate::state::{self, Checkpoint, FORMAT, Head, StateError, StateFile};
 use crate::store::Store;
 use crate::windows::hot::Panes;
 use crate::windows::pane::PaneShape;
 use common::admin::Health;
-use common::shutdown::Shutdown;
 use common::stream::Definition;
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::Message;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-const HELD_POLL: Duration = Duration::from_millis(100);
+/// Pause between tries of what another process or a server has to make possible.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
 const WATERMARK_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What all partitions of this instance share.
@@ -30,21 +32,25 @@ pub struct Opener<S> {
     pub definition: Arc<Definition>,
     /// Bootstrap servers.
     pub brokers: String,
+    /// A client that is no member of the group, for questions about the log.
+    pub probe: BaseConsumer,
     /// Events topic.
     pub topic: String,
+    /// Partitions that the stream was registered with.
+    pub partitions: i32,
     /// Kafka cluster.
     pub cluster_id: String,
     /// Folder of the state files.
     pub checkpoints: PathBuf,
-    /// Noted beside the state files, for whoever finds them held.
+    /// Noted beside the state files, for an instance that finds them held.
     pub holder: String,
-    /// What to do without a state.
+    /// What to do without a usable state file.
     pub recover: RecoverPolicy,
-    /// Which partitions walk again from the earliest offset.
+    /// Which partitions to process again from the earliest offset.
     pub replays: Replays,
     /// Bytes of panes and filters per partition.
     pub memory_most: usize,
-    /// How long another owner may take to close a file before it is called out.
+    /// How long another owner may take to close a file before readiness tells of it.
     pub held_deadline: Duration,
     /// Cassandra.
     pub store: Arc<S>,
@@ -52,8 +58,6 @@ pub struct Opener<S> {
     pub metrics: Arc<Metrics>,
     /// Readiness.
     pub health: Arc<Health>,
-    /// Ends waiting.
-    pub shutdown: Shutdown,
 }
 
 /// The partitions that `--replay` still asks for: each once, so that a rebalance does not start a replay over.
@@ -92,16 +96,23 @@ pub struct Opened {
 }
 
 impl<S: Store> Opener<S> {
-    /// Opens `partition`, or refuses.
-    pub fn open<C: ConsumerContext>(
+    /// Opens `partition`, or refuses. Tries until `stop` is cancelled.
+    pub fn open(
         &self,
         partition: i32,
-        consumer: &BaseConsumer<C>,
+        stop: &CancellationToken,
         runtime: &Handle,
     ) -> Result<Opened, ProcessorError> {
-        let mut state = self.state_file(partition)?;
-        let progress = runtime.block_on(self.store.progress(partition))?;
-        let (low, high) = self.watermarks(partition, consumer)?;
+        let mut state = self.state_file(partition, stop)?;
+        let asked = async {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => Err(ProcessorError::Stopped),
+                found = async { Ok((self.store.progress(partition).await?, self.store.skips(partition).await?)) } => found,
+            }
+        };
+        let (progress, skips) = runtime.block_on(asked)?;
+        let (low, high) = self.watermarks(partition, stop)?;
         let layout = self.definition.layout();
         let facts = Facts {
             partition,
@@ -111,10 +122,11 @@ impl<S: Store> Opener<S> {
             high,
             layout: &layout,
             cluster_id: &self.cluster_id,
+            skips: &skips,
             recover: self.recover,
             replay: self.replays.asks_for(partition),
         };
-        let look = |offset| self.fingerprint_at(partition, offset);
+        let look = |offset| self.fingerprint_at(partition, offset, stop);
         let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most, look)?;
         self.replays.begun(partition);
         self.tell(partition, &start);
@@ -123,101 +135,105 @@ impl<S: Store> Opener<S> {
 
     fn tell(&self, partition: i32, start: &Start) {
         let (position, totals) = (start.position, start.position.totals);
-        let next_offset = position.next_offset;
-        let how = match start.how {
-            How::Resume => "resume",
-            How::Recover => "recover",
-            How::Replay => "replay",
-            How::Earliest => "earliest",
-        };
-        if start.how == How::Recover {
-            tracing::warn!(
+        let (next_offset, how) = (position.next_offset, start.how.name());
+        match start.how {
+            How::Recover => tracing::warn!(
                 partition,
                 next_offset,
                 ?totals,
-                "state lost or behind: recovering from the progress row"
-            );
-        } else {
-            tracing::info!(partition, next_offset, how, ?totals, "partition starts");
+                "state file lost or behind: recovering from the progress row"
+            ),
+            How::StoreBehind => tracing::warn!(
+                partition,
+                next_offset,
+                ?totals,
+                "cassandra has lost what it had acknowledged: processing it again from the log"
+            ),
+            _ => tracing::info!(partition, next_offset, how, ?totals, "partition starts"),
         }
-        self.metrics.started(partition, how, &totals, next_offset);
+        if let Some(skip) = &start.skip {
+            tracing::warn!(
+                partition,
+                from = skip.start,
+                to = skip.end,
+                "skipping offsets, as an operator asked"
+            );
+        }
     }
 
     /// Opens the state file, waiting for its last owner to close it.
-    fn state_file(&self, partition: i32) -> Result<StateFile, ProcessorError> {
+    fn state_file(&self, partition: i32, stop: &CancellationToken) -> Result<StateFile, ProcessorError> {
         let path = state::path_of(&self.checkpoints, &self.definition.stream.name, partition);
         let name = format!("state of partition {partition}");
         let asked = Instant::now();
-        loop {
+        let opened = loop {
             match StateFile::open(&path, &self.holder) {
+                Err(StateError::Held { .. }) if stop.is_cancelled() => break Err(ProcessorError::Stopped),
                 Err(error @ StateError::Held { .. }) => {
-                    if self.shutdown.has_begun() {
-                        return Err(ProcessorError::Stopped);
-                    }
                     if asked.elapsed() > self.held_deadline {
                         self.health.set(&name, Err(error.to_string()));
                     }
-                    self.health.beat();
-                    std::thread::sleep(HELD_POLL);
+                    std::thread::sleep(TRY_AGAIN);
                 }
-                opened => {
-                    self.health.forget(&name);
-                    return opened.map_err(broken);
-                }
+                opened => break opened.map_err(broken),
             }
-        }
+        };
+        self.health.forget(&name);
+        opened
     }
 
-    /// Fingerprint of the record at `offset` of the log.
-    fn fingerprint_at(&self, partition: i32, offset: i64) -> Result<i64, ProcessorError> {
-        loop {
-            let read = LogReader::open(&self.brokers, &self.topic, partition, Some(offset))
-                .and_then(|mut reader| Ok(reader.next_record()?.map(|record| fingerprint_of(&record))));
-            match read {
-                Ok(Some(fingerprint)) => return Ok(fingerprint),
-                _ if self.shutdown.has_begun() => return Err(ProcessorError::Stopped),
-                read => {
-                    tracing::warn!(partition, offset, ?read, "last record that was counted not yet read");
-                    self.health.beat();
-                    std::thread::sleep(HELD_POLL);
-                }
-            }
-        }
-    }
-
-    fn watermarks<C: ConsumerContext>(
+    /// Fingerprint of the record at `offset` of the log; `None`: there is no record at that offset.
+    fn fingerprint_at(
         &self,
         partition: i32,
-        consumer: &BaseConsumer<C>,
-    ) -> Result<(i64, i64), ProcessorError> {
+        offset: i64,
+        stop: &CancellationToken,
+    ) -> Result<Option<i64>, ProcessorError> {
         loop {
-            match consumer.fetch_watermarks(&self.topic, partition, WATERMARK_DEADLINE) {
-                Ok(watermarks) => return Ok(watermarks),
-                Err(_) if self.shutdown.has_begun() => return Err(ProcessorError::Stopped),
+            let read = LogReader::open(&self.brokers, &self.topic, partition, Some(offset))
+                .and_then(|mut reader| Ok(reader.next_record()?.map(|r| (r.offset(), fingerprint_of(&r)))));
+            match read {
+                Ok(found) => {
+                    return Ok(found.filter(|(at, _)| *at == offset).map(|(_, fingerprint)| fingerprint));
+                }
+                Err(error @ ProcessorError::Reopen(_)) => return Err(error),
+                Err(_) if stop.is_cancelled() => return Err(ProcessorError::Stopped),
                 Err(error) => {
-                    tracing::warn!(partition, %error, "watermarks not yet known");
-                    self.health.beat();
-                    std::thread::sleep(HELD_POLL);
+                    tracing::warn!(partition, offset, %error, "the record that was counted last is not yet read");
+                    std::thread::sleep(TRY_AGAIN);
+                }
+            }
+        }
+    }
+
+    fn watermarks(&self, partition: i32, stop: &CancellationToken) -> Result<(i64, i64), ProcessorError> {
+        loop {
+            match self.probe.fetch_watermarks(&self.topic, partition, WATERMARK_DEADLINE) {
+                Ok(watermarks) => return Ok(watermarks),
+                Err(_) if stop.is_cancelled() => return Err(ProcessorError::Stopped),
+                Err(error) => {
+                    tracing::warn!(partition, %error, "the log's first and last offset are not yet known");
+                    std::thread::sleep(TRY_AGAIN);
                 }
             }
         }
     }
 }
 
-/// What follows from the facts: the decision, and the state in memory and on the disk that goes with it. `memory_most` bounds
-/// the bytes of panes and filters, `look` gives the fingerprint of the log's record at an offset.
+/// Decides where the partition starts, and makes the state in memory and on the disk that goes with the decision. `memory_most`
+/// bounds the bytes of panes and filters; `look` gives the fingerprint of the log's record at an offset, if there is one.
 pub fn begin<C: Checkpoint>(
     checkpoint: &mut C,
     facts: &Facts<'_>,
     definition: &Definition,
     memory_most: usize,
-    look: impl FnOnce(i64) -> Result<i64, ProcessorError>,
+    look: impl FnOnce(i64) -> Result<Option<i64>, ProcessorError>,
 ) -> Result<(Start, Partition), ProcessorError> {
     let start = start::decide(facts)?;
-    if let Some((offset, expected)) = start.last_counted {
+    if let Some(expected @ LastRecord { offset, fingerprint }) = start.compare_first {
         let found = look(offset)?;
-        if found != expected {
-            return Err(start::another_record(facts.partition, offset, found, expected).into());
+        if found != Some(fingerprint) {
+            return Err(start::another_record(facts.partition, expected, found).into());
         }
     }
     let windows = &definition.windows;
@@ -238,7 +254,8 @@ pub fn begin<C: Checkpoint>(
         };
         checkpoint.reset(head).map_err(broken)?;
     }
-    Ok((start, Partition::new(start.position, panes, windows.lateness_ms)))
+    let partition = Partition::new(start.position, panes, windows.lateness_ms);
+    Ok((start, partition))
 }
 
 fn broken(error: StateError) -> ProcessorError {

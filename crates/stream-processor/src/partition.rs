@@ -19,6 +19,9 @@ pub struct Totals {
     pub late: i64,
     /// Records that went to the dead-letter topic.
     pub dead_letters: i64,
+    /// Offsets an operator had the processor skip because they could not be read.
+    #[serde(default)]
+    pub skipped: i64,
 }
 
 impl Totals {
@@ -28,13 +31,25 @@ impl Totals {
     }
 }
 
+/// Identity of one record of the log, by which another log is recognised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastRecord {
+    /// Its offset.
+    pub offset: i64,
+    /// Hash of its key, value and time stamp.
+    pub fingerprint: i64,
+}
+
 /// How far a partition's log has been taken, exact for the log below `next_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Position {
     /// Next offset to take.
     pub next_offset: i64,
-    /// Fingerprint of the record before it; `None`: no record was taken.
-    pub fingerprint: Option<i64>,
+    /// Offset at which counting began.
+    #[serde(default)]
+    pub first_offset: i64,
+    /// The last record below it; transaction markers may lie between the two. `None`: no record was taken.
+    pub last_record: Option<LastRecord>,
     /// Totals of the records below `next_offset` (during a replay: below `count_from`).
     pub totals: Totals,
     /// Highest event time so far; `None`: no event.
@@ -55,7 +70,7 @@ pub struct Questions {
     pub panes: BTreeSet<i64>,
 }
 
-/// What a chunk came to. Nothing of it is visible to anyone yet.
+/// The result of applying a chunk: rows to write, changed panes, keys first seen. Nothing of it is visible to anyone yet.
 #[derive(Debug, Default, PartialEq)]
 pub struct Applied {
     /// Numbers of the events that are first copies.
@@ -173,8 +188,9 @@ impl Partition {
         }
         let dead = chunk.poison.iter().filter(|p| p.offset >= self.position.count_from).count();
         self.position.totals.dead_letters += dead as i64;
+        self.position.totals.skipped += chunk.skipped_from(self.position.count_from);
         self.position.next_offset = chunk.next_offset;
-        self.position.fingerprint = Some(chunk.fingerprint);
+        self.position.last_record = chunk.last_record.or(self.position.last_record);
         self.settle(&mut applied);
         Ok(applied)
     }

@@ -109,6 +109,15 @@ impl Stages {
         });
     }
 
+    /// Whether a stage of a partition is idle now.
+    pub fn is_idle(&self, partition: i32, stage: &'static str) -> bool {
+        let clocks = self.clocks();
+        let clock = clocks.get(&(partition, stage));
+        clock.is_some_and(|clock| {
+            clock.now.lock().unwrap_or_else(PoisonError::into_inner).0 == StageState::Idle
+        })
+    }
+
     /// Partitions that have a stage here.
     pub fn partitions(&self) -> Vec<i32> {
         let mut partitions: Vec<i32> = self.clocks().keys().map(|(partition, _)| *partition).collect();

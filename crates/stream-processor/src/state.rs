@@ -14,8 +14,8 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-/// Format this program writes and reads.
-pub const FORMAT: u32 = 1;
+/// Format this program writes. It also reads the earlier ones: 1 kept the fingerprint of the record before the next offset.
+pub const FORMAT: u32 = 2;
 /// redb's page cache per partition; its default is 1 GiB.
 const CACHE_BYTES: usize = 4 << 20;
 /// Length of redb's magic number, at the beginning of its files.
@@ -102,7 +102,7 @@ pub trait Checkpoint: Send {
     /// Puts the stored hot panes and seen keys into `panes`.
     fn restore(&self, panes: &mut Panes) -> Result<(), StateError>;
 
-    /// Starts anew with `head`: all that was stored before is gone.
+    /// Replaces everything stored before with `head`.
     fn reset(&mut self, head: Head) -> Result<(), StateError>;
 
     /// Commits one batch, all or nothing: it outlives the process when this returns.
@@ -224,7 +224,8 @@ impl StateFile {
             Err(e) => return Err(self.broken(e)),
         };
         let Some(bytes) = table.get(HEAD).map_err(|e| self.broken(e))? else { return Ok(None) };
-        serde_json::from_slice(bytes.value()).map(Some).map_err(|e| self.broken(e))
+        let head = serde_json::from_slice(bytes.value()).map_err(|e| self.broken(e))?;
+        serde_json::from_value(upgraded(head)).map(Some).map_err(|e| self.broken(e))
     }
 
     /// What it says of itself; `None`: nothing was committed.
@@ -287,7 +288,7 @@ impl StateFile {
         Ok((panes, keys))
     }
 
-    /// Starts anew at `partition`'s position: all that was stored before is gone.
+    /// Replaces everything stored before with `head`.
     pub fn reset(&mut self, head: Head) -> Result<(), StateError> {
         let write = self.begin()?;
         let done = (|| {
@@ -307,7 +308,8 @@ impl StateFile {
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError> {
         let Some(head) = &self.head else { return Err(self.broken("commit before reset")) };
         let panes = &commit.partition.panes;
-        let head = Head { hot_from: panes.hot_from, position: commit.partition.position, ..head.clone() };
+        let (hot_from, position) = (panes.hot_from, commit.partition.position);
+        let head = Head { format: FORMAT, hot_from, position, ..head.clone() };
         let write = self.begin()?;
         write_batch(&write, &head, commit).map_err(|e| failed(&self.file, e))?;
         write.commit().map_err(|e| failed(&self.file, e))?;
@@ -320,6 +322,19 @@ impl StateFile {
         write.set_two_phase_commit(true);
         Ok(write)
     }
+}
+
+/// A head as an earlier format wrote it, in today's form.
+fn upgraded(mut head: serde_json::Value) -> serde_json::Value {
+    if head["format"] == 1
+        && let Some(position) = head["position"].as_object_mut()
+        && let (Some(fingerprint), Some(next_offset)) =
+            (position.remove("fingerprint").and_then(|f| f.as_i64()), position["next_offset"].as_i64())
+    {
+        let last_record = serde_json::json!({"offset": next_offset - 1, "fingerprint": fingerprint});
+        position.insert("last_record".to_owned(), last_record);
+    }
+    head
 }
 
 fn put_head(write: &redb::WriteTransaction, head: &Head) -> Result<(), redb::Error> {

@@ -3,16 +3,22 @@
 
 pub mod cassandra;
 pub mod in_flight;
+mod outages;
+mod progress;
+pub mod requests;
 mod rows;
+mod statements;
 
 use crate::chunk::Chunk;
 use crate::error::ProcessorError;
 use crate::partition::Position;
+use crate::start::Progress;
 use crate::windows::hot::Panes;
 use crate::windows::pane::Pane;
 use crate::write_plan::{EventGroup, PaneGroup};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::ops::Range;
 
 /// How long each step of a batch took, for the `batches` table and the metrics.
 #[derive(Debug, Clone, Copy, Default)]
@@ -21,7 +27,7 @@ pub struct StepTimes {
     pub decode: f64,
     /// Look-ups and pane loads, in seconds.
     pub lookup: f64,
-    /// Deciding what the chunk comes to, in seconds.
+    /// Applying the chunk to panes and totals, in seconds.
     pub apply: f64,
     /// Writing rows, dead letters and panes, in seconds.
     pub write: f64,
@@ -40,7 +46,7 @@ pub struct BatchRecord {
     pub times: StepTimes,
 }
 
-/// Cassandra, or a fake of it. Every call tries until it is acknowledged, refused for ever, or asked to stop.
+/// Cassandra, or a fake of it. Every call is retried until Cassandra acknowledges it, refuses it for good, or shutdown begins.
 pub trait Store: Send + Sync {
     /// The stored offset of each event named in `groups`, as `(event number, offset)`; absent: no row.
     fn look_up(
@@ -76,16 +82,40 @@ pub trait Store: Send + Sync {
     fn progress(
         &self,
         partition: i32,
-    ) -> impl Future<Output = Result<Option<Position>, ProcessorError>> + Send;
+    ) -> impl Future<Output = Result<Option<Progress>, ProcessorError>> + Send;
 
-    /// Up to which offset somebody accepted poison beyond the limits; 0: nobody did.
+    /// How many outages of Cassandra are over. A snapshot is restored only during one: of two writes that were acknowledged
+    /// under different numbers, the earlier one may be gone.
+    fn outages(&self) -> u64;
+
+    /// Fails with [`ProcessorError::Reopen`] if the progress row no longer says that everything below `noted` is written: an
+    /// older snapshot was restored. What was read before the call is then worthless. `None`: nothing was noted yet.
+    fn confirm(
+        &self,
+        partition: i32,
+        noted: Option<i64>,
+    ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
+
+    /// Notes in the progress row that everything below `written_to` is written; confirms `noted` first.
+    fn note_written(
+        &self,
+        partition: i32,
+        written_to: i64,
+        noted: Option<i64>,
+    ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
+
+    /// The ranges of offsets that an operator wants skipped in a partition.
+    fn skips(&self, partition: i32) -> impl Future<Output = Result<Vec<Range<i64>>, ProcessorError>> + Send;
+
+    /// Up to which offset an operator accepted poison beyond the limits; 0: not at all.
     fn accepted_up_to(&self, partition: i32) -> impl Future<Output = Result<i64, ProcessorError>> + Send;
 
-    /// Publishes a committed position: progress row, running totals, and what the batch took.
+    /// Publishes a committed position: progress row, running totals, and how long the batch took. Confirms `noted` first.
     fn publish(
         &self,
         partition: i32,
         position: &Position,
+        noted: Option<i64>,
         batch: Option<&BatchRecord>,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 }

@@ -100,7 +100,8 @@ impl Verifier {
 
     /// Where a partition stands and the buckets that have rows, in this order: the rows below its next offset are all in them.
     async fn standing(&self, partition: i32) -> Result<(Position, BTreeSet<i64>), ProcessorError> {
-        let position = self.store.progress(partition).await?.unwrap_or_default();
+        let progress = self.store.progress(partition).await?;
+        let position = progress.map(|progress| progress.position).unwrap_or_default();
         let d = &self.definition;
         let cql = format!("SELECT DISTINCT bucket, shard FROM {}.{}", self.keyspace, d.stream.name);
         let pages = self.session.query_iter(cql, ()).await.map_err(failed)?;
@@ -237,7 +238,7 @@ impl Verifier {
                 .map(|(start, pane)| (*start, pane.settle(position.next_offset)))
                 .collect();
             outcome.pane_rows += settled.values().map(|rows| rows.len() as u64).sum::<u64>();
-            let groups = group_panes(&settled, d.store.bucket);
+            let groups = group_panes(&settled, d.store.bucket, shape.row_bytes());
             self.store.write_panes(partition, position.next_offset, &groups, &panes).await?;
         }
         Ok(())

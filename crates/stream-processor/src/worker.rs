@@ -1,6 +1,6 @@
 //! One partition's loop, and the one file that orders the processor's effects:
 //!
-//! look up → apply → write rows and dead letters → write panes → commit → publish.
+//! look up → apply → write rows and dead letters → write panes → note how far → commit → publish.
 //!
 //! Every write is acknowledged before the commit, and nothing is published before it. The steps before the commit only
 //! change memory that dies with an error, and write what a repetition would write again.
@@ -16,6 +16,7 @@ use crate::store::{BatchRecord, DeadLetters, StepTimes, Store};
 use crate::write_plan::{group_events, group_panes};
 use common::admin::Health;
 use common::event::Bucket;
+use common::presence::{Hold, Holdings, partition_dependency};
 use fail::fail_point;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -24,11 +25,20 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// How often a paused partition looks whether its poison was accepted.
+/// How often a paused partition asks whether its poison was accepted.
 const ACCEPTED_POLL: Duration = Duration::from_millis(500);
 
-/// Chunks on their way to a worker: decoded, and at most one ahead.
-pub type Chunks = mpsc::Receiver<Result<Chunk, ProcessorError>>;
+/// What a fetcher hands to its worker.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The next stretch of the log.
+    Chunk(Box<Chunk>),
+    /// There has been nothing to fetch for a while.
+    Quiet,
+}
+
+/// Decoded chunks on their way to a worker; at most one waits.
+pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
 
 /// Everything one partition's loop needs.
 pub struct Worker<S, D, C = StateFile> {
@@ -40,6 +50,8 @@ pub struct Worker<S, D, C = StateFile> {
     pub state: C,
     /// Where the partition stands.
     pub partition: Partition,
+    /// How far Cassandra has acknowledged the note that everything is written; `None`: there is no note yet.
+    pub written_to: Option<i64>,
     /// Cassandra.
     pub store: Arc<S>,
     /// The dead-letter topic.
@@ -48,9 +60,11 @@ pub struct Worker<S, D, C = StateFile> {
     pub limits: PoisonLimits,
     /// Readiness: a paused partition is not ready.
     pub health: Arc<Health>,
+    /// What this instance holds, as it tells the others.
+    pub holdings: Holdings,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Told the committed next offset, for the consumer group's own offset.
+    /// Follows the committed next offset, for the consumer group's own offset.
     pub committed: Arc<AtomicI64>,
 }
 
@@ -58,7 +72,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// Takes chunks until `stop`, the end of `chunks` or an error. What was committed before is always published.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
         // What was committed last may not have been published; a new state shows itself before its first batch.
-        self.store.publish(self.id, &self.partition.position, None).await?;
+        self.store.publish(self.id, &self.partition.position, self.written_to, None).await?;
+        self.written_to = self.written_to.max(Some(self.partition.position.next_offset));
         let mut publishing: Option<JoinHandle<Result<(), ProcessorError>>> = None;
         let clock = self.metrics.stage(self.id, metrics::WORK);
         let ended = loop {
@@ -73,7 +88,11 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             let batch = match chunk {
                 None => break Ok(()),
                 Some(Err(e)) => break Err(e),
-                Some(Ok(chunk)) => match self.admit(&chunk, &stop).await {
+                Some(Ok(Fetched::Quiet)) => match self.store.confirm(self.id, self.written_to).await {
+                    Ok(()) => continue,
+                    Err(e) => break Err(e),
+                },
+                Some(Ok(Fetched::Chunk(chunk))) => match self.admit(&chunk, &stop).await {
                     Ok(true) => {
                         clock.enter(StageState::Busy);
                         self.batch(&chunk).await
@@ -96,15 +115,17 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         ended.and(published)
     }
 
-    /// Counts the chunk's poison against the limits; over them, waits until somebody accepts it. False: asked to stop.
+    /// Counts the chunk's poison against the limits. Over them, waits until an operator accepts it; returns `false` if `stop`
+    /// was cancelled first.
     async fn admit(&mut self, chunk: &Chunk, stop: &CancellationToken) -> Result<bool, ProcessorError> {
         let counts = self.partition.position.poison;
         if let Ok(counts) = counts.after(chunk, self.id, &self.limits, 0) {
             self.partition.position.poison = counts;
             return Ok(true);
         }
-        let name = format!("partition {}", self.id);
+        let name = partition_dependency(self.id);
         self.metrics.paused(self.id, true);
+        self.holdings.set(self.id, Hold::Paused);
         loop {
             let accepted = self.store.accepted_up_to(self.id).await?;
             match counts.after(chunk, self.id, &self.limits, accepted) {
@@ -112,6 +133,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
                     self.partition.position.poison = counts;
                     self.health.forget(&name);
                     self.metrics.paused(self.id, false);
+                    self.holdings.set(self.id, Hold::Running);
                     return Ok(true);
                 }
                 Err(paused) => self.health.set(&name, Err(paused.to_string())),
@@ -133,7 +155,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         let started = Instant::now();
         let applied = self.partition.apply(chunk, &asked, &found)?;
         times.apply = started.elapsed().as_secs_f64();
-        timed(&mut times.write, self.write(chunk, &applied)).await?;
+        timed(&mut times.write, self.write_all(chunk, &applied)).await?;
         let dropped = self.partition.advance();
         fail_point!("before_commit");
         let started = Instant::now();
@@ -158,6 +180,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             self.store.look_up(chunk, &groups),
             self.store.load_panes(self.id, &questions.panes)
         )?;
+        // Answers from an older snapshot would be written into panes as if they were complete.
+        self.store.confirm(self.id, self.written_to).await?;
         for (start, pane) in panes {
             self.partition.panes.put_cold(start, pane);
         }
@@ -170,16 +194,39 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         Ok((questions.keys, found))
     }
 
+    /// Everything of a batch, and the note that it is written. After an outage all of it is written again: what was acknowledged
+    /// before may be gone.
+    async fn write_all(&mut self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
+        loop {
+            let outages = self.store.outages();
+            self.write(chunk, applied).await?;
+            self.note_written().await?;
+            if self.store.outages() == outages {
+                return Ok(());
+            }
+        }
+    }
+
     /// Rows and dead letters, then panes: all acknowledged when it returns.
     async fn write(&self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
         fail_point!("before_rows");
         let rows = group_events(chunk, &applied.rows, self.bucket);
         futures::try_join!(self.store.write_rows(chunk, &rows), self.dead_letters.send(self.id, chunk))?;
         fail_point!("before_panes");
-        let panes = group_panes(&applied.panes, self.bucket);
+        let panes = group_panes(&applied.panes, self.bucket, self.partition.panes.shape.row_bytes());
         self.store
             .write_panes(self.id, self.partition.position.next_offset, &panes, &self.partition.panes)
             .await
+    }
+
+    /// Notes in Cassandra that everything up to here is written. The commit comes after it, so a state file that is ahead of the
+    /// note proves that Cassandra lost history. A replay is behind the note until it has caught up.
+    async fn note_written(&mut self) -> Result<(), ProcessorError> {
+        fail_point!("before_note");
+        let written_to = self.partition.position.next_offset;
+        self.store.note_written(self.id, written_to, self.written_to).await?;
+        self.written_to = self.written_to.max(Some(written_to));
+        Ok(())
     }
 
     /// Metrics of a committed batch.
@@ -201,12 +248,13 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
 
     /// Publishes in the background: it may fall behind the commit by one batch, and never runs ahead of it.
     fn publish(&self, batch: BatchRecord) -> JoinHandle<Result<(), ProcessorError>> {
-        let (store, id, position) = (Arc::clone(&self.store), self.id, self.partition.position);
-        // Readers see nothing go back during a replay: below `count_from` the totals are of a later offset.
-        let walks_again = position.next_offset < position.count_from;
+        let (store, id) = (Arc::clone(&self.store), self.id);
+        let (position, noted) = (self.partition.position, self.written_to);
+        // During a replay nothing is published: below `count_from` the totals are those of a later offset.
+        let replays = position.next_offset < position.count_from;
         tokio::spawn(async move {
             fail_point!("in_publish");
-            if walks_again { Ok(()) } else { store.publish(id, &position, Some(&batch)).await }
+            if replays { Ok(()) } else { store.publish(id, &position, noted, Some(&batch)).await }
         })
     }
 }

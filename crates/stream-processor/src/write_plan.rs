@@ -52,14 +52,15 @@ pub fn group_events(chunk: &Chunk, events: &[u32], bucket: Bucket) -> Vec<EventG
     full
 }
 
-/// Groups pane rows by their Cassandra partition, then cuts each group to statements.
-pub fn group_panes(panes: &BTreeMap<i64, Vec<usize>>, bucket: Bucket) -> Vec<PaneGroup> {
+/// Groups pane rows of `row_bytes` bytes each by their Cassandra partition, then cuts each group to statements.
+pub fn group_panes(panes: &BTreeMap<i64, Vec<usize>>, bucket: Bucket, row_bytes: usize) -> Vec<PaneGroup> {
+    let most = (MAX_BATCH_BYTES / row_bytes.max(1)).clamp(1, MAX_BATCH_ROWS);
     let mut groups: Vec<PaneGroup> = Vec::new();
     for (start, rows) in panes {
         let of = bucket.start_of(*start);
         for row in rows {
             match groups.last_mut() {
-                Some(g) if g.bucket == of && g.rows.len() < MAX_BATCH_ROWS => g.rows.push((*start, *row)),
+                Some(g) if g.bucket == of && g.rows.len() < most => g.rows.push((*start, *row)),
                 _ => groups.push(PaneGroup { bucket: of, rows: vec![(*start, *row)] }),
             }
         }
@@ -115,11 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn pane_rows_of_one_bucket_share_statements() {
+    fn pane_rows_of_one_bucket_share_statements_within_their_bounds() {
         let panes =
             BTreeMap::from([(0, (0..150).collect()), (60_000, (0..100).collect()), (600_000, vec![0])]);
-        let sizes: Vec<_> =
-            group_panes(&panes, Bucket::TenMinutes).iter().map(|g| (g.bucket, g.rows.len())).collect();
-        assert_eq!(sizes, [(0, 200), (0, 50), (600_000, 1)]);
+        let sizes = |row_bytes| -> Vec<_> {
+            let groups = group_panes(&panes, Bucket::TenMinutes, row_bytes);
+            groups.iter().map(|g| (g.bucket, g.rows.len())).collect()
+        };
+        assert_eq!(sizes(100), [(0, 200), (0, 50), (600_000, 1)]);
+        assert_eq!(sizes(MAX_BATCH_BYTES / 125), [(0, 125), (0, 125), (600_000, 1)]);
+        assert_eq!(sizes(2 * MAX_BATCH_BYTES).len(), 251, "a row too large for the bound goes alone");
     }
 }

@@ -220,6 +220,12 @@ impl Pipeline {
         self.service(&format!("stream-processor-{instance}"), "stream-processor", &["run"], &more)
     }
 
+    /// `stream-processor run --replay`.
+    pub fn processor_replaying(&self, instance: &str) -> Service {
+        let more = [("PIPELINE_INSTANCE", instance.to_owned())];
+        self.service(&format!("replaying-{instance}"), "stream-processor", &["run", "--replay"], &more)
+    }
+
     /// The steps of the processor's loop, as its build for tests names them.
     pub async fn steps(&self) -> Vec<String> {
         let output = self.run("stream-processor", &["run", "--kill-at", "?=1"], &[]).await;

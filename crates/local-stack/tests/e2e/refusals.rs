@@ -140,7 +140,7 @@ async fn a_log_that_lost_or_changed_its_records_is_refused_and_nothing_is_writte
     let ways_on = "bring the topic back, or give the stream a new name";
     pipeline.recreate_topic().await;
     pipeline.stress(30).await;
-    let words = ["was reached, but the log ends at", "shrank or was made anew", ways_on];
+    let words = ["was reached, but the log ends at", "shrank or was created again", ways_on];
     pipeline.assert_refused(&["run"], &words).await;
 
     // As long as before, so that only the records themselves tell; then longer, and without the state files.
@@ -150,7 +150,8 @@ async fn a_log_that_lost_or_changed_its_records_is_refused_and_nothing_is_writte
         pipeline.send_to_partition(*partition, &[], values).await;
     }
     let way_on = "bring the old topic back, or give the stream a new name";
-    let words = ["not the one that was processed", "fingerprint", "expected", "made anew", way_on];
+    let words =
+        ["not the one that was processed", "fingerprint", "expected", "deleted and created again", way_on];
     pipeline.assert_refused(&["run"], &words).await;
     pipeline.stress(300).await;
     pipeline.assert_refused(&["run"], &words).await;
@@ -204,15 +205,15 @@ impl Pipeline {
         self.session.query_unpaged(update, (cluster, &self.definition.stream.name)).await.unwrap();
     }
 
-    /// Removes the events topic's records of `partition` below `offset`.
-    async fn remove_below(&self, partition: i32, offset: i64) {
+    /// Removes the events topic's records of `partition` below `offset`, as retention would.
+    pub async fn remove_below(&self, partition: i32, offset: i64) {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(&self.topic, partition, Offset::Offset(offset)).unwrap();
         let removed = self.admin().delete_records(&list, &AdminOptions::new()).await.unwrap();
         removed.elements().iter().for_each(|partition| partition.error().unwrap());
     }
 
-    /// The events topic is deleted and made anew, empty.
+    /// The events topic is deleted and created again, empty.
     async fn recreate_topic(&self) {
         let deleted = self.admin().delete_topics(&[&self.topic], &AdminOptions::new()).await.unwrap();
         deleted.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
@@ -220,7 +221,7 @@ impl Pipeline {
         self.init().await;
     }
 
-    fn admin(&self) -> AdminClient<DefaultClientContext> {
+    pub fn admin(&self) -> AdminClient<DefaultClientContext> {
         ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap()
     }
 }

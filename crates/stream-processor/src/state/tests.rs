@@ -83,5 +83,5 @@ fn a_newer_format_is_refused_and_the_way_out_is_named() {
     let path = super::path_of(folder.path(), "s", 0);
     StateFile::open(&path, "me").unwrap().reset(head(FORMAT + 1)).unwrap();
     let error = StateFile::open(&path, "me").unwrap_err().to_string();
-    assert!(error.contains("has format 2, this program knows 1"), "{error}");
+    assert!(error.contains("has format 3, this program knows 2"), "{error}");
 }

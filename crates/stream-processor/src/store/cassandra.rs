@@ -1,87 +1,70 @@
-//! The store on Cassandra: prepared once, batches of one Cassandra partition each, tried until acknowledged. The driver
-//! itself never retries; a timed-out write that lands later only writes what is there already.
+//! The store on Cassandra: rows and panes in batches of one Cassandra partition each, and the progress row that notes how far
+//! they go.
 
-use super::in_flight::InFlight;
+use super::progress::{LostHistory, ProgressRow, StoredProgress};
+use super::requests::{Requests, StoreContext, pauses};
 use super::rows::{EventRow, PaneRowValues};
+use super::statements::Statements;
 use super::{BatchRecord, Store};
 use crate::chunk::Chunk;
 use crate::error::ProcessorError;
-use crate::metrics::Metrics;
-use crate::partition::{Position, Totals};
+use crate::partition::Position;
+use crate::start::Progress;
 use crate::windows::hot::Panes;
 use crate::windows::pane::{Measure, Pane, PaneShape};
 use crate::write_plan::{EventGroup, PaneGroup};
-use backon::{BackoffBuilder, ExponentialBuilder};
-use common::cassandra::{Failure, classify};
+use common::cassandra::Failure;
 use common::event::{Bucket, floor_to};
-use common::schema::{self, MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
+use common::schema::{MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
 use common::stream::Definition;
 use futures::future::try_join_all;
-use scylla::client::session::Session;
 use scylla::errors::ExecutionError;
 use scylla::response::query_result::QueryResult;
-use scylla::statement::batch::{Batch, BatchStatement, BatchType};
-use scylla::statement::prepared::PreparedStatement;
-use scylla::value::{CqlTimestamp, MaybeUnset};
+use scylla::value::CqlTimestamp;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio_util::sync::CancellationToken;
 
 /// At most one row of `batches` per partition in this time.
 const BATCH_RECORD_EVERY: Duration = Duration::from_secs(1);
+/// How often a partition looks whether Cassandra still holds what it acknowledged: no snapshot is restored within a second.
+const HISTORY_CHECK_EVERY: Duration = Duration::from_secs(1);
+/// Bytes of panes asked for in one request: an answer is held as a whole.
+const LOAD_BYTES: usize = 256 << 10;
+/// Such requests in flight per partition.
+const LOADS_AT_ONCE: usize = 4;
 
-/// Where the store is and what it tells.
-#[derive(Debug)]
-pub struct StoreContext {
-    /// The session.
-    pub session: Arc<Session>,
-    /// Retries and in-flight.
-    pub metrics: Arc<Metrics>,
-    /// Ends every retry loop.
-    pub abandon: CancellationToken,
-    /// Most requests in flight.
-    pub in_flight: usize,
-}
-
-/// Statements of one stream.
+/// The tables of one stream.
 pub struct CassandraStore {
-    context: StoreContext,
-    flight: InFlight,
+    requests: Requests,
+    statements: Statements,
     stream: String,
     bucket: Bucket,
     shape: PaneShape,
-    rows: Batches,
-    panes: Batches,
-    look_up: PreparedStatement,
-    load_panes: PreparedStatement,
-    progress: PreparedStatement,
-    accepted: PreparedStatement,
-    put_progress: PreparedStatement,
-    put_throughput: PreparedStatement,
-    put_batch: PreparedStatement,
-    recorded_at: Mutex<HashMap<i32, Instant>>,
+    recorded_at: PerPartition,
+    checked_at: PerPartition,
 }
 
-/// One prepared insert as unlogged batches of every size, each made once.
-struct Batches {
-    insert: PreparedStatement,
-    sizes: Vec<OnceLock<Batch>>,
+/// When something was last done for each partition.
+struct PerPartition {
+    every: Duration,
+    last: Mutex<HashMap<i32, Instant>>,
 }
 
-impl Batches {
-    fn new(insert: PreparedStatement) -> Batches {
-        Batches { insert, sizes: (0..=MAX_BATCH_ROWS).map(|_| OnceLock::new()).collect() }
+impl PerPartition {
+    fn new(every: Duration) -> PerPartition {
+        PerPartition { every, last: Mutex::default() }
     }
 
-    fn of(&self, size: usize) -> &Batch {
-        self.sizes[size].get_or_init(|| {
-            let statement = BatchStatement::PreparedStatement(self.insert.clone());
-            let mut batch = Batch::new_with_statements(BatchType::Unlogged, vec![statement; size]);
-            batch.set_is_idempotent(true);
-            batch
-        })
+    fn is_due(&self, partition: i32) -> bool {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.get(&partition).is_none_or(|at| at.elapsed() >= self.every)
+    }
+
+    fn done(&self, partition: i32) {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).insert(partition, Instant::now());
     }
 }
 
@@ -96,116 +79,15 @@ impl CassandraStore {
         definition: &Definition,
         context: StoreContext,
     ) -> Result<CassandraStore, ProcessorError> {
-        let (stream, panes_table) = (&definition.stream.name, schema::panes_table(definition));
-        let measures: String = definition
-            .windows
-            .measures
-            .iter()
-            .map(|m| format!(", {m}_count, {m}_sum, {m}_min, {m}_max"))
-            .collect();
-        let look_up = format!(
-            "SELECT event_time, event_id, kafka_offset FROM {keyspace}.{stream} \
-             WHERE bucket = ? AND shard = ? AND (event_time, event_id) IN ?"
-        );
-        let load_panes = format!(
-            "SELECT pane_start, dimension, value, count, upto{measures} FROM {keyspace}.{panes_table} \
-             WHERE bucket = ? AND kafka_partition = ? AND pane_start IN ?"
-        );
-        let progress = format!(
-            "SELECT next_offset, events, duplicates, late, dead_letters, seen_to, fingerprint \
-             FROM {keyspace}.partition_progress WHERE stream = ? AND kafka_partition = ?"
-        );
-        let accepted = format!(
-            "SELECT up_to FROM {keyspace}.dead_letters_accepted WHERE stream = ? AND kafka_partition = ?"
-        );
-        let put_progress = format!(
-            "INSERT INTO {keyspace}.partition_progress (stream, kafka_partition, next_offset, events, duplicates, late, \
-             dead_letters, seen_to, fingerprint, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TIMESTAMP ?"
-        );
-        let put_throughput = format!(
-            "INSERT INTO {keyspace}.throughput (stream, resolution, slot, at, kafka_partition, total) \
-             VALUES (?, ?, ?, ?, ?, ?) USING TIMESTAMP ? AND TTL ?"
-        );
-        let put_batch = format!(
-            "INSERT INTO {keyspace}.batches (stream, hour, finished_at, kafka_partition, first_offset, next_offset, rows, \
-             decode_ms, lookup_ms, write_ms, commit_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        );
-        context.metrics.in_flight_limit.set(context.in_flight as i64);
-        let session = &context.session;
-        let prepare = async |cql: String| {
-            let mut statement = session.prepare(cql).await.map_err(|e| {
-                ProcessorError::Fatal(format!(
-                    "cassandra: {e}; run `stream-processor init` for this stream first"
-                ))
-            })?;
-            statement.set_is_idempotent(true);
-            Ok::<_, ProcessorError>(statement)
-        };
         Ok(CassandraStore {
-            rows: Batches::new(prepare(schema::insert_event(keyspace, definition)).await?),
-            panes: Batches::new(prepare(schema::insert_pane(keyspace, definition)).await?),
-            look_up: prepare(look_up).await?,
-            load_panes: prepare(load_panes).await?,
-            progress: prepare(progress).await?,
-            accepted: prepare(accepted).await?,
-            put_progress: prepare(put_progress).await?,
-            put_throughput: prepare(put_throughput).await?,
-            put_batch: prepare(put_batch).await?,
-            flight: InFlight::new(context.in_flight),
-            stream: stream.clone(),
+            statements: Statements::prepare(keyspace, definition, &context).await?,
+            requests: Requests::new(context),
+            stream: definition.stream.name.clone(),
             bucket: definition.store.bucket,
             shape: PaneShape::new(definition),
-            recorded_at: Mutex::default(),
-            context,
+            recorded_at: PerPartition::new(BATCH_RECORD_EVERY),
+            checked_at: PerPartition::new(HISTORY_CHECK_EVERY),
         })
-    }
-
-    /// One request, tried until acknowledged.
-    async fn until_acknowledged<F>(
-        &self,
-        mut request: impl FnMut() -> F,
-    ) -> Result<QueryResult, ProcessorError>
-    where
-        F: Future<Output = Result<QueryResult, ExecutionError>>,
-    {
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(20))
-            .with_max_delay(Duration::from_secs(1))
-            .with_jitter()
-            .without_max_times()
-            .build();
-        loop {
-            let permit = self.flight.enter().await;
-            let in_flight = self.context.metrics.in_flight();
-            let answer = tokio::select! {
-                biased;
-                () = self.context.abandon.cancelled() => return Err(ProcessorError::Stopped),
-                answer = request() => answer,
-            };
-            drop(in_flight);
-            let error = match answer {
-                Ok(result) => {
-                    self.context.metrics.store_requests.inc();
-                    self.flight.succeeded();
-                    self.context.metrics.in_flight_limit.set(self.flight.limit() as i64);
-                    return Ok(result);
-                }
-                Err(error) => error,
-            };
-            self.context.metrics.store_retries.inc();
-            match (classify(&error), permit) {
-                (Failure::Refused, _) => {
-                    return Err(ProcessorError::Fatal(format!("cassandra refuses: {error}")));
-                }
-                (Failure::Overloaded, Some(permit)) => self.flight.overloaded(permit),
-                (_, permit) => drop(permit),
-            }
-            self.context.metrics.in_flight_limit.set(self.flight.limit() as i64);
-            tokio::select! {
-                () = self.context.abandon.cancelled() => return Err(ProcessorError::Stopped),
-                () = tokio::time::sleep(pauses.next().unwrap_or(Duration::from_secs(1))) => {}
-            }
-        }
     }
 
     async fn look_up_group(
@@ -220,8 +102,11 @@ impl CassandraStore {
             .map(|e| (CqlTimestamp(e.time_ms), std::str::from_utf8(chunk.id(e)).unwrap_or_default()))
             .collect();
         let values = (CqlTimestamp(group.bucket), group.shard, keys);
-        let session = &self.context.session;
-        let result = self.until_acknowledged(|| session.execute_unpaged(&self.look_up, &values)).await?;
+        let session = self.requests.session();
+        let result = self
+            .requests
+            .until_acknowledged(|| session.execute_unpaged(&self.statements.look_up, &values))
+            .await?;
         let rows = result.into_rows_result().map_err(unreadable)?;
         let mut stored: HashMap<(i64, &str), i64> = HashMap::new();
         for row in rows.rows::<(CqlTimestamp, &str, i64)>().map_err(unreadable)? {
@@ -235,16 +120,45 @@ impl CassandraStore {
         Ok(found.collect())
     }
 
+    /// Loads panes of one bucket. After a timeout it asks for half as many at once: what takes too long in one answer may come
+    /// in two.
     async fn load_bucket(
         &self,
         partition: i32,
         bucket: i64,
         starts: &[CqlTimestamp],
     ) -> Result<Vec<(i64, Pane)>, ProcessorError> {
-        let values = (CqlTimestamp(bucket), partition, starts);
-        let session = &self.context.session;
-        let result = self.until_acknowledged(|| session.execute_unpaged(&self.load_panes, &values)).await?;
-        let rows = result.into_rows_result().map_err(unreadable)?;
+        let (mut pauses, mut size, mut left) = (pauses(), starts.len(), starts);
+        let mut panes = Vec::with_capacity(starts.len());
+        while !left.is_empty() {
+            let piece = &left[..size.min(left.len())];
+            let values = (CqlTimestamp(bucket), partition, piece);
+            match self
+                .requests
+                .attempt(self.requests.session().execute_unpaged(&self.statements.load_panes, &values))
+                .await?
+            {
+                Ok(found) => {
+                    panes.extend(self.panes_of(piece, found)?);
+                    left = &left[piece.len()..];
+                }
+                Err(failure) => {
+                    if failure == Failure::Overloaded {
+                        size = (size / 2).max(1);
+                    }
+                    self.requests.pause(&mut pauses).await?;
+                }
+            }
+        }
+        Ok(panes)
+    }
+
+    fn panes_of(
+        &self,
+        starts: &[CqlTimestamp],
+        found: QueryResult,
+    ) -> Result<BTreeMap<i64, Pane>, ProcessorError> {
+        let rows = found.into_rows_result().map_err(unreadable)?;
         let mut panes: BTreeMap<i64, Pane> = starts.iter().map(|s| (s.0, Pane::empty(&self.shape))).collect();
         for row in rows.rows::<scylla::value::Row>().map_err(unreadable)? {
             let row = row.map_err(unreadable)?;
@@ -254,30 +168,45 @@ impl CassandraStore {
                 pane.load(index, count, upto, &measures);
             }
         }
-        Ok(panes.into_iter().collect())
+        Ok(panes)
     }
 
-    async fn put_progress(&self, partition: i32, position: &Position) -> Result<(), ProcessorError> {
-        let totals = position.totals;
-        let values = (
-            (&self.stream, partition, position.next_offset, totals.events, totals.duplicates, totals.late),
-            (
-                totals.dead_letters,
-                MaybeUnset::from_option(position.seen_to),
-                MaybeUnset::from_option(position.fingerprint),
-                CqlTimestamp(now_ms()),
-                position.next_offset,
-            ),
-        );
-        let ((a, b, c, d, e, f), (g, h, i, j, k)) = values;
-        let values = (a, b, c, d, e, f, g, h, i, j, k);
-        let session = &self.context.session;
-        self.until_acknowledged(|| session.execute_unpaged(&self.put_progress, &values)).await.map(drop)
+    /// Carries out `write`, if the progress row still holds `noted`. Looks before each attempt: a write on top of an older
+    /// snapshot would hide that history is missing. It need not look more than once a second, because no snapshot is restored
+    /// faster.
+    async fn if_confirmed<F>(
+        &self,
+        partition: i32,
+        noted: Option<i64>,
+        write: impl Fn() -> F,
+    ) -> Result<(), ProcessorError>
+    where
+        F: Future<Output = Result<(), ExecutionError>>,
+    {
+        let session = self.requests.session();
+        let attempt = async || {
+            if let Some(noted) = noted.filter(|_| self.checked_at.is_due(partition)) {
+                let found =
+                    session.execute_unpaged(&self.statements.progress, (&self.stream, partition)).await?;
+                let row = found.into_rows_result().ok();
+                let row = row.and_then(|rows| rows.maybe_first_row::<StoredProgress>().ok().flatten());
+                let stored = row.and_then(|row| row.written_to);
+                if stored.is_none_or(|stored| stored < noted) {
+                    return Ok(Some(LostHistory { partition, noted, stored }));
+                }
+                self.checked_at.done(partition);
+            }
+            write().await.map(|()| None)
+        };
+        match self.requests.until_acknowledged(attempt).await? {
+            None => Ok(()),
+            Some(lost) => Err(ProcessorError::Reopen(lost.to_string())),
+        }
     }
 
     async fn put_throughput(&self, partition: i32, position: &Position) -> Result<(), ProcessorError> {
         let now = now_ms();
-        let session = &self.context.session;
+        let session = self.requests.session();
         let writes = THROUGHPUT_RESOLUTIONS.map(async |(seconds, slot_seconds, ttl)| {
             let at = floor_to(now, i64::from(seconds) * 1000);
             let slot = CqlTimestamp(floor_to(at, slot_seconds * 1000));
@@ -285,7 +214,9 @@ impl CassandraStore {
             let ttl = ttl as i32;
             let values =
                 (&self.stream, seconds, slot, CqlTimestamp(at), partition, total, position.next_offset, ttl);
-            self.until_acknowledged(|| session.execute_unpaged(&self.put_throughput, &values)).await
+            self.requests
+                .until_acknowledged(|| session.execute_unpaged(&self.statements.put_throughput, &values))
+                .await
         });
         try_join_all(writes).await.map(drop)
     }
@@ -296,13 +227,10 @@ impl CassandraStore {
         position: &Position,
         batch: &BatchRecord,
     ) -> Result<(), ProcessorError> {
-        {
-            let mut recorded = self.recorded_at.lock().unwrap_or_else(PoisonError::into_inner);
-            if recorded.get(&partition).is_some_and(|at| at.elapsed() < BATCH_RECORD_EVERY) {
-                return Ok(());
-            }
-            recorded.insert(partition, Instant::now());
+        if !self.recorded_at.is_due(partition) {
+            return Ok(());
         }
+        self.recorded_at.done(partition);
         let now = now_ms();
         let (hour, times) = (CqlTimestamp(floor_to(now, 3_600_000)), batch.times);
         let values = (
@@ -318,8 +246,11 @@ impl CassandraStore {
             times.write * 1000.0,
             times.commit * 1000.0,
         );
-        let session = &self.context.session;
-        self.until_acknowledged(|| session.execute_unpaged(&self.put_batch, &values)).await.map(drop)
+        let session = self.requests.session();
+        self.requests
+            .until_acknowledged(|| session.execute_unpaged(&self.statements.put_batch, &values))
+            .await
+            .map(drop)
     }
 }
 
@@ -363,10 +294,17 @@ impl Store for CassandraStore {
         for start in starts {
             buckets.entry(self.bucket.start_of(*start)).or_default().push(CqlTimestamp(*start));
         }
-        let asked = buckets.iter().flat_map(|(bucket, starts)| {
-            starts.chunks(MAX_BATCH_ROWS).map(|part| self.load_bucket(partition, *bucket, part))
-        });
-        Ok(try_join_all(asked).await?.into_iter().flatten().collect())
+        let at_once = (LOAD_BYTES / Pane::empty(&self.shape).bytes()).clamp(1, MAX_BATCH_ROWS);
+        let pieces: Vec<(i64, &[CqlTimestamp])> = buckets
+            .iter()
+            .flat_map(|(bucket, starts)| starts.chunks(at_once).map(|piece| (*bucket, piece)))
+            .collect();
+        let mut panes = BTreeMap::new();
+        for some in pieces.chunks(LOADS_AT_ONCE) {
+            let loads = some.iter().map(|(bucket, piece)| self.load_bucket(partition, *bucket, piece));
+            panes.extend(try_join_all(loads).await?.into_iter().flatten());
+        }
+        Ok(panes)
     }
 
     async fn write_rows(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<(), ProcessorError> {
@@ -376,8 +314,8 @@ impl Store for CassandraStore {
                 .iter()
                 .map(|index| EventRow { chunk, index: *index, bucket: group.bucket })
                 .collect();
-            let batch = self.rows.of(rows.len());
-            self.until_acknowledged(|| self.context.session.batch(batch, rows.as_slice())).await
+            let batch = self.statements.rows.of(rows.len());
+            self.requests.until_acknowledged(|| self.requests.session().batch(batch, rows.as_slice())).await
         });
         try_join_all(writes).await.map(drop)
     }
@@ -408,32 +346,63 @@ impl Store for CassandraStore {
                     })
                 })
                 .collect::<Result<_, ProcessorError>>()?;
-            let batch = self.panes.of(rows.len());
-            self.until_acknowledged(|| self.context.session.batch(batch, rows.as_slice())).await
+            let batch = self.statements.panes.of(rows.len());
+            self.requests.until_acknowledged(|| self.requests.session().batch(batch, rows.as_slice())).await
         });
         try_join_all(writes).await.map(drop)
     }
 
-    async fn progress(&self, partition: i32) -> Result<Option<Position>, ProcessorError> {
-        type Row = (i64, i64, i64, i64, i64, Option<i64>, Option<i64>);
+    async fn progress(&self, partition: i32) -> Result<Option<Progress>, ProcessorError> {
         let values = (&self.stream, partition);
-        let session = &self.context.session;
-        let result = self.until_acknowledged(|| session.execute_unpaged(&self.progress, &values)).await?;
+        let session = self.requests.session();
+        let result = self
+            .requests
+            .until_acknowledged(|| session.execute_unpaged(&self.statements.progress, &values))
+            .await?;
         let rows = result.into_rows_result().map_err(unreadable)?;
-        let row = rows.maybe_first_row::<Row>().map_err(unreadable)?;
-        Ok(row.map(|(next_offset, events, duplicates, late, dead_letters, seen_to, fingerprint)| Position {
-            next_offset,
-            fingerprint,
-            totals: Totals { events, duplicates, late, dead_letters },
-            seen_to,
-            ..Position::default()
-        }))
+        let row = rows.maybe_first_row::<StoredProgress>().map_err(unreadable)?;
+        Ok(row.and_then(StoredProgress::progress))
+    }
+
+    fn outages(&self) -> u64 {
+        self.requests.outages.count()
+    }
+
+    async fn confirm(&self, partition: i32, noted: Option<i64>) -> Result<(), ProcessorError> {
+        self.if_confirmed(partition, noted, async || Ok(())).await
+    }
+
+    async fn note_written(
+        &self,
+        partition: i32,
+        written_to: i64,
+        noted: Option<i64>,
+    ) -> Result<(), ProcessorError> {
+        let values = (&self.stream, partition, written_to, written_to);
+        let session = self.requests.session();
+        let write = async || session.execute_unpaged(&self.statements.note_written, &values).await.map(drop);
+        self.if_confirmed(partition, noted, write).await
+    }
+
+    async fn skips(&self, partition: i32) -> Result<Vec<Range<i64>>, ProcessorError> {
+        let values = (&self.stream, partition);
+        let session = self.requests.session();
+        let result = self
+            .requests
+            .until_acknowledged(|| session.execute_unpaged(&self.statements.skips, &values))
+            .await?;
+        let rows = result.into_rows_result().map_err(unreadable)?;
+        let ranges = rows.rows::<(i64, i64)>().map_err(unreadable)?;
+        ranges.map(|row| row.map(|(from, to)| from..to).map_err(unreadable)).collect()
     }
 
     async fn accepted_up_to(&self, partition: i32) -> Result<i64, ProcessorError> {
         let values = (&self.stream, partition);
-        let session = &self.context.session;
-        let result = self.until_acknowledged(|| session.execute_unpaged(&self.accepted, &values)).await?;
+        let session = self.requests.session();
+        let result = self
+            .requests
+            .until_acknowledged(|| session.execute_unpaged(&self.statements.accepted, &values))
+            .await?;
         let rows = result.into_rows_result().map_err(unreadable)?;
         Ok(rows.maybe_first_row::<(i64,)>().map_err(unreadable)?.map_or(0, |(up_to,)| up_to))
     }
@@ -442,9 +411,13 @@ impl Store for CassandraStore {
         &self,
         partition: i32,
         position: &Position,
+        noted: Option<i64>,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
-        self.put_progress(partition, position).await?;
+        let row = ProgressRow::new(&self.stream, partition, position, now_ms());
+        let session = self.requests.session();
+        let write = async || session.execute_unpaged(&self.statements.put_progress, &row).await.map(drop);
+        self.if_confirmed(partition, noted, write).await?;
         if let Some(batch) = batch {
             self.put_throughput(partition, position).await?;
             self.put_batch(partition, position, batch).await?;

@@ -6,8 +6,10 @@ use super::pane::{Pane, PaneShape};
 use common::event::floor_to;
 use std::collections::BTreeMap;
 
-/// Cold panes kept between batches at most, unless told otherwise; they can be read back at any time.
+/// Cold panes kept between batches at most; they can be read back at any time.
 pub const COLD_PANES_MOST: usize = 512;
+/// Part of the memory for hot panes and filters that cold panes may take beside it.
+const COLD_SHARE: usize = 2;
 
 /// A pane in memory with the keys it has seen.
 #[derive(Debug)]
@@ -37,13 +39,15 @@ pub struct Panes {
 }
 
 impl Panes {
-    /// No pane yet. `memory_most` bounds the bytes of hot panes and filters.
+    /// No pane yet. `memory_most` bounds the bytes of hot panes and filters; cold panes kept between batches take half of it
+    /// at most.
     pub fn new(
         shape: PaneShape,
         (pane_ms, lateness_ms): (i64, i64),
         memory_most: usize,
         hot_from: i64,
     ) -> Panes {
+        let cold_most = COLD_PANES_MOST.min(memory_most / COLD_SHARE / Pane::empty(&shape).bytes());
         Panes {
             shape,
             pane_ms,
@@ -52,7 +56,7 @@ impl Panes {
             hot_from,
             hot: BTreeMap::new(),
             cold: BTreeMap::new(),
-            cold_most: COLD_PANES_MOST,
+            cold_most,
         }
     }
 

@@ -52,6 +52,13 @@ impl PaneShape {
         PaneShape { names, first_rows, measures: definition.windows.measures.len() }
     }
 
+    /// Bytes a row takes in a statement, about.
+    pub fn row_bytes(&self) -> usize {
+        const KEYS_AND_COUNTS: usize = 160;
+        const MEASURE: usize = 4 * 12;
+        KEYS_AND_COUNTS + MEASURE * self.measures
+    }
+
     /// Number of the row with these names.
     pub fn row_of(&self, dimension: &str, value: &str) -> Option<usize> {
         self.names.iter().position(|(d, v)| d == dimension && v == value)

@@ -4,15 +4,17 @@
 use super::log::LATENESS_MS;
 use super::machine::{Machine, lock};
 use super::mutations::Mutation;
-use super::world::{Cells, Name, Op, Shared, Target, pane_row, position_of};
+use super::world::{Cells, Name, Op, Shared, Target, World, number, pane_row, progress_of};
 use crate::chunk::Chunk;
 use crate::error::ProcessorError;
 use crate::partition::Position;
+use crate::start::Progress;
 use crate::store::{BatchRecord, DeadLetters, Store};
 use crate::windows::hot::Panes;
 use crate::windows::pane::{Measure, Pane, PaneShape};
 use crate::write_plan::{EventGroup, PaneGroup};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// One process's connection to everything outside.
@@ -52,15 +54,41 @@ impl Outside {
         Err(ProcessorError::Stopped)
     }
 
+    /// Whether the progress row still holds `noted`.
+    fn confirmed(&self, world: &mut World, noted: Option<i64>) -> Result<(), ProcessorError> {
+        let stored = number(&world.progress, "written_to");
+        let is_out = matches!(world.mutation, Some(Mutation::Confirm | Mutation::NoteWritten));
+        if noted.is_some_and(|noted| stored.is_none_or(|stored| stored < noted)) && !is_out {
+            world.failing.insert(self.life);
+            let who = self.who.clone();
+            world.say(|| format!("{who}: the store lost history: noted {noted:?}, holds {stored:?}"));
+            return Err(ProcessorError::Reopen("the store lost history".into()));
+        }
+        let restores = world.restores;
+        world.confirmed.insert(self.life, restores);
+        Ok(())
+    }
+
     /// Writes `ops`, in an order the schedule chooses; returns when the last one is acknowledged.
-    async fn put(&self, mut ops: Vec<Op>) -> Result<(), ProcessorError> {
+    async fn put(&self, ops: Vec<Op>) -> Result<(), ProcessorError> {
+        self.put_if(ops, None).await
+    }
+
+    /// The same, but confirms what was noted before each attempt.
+    async fn put_if(&self, mut ops: Vec<Op>, noted: Option<Option<i64>>) -> Result<(), ProcessorError> {
         if ops.is_empty() {
             return Ok(());
         }
-        self.world.lock().in_flight.entry(self.life).or_default().extend(ops.clone());
+        // What must be confirmed first is not sent before its turn comes.
+        if noted.is_none() {
+            self.world.lock().in_flight.entry(self.life).or_default().extend(ops.clone());
+        }
         while !ops.is_empty() {
             self.world.gate(self.life).await;
             let mut world = self.world.lock();
+            if let Some(noted) = noted {
+                self.confirmed(&mut world, noted)?;
+            }
             let at = world.choices.index(ops.len(), 30);
             let failing = world.fail_at == Some(world.steps);
             match if failing { 3 } else { world.fault(4, 8) } {
@@ -153,10 +181,20 @@ impl Outside {
             ("duplicates", totals.duplicates.to_be_bytes().to_vec()),
             ("late", totals.late.to_be_bytes().to_vec()),
             ("dead_letters", totals.dead_letters.to_be_bytes().to_vec()),
+            ("skipped", totals.skipped.to_be_bytes().to_vec()),
+            ("written_to", position.next_offset.to_be_bytes().to_vec()),
         ];
         cells.extend(position.seen_to.map(|at| ("seen_to", at.to_be_bytes().to_vec())));
-        cells.extend(position.fingerprint.map(|at| ("fingerprint", at.to_be_bytes().to_vec())));
+        if let Some(record) = position.last_record {
+            cells.push(("last_offset", record.offset.to_be_bytes().to_vec()));
+            cells.push(("fingerprint", record.fingerprint.to_be_bytes().to_vec()));
+        }
         Op { target: Target::Progress, stamp: self.stamp(position.next_offset), cells }
+    }
+
+    fn note_op(&self, written_to: i64) -> Op {
+        let cells = vec![("written_to", written_to.to_be_bytes().to_vec())];
+        Op { target: Target::Progress, stamp: self.stamp(written_to), cells }
     }
 
     fn stored_offset(&self, at: i64, id: &str) -> Option<i64> {
@@ -241,16 +279,36 @@ impl Store for Outside {
         Ok(())
     }
 
-    async fn progress(&self, _: i32) -> Result<Option<Position>, ProcessorError> {
+    async fn progress(&self, _: i32) -> Result<Option<Progress>, ProcessorError> {
         self.may_fail().await?;
-        let world = self.world.lock();
-        let mut position = (!world.progress.is_empty()).then(|| position_of(&world.progress));
-        if world.mutation == Some(Mutation::RawWatermark)
-            && let Some(position) = &mut position
-        {
-            position.seen_to = position.seen_to.map(|seen_to| seen_to - LATENESS_MS);
+        let mut world = self.world.lock();
+        let restores = world.restores;
+        world.confirmed.insert(self.life, restores);
+        let mut progress = progress_of(&world.progress);
+        if let (Some(Mutation::RawWatermark), Some(progress)) = (world.mutation, &mut progress) {
+            progress.position.seen_to = progress.position.seen_to.map(|seen_to| seen_to - LATENESS_MS);
         }
-        Ok(position)
+        Ok(progress)
+    }
+
+    fn outages(&self) -> u64 {
+        if self.is_out(Mutation::WriteAgain) { 0 } else { u64::from(self.world.lock().restores) }
+    }
+
+    async fn confirm(&self, _: i32, noted: Option<i64>) -> Result<(), ProcessorError> {
+        self.may_fail().await?;
+        self.confirmed(&mut self.world.lock(), noted)
+    }
+
+    async fn note_written(&self, _: i32, written_to: i64, noted: Option<i64>) -> Result<(), ProcessorError> {
+        if self.is_out(Mutation::NoteWritten) {
+            return Ok(());
+        }
+        self.put_if(vec![self.note_op(written_to)], Some(noted)).await
+    }
+
+    async fn skips(&self, _: i32) -> Result<Vec<Range<i64>>, ProcessorError> {
+        Ok(self.world.lock().skips.clone())
     }
 
     async fn accepted_up_to(&self, _: i32) -> Result<i64, ProcessorError> {
@@ -261,10 +319,11 @@ impl Store for Outside {
         &self,
         _: i32,
         position: &Position,
+        noted: Option<i64>,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
         if batch.is_none() && self.is_out(Mutation::FirstProgress) {
-            return Ok(());
+            return self.put_if(vec![self.note_op(position.next_offset)], Some(noted)).await;
         }
         if batch.is_some() {
             let put_off = if self.is_out(Mutation::PanesBeforeRows) {
@@ -282,7 +341,7 @@ impl Store for Outside {
                 world.bad("published before committed", || format!("{position:?}"));
             }
         }
-        self.put(vec![self.progress_op(position)]).await?;
+        self.put_if(vec![self.progress_op(position)], Some(noted)).await?;
         if let Some(batch) = batch {
             let second = self.world.lock().second;
             let records = position.totals.records();

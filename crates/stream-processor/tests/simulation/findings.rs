@@ -289,12 +289,15 @@ fn finding_12_another_layout_or_another_topic_is_refused_even_where_the_state_is
     let error = sim.error();
     assert!(error.exit_code() == 3 && error.to_string().contains("another layout"), "{error}");
     sim.setting.definition = same;
-    // The topic was made anew, and the volume is lost: only the fingerprint in the progress row knows.
+    // The topic was created again, and the volume is lost: only the fingerprint in the progress row knows.
     sim.wipe(0);
     sim.world().log.broker = 77;
     sim.start(0);
     let error = sim.error();
-    assert!(error.exit_code() == 3 && error.to_string().contains("the topic was made anew"), "{error}");
+    assert!(
+        error.exit_code() == 3 && error.to_string().contains("the topic was deleted and created again"),
+        "{error}"
+    );
 }
 
 #[test]

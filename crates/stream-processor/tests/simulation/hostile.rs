@@ -225,7 +225,7 @@ fn batch(definition: &Definition, partition: &mut Partition, chunk: &Chunk) {
     let rows: usize =
         group_events(chunk, &applied.rows, definition.store.bucket).iter().map(|g| g.events.len()).sum();
     assert_eq!(rows, applied.rows.len());
-    let panes = group_panes(&applied.panes, definition.store.bucket);
+    let panes = group_panes(&applied.panes, definition.store.bucket, partition.panes.shape.row_bytes());
     for (start, row) in panes.iter().flat_map(|group| &group.rows) {
         assert!(partition.panes.pane(*start).is_some_and(|pane| pane.row(*row).count > 0));
     }

@@ -2,12 +2,13 @@
 //! which is dropped when the process is killed.
 
 use super::fakes::Outside;
-use super::machine::{Image, Machine, SimCheckpoint, Volume};
+use super::log::Rec;
+use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::Mutation;
 use super::world::Shared;
 use crate::chunk::Chunk;
 use crate::decode::Decoder;
-use crate::error::ProcessorError;
+use crate::error::{Halt, ProcessorError};
 use crate::fetch::FirstRecord;
 use crate::metrics::Metrics;
 use crate::open::begin;
@@ -16,8 +17,9 @@ use crate::start::{Facts, RecoverPolicy, Start};
 use crate::state::Checkpoint;
 use crate::windows::hot::COLD_PANES_MOST;
 use crate::windows::pane::PaneShape;
-use crate::worker::{Chunks, Worker};
+use crate::worker::{Chunks, Fetched, Worker};
 use common::admin::Health;
+use common::presence::Holdings;
 use common::stream::Definition;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -159,8 +161,15 @@ impl Process {
         let found = state.facts();
         let stale = mutation == Some(Mutation::StaleState) && !self.with.replay;
         if let (true, Some(progress), Some(found)) = (stale, &mut progress, &found) {
-            progress.next_offset = progress.next_offset.min(found.position.next_offset);
+            let next_offset = &mut progress.position.next_offset;
+            *next_offset = (*next_offset).min(found.position.next_offset);
         }
+        if let (Some(Mutation::StoreBehind | Mutation::NoteWritten), Some(progress)) =
+            (mutation, &mut progress)
+        {
+            progress.written_to = None;
+        }
+        let skips = crate::store::Store::skips(&*self.outside, 0).await?;
         let layout = definition.layout();
         let from_zero = self.with.replay && mutation == Some(Mutation::ReplayHot);
         let facts = Facts {
@@ -171,10 +180,11 @@ impl Process {
             high,
             layout: &layout,
             cluster_id: "simulated",
+            skips: &skips,
             recover: RecoverPolicy::Auto,
             replay: self.with.replay,
         };
-        let look = |offset| Ok(world.lock().compared(offset));
+        let look = |offset| Ok(Some(world.lock().compared(offset)));
         let (start, mut partition) = begin(&mut state, &facts, &definition, self.with.memory_most, look)?;
         partition.panes.cold_most = self.with.cold_most;
         let who = &self.outside.who;
@@ -186,10 +196,12 @@ impl Process {
             bucket: definition.store.bucket,
             state,
             partition,
+            written_to: start.written_to,
             store: Arc::clone(&self.outside),
             dead_letters: Arc::clone(&self.outside),
             limits: PoisonLimits { consecutive: u32::MAX, window_poison: u32::MAX },
             health: Health::new(Duration::from_secs(60), &[]),
+            holdings: Holdings::default(),
             metrics,
             committed: self.committed,
         };
@@ -202,47 +214,82 @@ fn fetch(world: Shared, life: usize, definition: &Definition, start: Start) -> C
     let (sender, chunks) = mpsc::channel(1);
     let decoder = Decoder::new(definition, 0);
     tokio::spawn(async move {
-        let mut first = FirstRecord::new(&start);
-        let mut next = start.fetch_from;
+        let mut fetcher =
+            Fetcher { world, life, decoder, first: FirstRecord::new(&start), next: start.fetch_from };
+        if let Some(skip) = start.skip {
+            let is_out = fetcher.world.lock().mutation == Some(Mutation::RecordSkips);
+            let (first_offset, next_offset) = (skip.end, skip.end);
+            let skipped = Some(skip).filter(|_| !is_out);
+            let chunk = Chunk { first_offset, next_offset, skipped, ..fetcher.decoder.chunk() };
+            if sender.send(Ok(Fetched::Chunk(Box::new(chunk)))).await.is_err() {
+                return;
+            }
+        }
         loop {
-            let chunk = {
-                let mut world = world.lock();
-                if next >= world.topic().high() {
-                    return;
-                }
-                if next < world.topic().low {
-                    // What Kafka says of an offset that retention has removed.
-                    world.failing.insert(life);
-                    world.say(|| format!("{life}: offset {next} is out of range"));
-                    return drop(sender.try_send(Err(ProcessorError::Refused("out of range".into()))));
-                }
-                match first.admit(0, next, || world.compared(next)) {
-                    Err(e) => Err(e),
-                    Ok(false) => {
-                        next += 1;
-                        continue;
-                    }
-                    Ok(true) => {
-                        let size = match &mut world.batches {
-                            Some(sizes) if sizes.is_empty() => world.topic().high(),
-                            Some(sizes) => sizes.remove(0),
-                            None => 1 + i64::from(world.choices.pick(5, 65)),
-                        };
-                        let end = (next + size).min(world.topic().high());
-                        let mut chunk = world.topic().chunk(&decoder, next..end);
-                        change_keys(&mut chunk, world.hash_mask, world.mutation);
-                        next = end;
-                        Ok(chunk)
-                    }
-                }
-            };
-            let failed = chunk.is_err();
-            if sender.send(chunk).await.is_err() || failed {
+            let fetched = fetcher.next();
+            let is_last = !matches!(fetched, Ok(Fetched::Chunk(_)));
+            if sender.send(fetched).await.is_err() || is_last {
                 return;
             }
         }
     });
     chunks
+}
+
+struct Fetcher {
+    world: Shared,
+    life: usize,
+    decoder: Decoder,
+    first: FirstRecord,
+    next: i64,
+}
+
+impl Fetcher {
+    /// The next chunk; quiet at the end of the log.
+    fn next(&mut self) -> Result<Fetched, ProcessorError> {
+        let (mut world, life) = (self.world.lock(), self.life);
+        loop {
+            let (next, high) = (self.next, world.topic().high());
+            if next >= high {
+                return Ok(Fetched::Quiet);
+            }
+            if next < world.topic().low {
+                // What Kafka says of an offset that retention has removed.
+                world.failing.insert(life);
+                world.say(|| format!("{life}: offset {next} is out of range"));
+                return Err(ProcessorError::Reopen("out of range".into()));
+            }
+            let damaged = world.topic().damaged.clone();
+            if damaged.contains(&next) {
+                world.failing.insert(life);
+                world.say(|| format!("{life}: offset {next} cannot be read"));
+                let halt = Halt { partition: 0, offset: next, cause: "damaged".into(), readable_from: None };
+                return Err(halt.into());
+            }
+            let is_marker = matches!(world.topic().records[next as usize], Rec::Marker);
+            let admitted = if is_marker {
+                self.first.passed(0, next + 1).map(|()| next >= self.first.next_offset())
+            } else {
+                self.first.admit(0, next, || world.compared(next))
+            };
+            if !admitted? {
+                self.next += 1;
+                continue;
+            }
+            let size = match &mut world.batches {
+                Some(sizes) if sizes.is_empty() => high,
+                Some(sizes) => sizes.remove(0),
+                None => 1 + i64::from(world.choices.pick(5, 65)),
+            };
+            let readable = if damaged.start > next { damaged.start } else { high };
+            let end = (next + size).min(high).min(readable);
+            world.fetched_to = world.fetched_to.max(end);
+            let mut chunk = world.topic().chunk(&self.decoder, next..end);
+            change_keys(&mut chunk, world.hash_mask, world.mutation);
+            self.next = end;
+            return Ok(Fetched::Chunk(Box::new(chunk)));
+        }
+    }
 }
 
 /// Lets hashes collide; and takes out what recognises copies, where that is to be shown.
@@ -265,5 +312,5 @@ fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
 
 /// A new machine's volume: in memory, or a real state file on a simulated disk that is as new.
 pub fn new_volume(on_disk: bool) -> Volume {
-    if on_disk { Volume::Disk(super::disk::Disk::default()) } else { Volume::Memory(Image::default()) }
+    if on_disk { Volume::Disk(super::disk::Disk::default()) } else { Volume::Memory(Box::default()) }
 }

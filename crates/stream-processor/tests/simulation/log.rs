@@ -2,13 +2,14 @@
 //! code with the processor's decoder and windows.
 
 use super::choices::Choices;
-use super::mutations;
+use super::mutations::{self, Mutation};
 use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
-use crate::partition::Totals;
+use crate::partition::{LastRecord, Totals};
 use common::event::fingerprint;
 use common::stream::Definition;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Pane length.
 pub const PANE_MS: i64 = 10_000;
@@ -91,6 +92,8 @@ pub enum Rec {
     TooOld(Event),
     /// An event far ahead of its record's time stamp: poison.
     TooFar(Event),
+    /// The end of a transaction, or a record of one that was aborted: it takes an offset and is never delivered.
+    Marker,
 }
 
 /// A shorthand: the event `id` at `at` milliseconds.
@@ -98,14 +101,15 @@ pub fn event(at: i64, id: u32) -> Rec {
     Rec::Event(Event { at, id, kind: id as usize % 4, score: id as usize % 5 })
 }
 
-/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison of each kind.
+/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison of each kind,
+/// transaction markers.
 pub fn random(choices: &mut Choices) -> Vec<Rec> {
     let count = 2 + choices.pick(11, 85);
     let mut log = Vec::new();
     let mut seen: Vec<Event> = Vec::new();
     let mut leap = 0;
     for id in 0..count {
-        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(7, 60) };
+        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(8, 60) };
         let earlier = |choices: &mut Choices| seen[choices.index(seen.len(), 60)];
         let event = match sort {
             1 => {
@@ -133,6 +137,10 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
             6 => {
                 leap = LEAP_MS;
                 earlier(choices)
+            }
+            7 => {
+                log.push(Rec::Marker);
+                continue;
             }
             _ => {
                 let pane = i64::from(choices.pick(5, 70) % 4);
@@ -179,10 +187,14 @@ pub struct Exact {
 
 impl Exact {
     fn take(&mut self, offset: i64, rec: &Rec) {
-        let Rec::Event(event) = rec else {
-            self.totals.dead_letters += 1;
-            self.dead.push(offset);
-            return;
+        let event = match rec {
+            Rec::Event(event) => event,
+            Rec::Marker => return,
+            Rec::Poison | Rec::TooOld(_) | Rec::TooFar(_) => {
+                self.totals.dead_letters += 1;
+                self.dead.push(offset);
+                return;
+            }
         };
         let time = BASE_MS + event.at;
         let key = (time, id_of(event.id));
@@ -239,18 +251,44 @@ pub struct Log {
     pub exact: Vec<Exact>,
     /// Told apart from another log of the same records.
     pub broker: i64,
+    /// Offsets that cannot be read.
+    pub damaged: Range<i64>,
 }
 
 impl Log {
     /// Of these records, none of them removed.
     pub fn new(records: Vec<Rec>) -> Log {
+        let mut log = Log { records, low: 0, exact: Vec::new(), broker: 0, damaged: 0..0 };
+        log.recompute();
+        log
+    }
+
+    fn recompute(&mut self) {
         let mut exact = vec![Exact::default()];
-        for (offset, rec) in (0..).zip(&records) {
+        for (offset, rec) in (0..).zip(&self.records) {
             let mut next: Exact = exact.last().cloned().unwrap_or_default();
-            next.take(offset, rec);
+            if self.damaged.contains(&offset) {
+                next.totals.skipped += 1;
+            } else {
+                next.take(offset, rec);
+            }
             exact.push(next);
         }
-        Log { records, low: 0, exact, broker: 0 }
+        self.exact = exact;
+    }
+
+    /// Offsets that nobody has read yet can no longer be read: an operator will have them skipped.
+    pub fn damage(&mut self, damaged: Range<i64>) {
+        self.damaged = damaged;
+        self.recompute();
+    }
+
+    /// The last record below `offset`.
+    pub fn last_record_below(&self, offset: i64) -> Option<LastRecord> {
+        let is_record =
+            |at: &i64| !matches!(self.records[*at as usize], Rec::Marker) && !self.damaged.contains(at);
+        let offset = (0..offset).rev().find(is_record)?;
+        Some(LastRecord { offset, fingerprint: self.fingerprint(offset) })
     }
 
     /// Offset after the last record.
@@ -280,7 +318,7 @@ impl Log {
 
     fn value(&self, offset: i64) -> Vec<u8> {
         match &self.records[offset as usize] {
-            Rec::Poison => b"no json".to_vec(),
+            Rec::Poison | Rec::Marker => b"no json".to_vec(),
             Rec::Event(event) | Rec::TooOld(event) | Rec::TooFar(event) => {
                 let (kind, score) = (KINDS[event.kind], SCORES[event.score]);
                 serde_json::json!({"kind": kind, "score": score, "more": offset}).to_string().into_bytes()
@@ -293,13 +331,14 @@ impl Log {
         fingerprint(b"", &self.value(offset), self.timestamp(offset))
     }
 
-    /// Decodes the records of `offsets` with the real decoder.
-    pub fn chunk(&self, decoder: &Decoder, offsets: std::ops::Range<i64>) -> Chunk {
-        let mut chunk = decoder.chunk();
+    /// Decodes the records of `offsets` with the real decoder, as the fetcher does.
+    pub fn chunk(&self, decoder: &Decoder, offsets: Range<i64>) -> Chunk {
+        let mut chunk = Chunk { first_offset: offsets.start, ..decoder.chunk() };
         for offset in offsets.clone() {
             let (id, at) = match &self.records[offset as usize] {
                 Rec::Event(e) | Rec::TooOld(e) | Rec::TooFar(e) => (id_of(e.id), e.at),
                 Rec::Poison => ("poison".to_owned(), 0),
+                Rec::Marker => continue,
             };
             let time = chrono::DateTime::from_timestamp_millis(BASE_MS + at).unwrap().to_rfc3339();
             let headers = [("ce_id", Some(id.as_bytes())), ("ce_time", Some(time.as_bytes()))];
@@ -313,7 +352,11 @@ impl Log {
             };
             decoder.decode(&record, &mut chunk);
         }
-        chunk.fingerprint = self.fingerprint(offsets.end - 1);
+        chunk.last_record =
+            self.last_record_below(offsets.end).filter(|record| record.offset >= offsets.start);
+        if !mutations::is_out(Mutation::FollowPosition) {
+            chunk.next_offset = offsets.end;
+        }
         chunk
     }
 }

@@ -8,7 +8,7 @@ use super::seeds::first_failing;
 /// Seeds within which every mutation must be noticed.
 const WITHIN: u64 = 2_000;
 
-const NOTICED: [Mutation; 20] = [
+const NOTICED: [Mutation; 26] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -22,6 +22,12 @@ const NOTICED: [Mutation; 20] = [
     Mutation::Horizon,
     Mutation::FutureBound,
     Mutation::Fingerprint,
+    Mutation::FollowPosition,
+    Mutation::NoteWritten,
+    Mutation::Confirm,
+    Mutation::WriteAgain,
+    Mutation::StoreBehind,
+    Mutation::RecordSkips,
     Mutation::FirstProgress,
     Mutation::RunningTotal,
     Mutation::CommitBeforeRows,

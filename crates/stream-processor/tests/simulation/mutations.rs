@@ -33,6 +33,18 @@ pub enum Mutation {
     FutureBound,
     /// The record before the next offset is not compared.
     Fingerprint,
+    /// The next offset stays behind transaction markers at the end of the log.
+    FollowPosition,
+    /// The note that everything is written does not come before the commit.
+    NoteWritten,
+    /// What was read is not confirmed to come from a store that holds everything it acknowledged.
+    Confirm,
+    /// A batch during which a snapshot was restored is not written again.
+    WriteAgain,
+    /// A store that lost history is gone on with.
+    StoreBehind,
+    /// Skipped offsets are not recorded as such.
+    RecordSkips,
     /// A new state does not show its progress row before its first batch.
     FirstProgress,
     /// `throughput` holds a batch's records, not the running total.

@@ -5,7 +5,8 @@ use super::life::{Life, Setting, StartWith, new_volume};
 use super::log::{Log, Rec, definition, random};
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::{self, Mutation};
-use super::world::{FAULTS_MOST, Shared, World, position_of};
+use super::world::{FAULTS_MOST, Shared, World, progress_of};
+use crate::error::ProcessorError;
 use crate::metrics::Metrics;
 use crate::partition::Totals;
 use crate::state::Checkpoint;
@@ -296,7 +297,13 @@ impl Sim {
             world.committed.get(&id) == Some(&world.log.high())
         };
         match &owner.ended {
-            Some(Ok(())) if at_the_end => return true,
+            Some(Ok(())) if at_the_end && self.world().has_confirmed(id) => return true,
+            Some(Ok(())) if at_the_end => {
+                // Told again later that the log is quiet, it would find that the tables went back.
+                self.crash();
+                self.restart(machine);
+                return false;
+            }
             Some(Ok(())) => {
                 let next = self.world().choices.index(MACHINES, 60);
                 self.owner = None;
@@ -309,13 +316,20 @@ impl Sim {
                     self.world().bad("a worker ended", || shown);
                     return true;
                 }
+                if let ProcessorError::Halted(halt) = error {
+                    let offset = halt.offset;
+                    self.skip_or_try_again(offset);
+                }
                 self.crash();
                 self.restart(machine);
                 return false;
             }
             None => {}
         }
-        let action = self.world().choices.pick(11, 35);
+        if self.world().choices.pick(2, 8) == 1 {
+            self.world().take_snapshot();
+        }
+        let action = self.world().choices.pick(13, 35);
         if !self.strike(action) && !self.step(id) {
             self.world().bad("a worker is stuck", || format!("{id}"));
         }
@@ -401,6 +415,8 @@ impl Sim {
             }
             8 => self.trim(),
             9 => self.make_topic_anew(machine),
+            11 => self.restore(machine),
+            12 => self.damage(),
             _ => {
                 self.crash();
                 self.with.replay = true;
@@ -421,6 +437,44 @@ impl Sim {
         }
     }
 
+    /// An operator has some or all of the damaged offsets skipped, or waits.
+    fn skip_or_try_again(&mut self, offset: i64) {
+        let mut world = self.world();
+        let end = world.log.damaged.end;
+        let skipped = match world.choices.pick(3, 40) {
+            0 => end,
+            1 => offset + 1,
+            _ => return,
+        };
+        world.say(|| format!("an operator has offsets {offset} to {skipped} skipped"));
+        world.skips.push(offset..skipped);
+    }
+
+    /// The tables go back to an older snapshot, while processes run or after they were killed.
+    fn restore(&mut self, machine: usize) {
+        let is_stopped = self.world().choices.pick(2, 50) == 1;
+        if is_stopped {
+            self.crash();
+            self.kill_zombies();
+        }
+        self.world().restore_snapshot();
+        if is_stopped {
+            self.restart(machine);
+        }
+    }
+
+    /// Offsets that nobody has fetched yet can no longer be read.
+    fn damage(&mut self) {
+        let mut world = self.world();
+        let (from, high) = (world.fetched_to, world.log.high());
+        if world.log.damaged.is_empty() && from < high {
+            let start = from + i64::from(world.choices.pick((high - from) as u32, 50));
+            let end = start + 1 + i64::from(world.choices.pick((high - start) as u32, 50));
+            world.log.damage(start..end);
+            world.say(|| format!("offsets {start} to {end} are damaged"));
+        }
+    }
+
     /// The topic is made anew, of as many records, until somebody notices; nothing may be taken from it.
     fn make_topic_anew(&mut self, machine: usize) {
         self.crash();
@@ -429,8 +483,8 @@ impl Sim {
             self.wipe(machine);
         }
         let is_known = {
-            let world = self.world();
-            !world.progress.is_empty() && position_of(&world.progress).next_offset > 0
+            let progress = progress_of(&self.world().progress);
+            progress.is_some_and(|progress| progress.position.last_record.is_some())
         };
         if is_known {
             self.meet_another_topic(machine);
@@ -463,10 +517,8 @@ impl Sim {
     /// Retention removes records that the progress row has passed.
     fn trim(&mut self) {
         let mut world = self.world();
-        if world.progress.is_empty() {
-            return;
-        }
-        let passed = position_of(&world.progress).next_offset;
+        let Some(progress) = progress_of(&world.progress) else { return };
+        let passed = progress.position.next_offset;
         let low = world.log.low.max(i64::from(world.choices.pick(passed as u32 + 1, 40)));
         world.log.low = low;
         world.say(|| format!("the log begins at {low}"));

@@ -4,8 +4,10 @@
 use super::choices::Choices;
 use super::log::{BASE_MS, LEAP_MS, Log, PaneRow, columns_of};
 use super::mutations::Mutation;
-use crate::partition::{Position, Totals};
+use crate::partition::{LastRecord, Position, Totals};
+use crate::start::Progress;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
@@ -41,6 +43,15 @@ pub struct Op {
     pub stamp: i64,
     /// What it binds; an unset column is not among them.
     pub cells: Vec<(Name, Vec<u8>)>,
+}
+
+/// Everything the tables hold.
+#[derive(Clone)]
+pub struct Tables {
+    rows: BTreeMap<(i64, String), Cells>,
+    panes: BTreeMap<(i64, String, String), Cells>,
+    progress: Cells,
+    throughput: BTreeMap<i64, Cells>,
 }
 
 /// A worker's step that waits to be let through.
@@ -96,6 +107,16 @@ pub struct World {
     pub batches: Option<Vec<i64>>,
     /// Rows before this event time have expired.
     pub expired_before: Option<i64>,
+    /// Ranges that an operator wants skipped.
+    pub skips: Vec<Range<i64>>,
+    /// Offset after the last record that anybody has fetched.
+    pub fetched_to: i64,
+    /// Snapshots of the tables, oldest first.
+    pub snapshots: Vec<Tables>,
+    /// How often a snapshot was restored.
+    pub restores: u32,
+    /// Per process: `restores` when it last confirmed that the tables hold what they acknowledged.
+    pub confirmed: BTreeMap<usize, u32>,
     /// Moves with everything that lands: what a clock would show.
     pub clock: i64,
     /// What the hashes of seen keys are cut down to, so that they collide.
@@ -160,6 +181,11 @@ impl World {
             failing: BTreeSet::new(),
             batches: None,
             expired_before: None,
+            skips: Vec::new(),
+            fetched_to: 0,
+            snapshots: Vec::new(),
+            restores: 0,
+            confirmed: BTreeMap::new(),
             clock: 0,
             hash_mask: u64::MAX,
             steps: 0,
@@ -193,6 +219,47 @@ impl World {
             self.say(|| format!("!! {what}: {detail}"));
             self.violation = Some(what.to_owned());
         }
+    }
+
+    /// Keeps what the tables hold now.
+    pub fn take_snapshot(&mut self) {
+        if self.snapshots.len() < 16 {
+            self.snapshots.push(Tables {
+                rows: self.rows.clone(),
+                panes: self.panes.clone(),
+                progress: self.progress.clone(),
+                throughput: self.throughput.clone(),
+            });
+        }
+    }
+
+    /// The tables go back to a snapshot, and whatever was on its way to them is gone. `false`: there is none that the log could
+    /// bring up to date.
+    pub fn restore_snapshot(&mut self) -> bool {
+        let low = self.log.low;
+        let usable = |tables: &Tables| low == 0 || number(&tables.progress, "next_offset") >= Some(low);
+        let usable: Vec<usize> =
+            (0..self.snapshots.len()).filter(|at| usable(&self.snapshots[*at])).collect();
+        if usable.is_empty() {
+            return false;
+        }
+        let at = usable[usable.len() - 1 - self.choices.index(usable.len(), 60)];
+        let Tables { rows, panes, progress, throughput } = self.snapshots[at].clone();
+        (self.rows, self.panes, self.progress, self.throughput) = (rows, panes, progress, throughput);
+        self.snapshots.truncate(at + 1);
+        if let Some(before) = self.expired_before {
+            self.rows.retain(|(at, _), _| *at >= before);
+        }
+        self.delayed.retain(|op| matches!(op.target, Target::Dead(_)));
+        self.restores += 1;
+        let shown = position_of(&self.progress).next_offset;
+        self.say(|| format!("the tables go back to a snapshot in which {shown} comes next"));
+        true
+    }
+
+    /// Whether `life` has confirmed since the last restore that the tables hold what they acknowledged.
+    pub fn has_confirmed(&self, life: usize) -> bool {
+        self.restores == 0 || self.confirmed.get(&life) == Some(&self.restores)
     }
 
     /// Whether another fault is allowed, and drawn.
@@ -291,9 +358,13 @@ impl World {
         }
         let end = start + super::log::PANE_MS;
         let below = self.log.below(upto.clamp(0, self.log.high()));
-        let of_pane = below.rows.keys().filter(|(at, _)| (start..end).contains(at));
-        let missing =
-            of_pane.filter(|key| !self.rows.contains_key(*key)).find(|(at, _)| !self.is_expired(*at));
+        let of_pane = below.rows.iter().filter(|((at, _), _)| (start..end).contains(at));
+        // A batch that was under way when a snapshot was restored writes panes whose rows are gone, until they are written again.
+        let settled_to = if self.restores == 0 { upto } else { position_of(&self.progress).next_offset };
+        let missing = of_pane
+            .filter(|(key, (offset, _))| *offset < settled_to && !self.rows.contains_key(*key))
+            .map(|(key, _)| key)
+            .find(|(at, _)| !self.is_expired(*at));
         if let Some(missing) = missing.cloned() {
             self.bad("a pane is ahead of its rows", || format!("{missing:?} upto {upto}"));
         }
@@ -306,6 +377,9 @@ impl World {
     }
 
     fn check_progress(&mut self, before: &Cells, after: &Cells) {
+        if number(after, "next_offset").is_none() {
+            return;
+        }
         let position = position_of(after);
         let next = position.next_offset;
         let exact = self.log.below(next.clamp(0, self.log.high()));
@@ -315,10 +389,10 @@ impl World {
                 format!("{position:?}, exact {exact:?}")
             });
         }
-        if next > self.log.low && position.fingerprint != Some(self.log.fingerprint(next - 1)) {
+        if position.last_record != self.log.last_record_below(next) {
             self.bad("the progress row's fingerprint is of another record", || format!("{position:?}"));
         }
-        if !before.is_empty() && next < position_of(before).next_offset {
+        if number(before, "next_offset").is_some_and(|before| next < before) {
             self.bad("the progress row goes back", || format!("{position:?}"));
         }
         self.check_written(next, "progress");
@@ -413,11 +487,20 @@ pub fn position_of(cells: &Cells) -> Position {
             duplicates: of("duplicates"),
             late: of("late"),
             dead_letters: of("dead_letters"),
+            skipped: of("skipped"),
         },
         seen_to: number(cells, "seen_to"),
-        fingerprint: number(cells, "fingerprint"),
+        last_record: number(cells, "last_offset")
+            .zip(number(cells, "fingerprint"))
+            .map(|(offset, fingerprint)| LastRecord { offset, fingerprint }),
         ..Position::default()
     }
+}
+
+/// The progress row as the store reads it; none before anything was published.
+pub fn progress_of(cells: &Cells) -> Option<Progress> {
+    number(cells, "next_offset")?;
+    Some(Progress { position: position_of(cells), written_to: number(cells, "written_to") })
 }
 
 fn describe(op: &Op) -> String {
@@ -432,6 +515,7 @@ fn describe(op: &Op) -> String {
             let start = minus_base(start);
             format!("pane {start} {dimension}={value} {row:?} upto {upto} stamp {}", op.stamp)
         }
+        Target::Progress if number(&cells, "next_offset").is_none() => format!("note {}", op.stamp),
         Target::Progress => format!("progress {:?} stamp {}", position_of(&cells), op.stamp),
         Target::Throughput(second) => format!("total at second {second}: {:?}", number(&cells, "total")),
         Target::Dead(offset) => format!("dead letter {offset}"),

@@ -1,0 +1,193 @@
+//! Cassandra goes back to an older snapshot, with processors stopped or running: what it lost is processed again from Kafka's log.
+
+use std::collections::BTreeMap;
+
+use futures::TryStreamExt;
+use scylla::value::CqlTimestamp;
+use serde_json::Value;
+
+use crate::harness::{PATIENT, Pipeline, wait_until};
+
+/// How a partition starts whose store lost history, as a metric.
+const STORE_BEHIND: &str = "processor_partition_starts_total{how=\"store_behind\"}";
+
+/// Every row of the tables that the processor writes, as JSON with its write time.
+struct Snapshot(Vec<(String, Vec<(String, i64)>)>);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_snapshot_restored_while_the_processor_was_stopped_is_brought_up_to_date() {
+    let pipeline = Pipeline::initialised("restored").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(500).await;
+    let snapshot = pipeline.snapshot().await;
+    pipeline.processed(1_500).await;
+    processor.stop().await;
+    pipeline.restore(&snapshot).await;
+    assert_eq!(pipeline.progress().await.events, 500);
+
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.caught_up(1_500).await;
+    assert!(processor.metric(STORE_BEHIND).await.unwrap() > 0.0);
+    assert!(processor.words().contains("cassandra has lost what it had acknowledged"));
+    pipeline.verify().await;
+    pipeline.assert_running_totals(1_500).await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_snapshot_restored_under_a_running_processor_is_noticed_and_brought_up_to_date() {
+    let pipeline = Pipeline::initialised("restored_under").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(500).await;
+    let snapshot = pipeline.snapshot().await;
+    pipeline.processed(1_000).await;
+    // Quiet: nothing is written that could notice.
+    pipeline.restore(&snapshot).await;
+    pipeline.caught_up(1_000).await;
+    assert!(processor.words().contains("an older snapshot was restored"));
+    pipeline.processed(1_500).await;
+    pipeline.assert_counted_once(1_500).await;
+    pipeline.verify().await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_snapshot_than_the_state_files_is_gone_on_from() {
+    let pipeline = Pipeline::initialised("newer").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(500).await;
+    processor.stop().await;
+    let (volume, aside) = (pipeline.folder.join("checkpoints"), pipeline.folder.join("aside"));
+    copy_folder(&volume, &aside);
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(1_000).await;
+    processor.stop().await;
+    std::fs::remove_dir_all(&volume).unwrap();
+    copy_folder(&aside, &volume);
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(1_200).await;
+    assert!(processor.words().contains("recovering from the progress row"));
+    pipeline.assert_counted_once(1_200).await;
+    pipeline.verify().await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_emptied_keyspace_is_filled_again_while_the_log_is_whole_and_refused_once_it_is_not() {
+    let pipeline = Pipeline::initialised("emptied").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.processed(600).await;
+    processor.stop().await;
+    let empty = Snapshot(pipeline.written_tables().into_iter().map(|table| (table, Vec::new())).collect());
+    pipeline.restore(&empty).await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.caught_up(600).await;
+    pipeline.verify().await;
+    processor.stop().await;
+
+    pipeline.restore(&empty).await;
+    pipeline.remove_below(0, 5).await;
+    let mut processor = pipeline.processor("one");
+    assert_eq!(processor.end().await.code(), Some(3));
+    let words = processor.words();
+    for part in ["partition 0: cassandra acknowledged everything below", "no progress row", "offsets 0 to 4"]
+    {
+        assert!(words.contains(part), "`{part}` is not in {words}");
+    }
+}
+
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+}
+
+impl Pipeline {
+    /// Sends events until there are `events`, and waits until a running processor has counted them.
+    async fn processed(&self, events: i64) {
+        let there = self.progress().await.events;
+        self.stress(u64::try_from(events - there).unwrap()).await;
+        self.caught_up(events).await;
+    }
+
+    async fn caught_up(&self, events: i64) {
+        wait_until("everything is processed", PATIENT, || async { self.progress().await.events == events })
+            .await;
+        self.assert_counted_once(events).await;
+    }
+
+    fn written_tables(&self) -> Vec<String> {
+        let stream = &self.definition.stream.name;
+        vec![stream.clone(), format!("{stream}_panes"), "partition_progress".into(), "throughput".into()]
+    }
+
+    /// What a stopped node's files would hold.
+    async fn snapshot(&self) -> Snapshot {
+        let mut tables = Vec::new();
+        for table in self.written_tables() {
+            // The time stamp of a column that every row has.
+            let column = match table.as_str() {
+                "partition_progress" => "next_offset",
+                "throughput" => "total",
+                other if other.ends_with("_panes") => "count",
+                _ => "kafka_offset",
+            };
+            let stamps = self.column::<i64>(&format!("WRITETIME({column})"), &table).await;
+            let rows = self.column::<String>("JSON *", &table).await;
+            tables.push((table, rows.into_iter().zip(stamps).collect()));
+        }
+        Snapshot(tables)
+    }
+
+    async fn column<T>(&self, what: &str, table: &str) -> Vec<T>
+    where
+        T: for<'f, 'm> scylla::deserialize::value::DeserializeValue<'f, 'm> + Send + 'static,
+    {
+        let query = format!("SELECT {what} FROM {}.{table}", self.keyspace);
+        let pager = self.session.query_iter(query, ()).await.unwrap();
+        pager.rows_stream::<(T,)>().unwrap().map_ok(|(value,)| value).try_collect().await.unwrap()
+    }
+
+    /// The tables hold what they held then, and nothing else.
+    async fn restore(&self, Snapshot(tables): &Snapshot) {
+        for (table, rows) in tables {
+            self.session.query_unpaged(format!("TRUNCATE {}.{table}", self.keyspace), ()).await.unwrap();
+            let insert =
+                format!("INSERT INTO {}.{table} JSON ? DEFAULT UNSET USING TIMESTAMP ?", self.keyspace);
+            let insert = self.session.prepare(insert).await.unwrap();
+            for (json, stamp) in rows {
+                let mut row: Value = serde_json::from_str(json).unwrap();
+                row.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+                self.session.execute_unpaged(&insert, (row.to_string(), stamp)).await.unwrap();
+            }
+        }
+    }
+
+    /// The last running totals of all partitions together.
+    async fn assert_running_totals(&self, records: i64) {
+        let query =
+            format!("SELECT resolution, kafka_partition, at, total FROM {}.throughput", self.keyspace);
+        let pager = self.session.query_iter(query, ()).await.unwrap();
+        let mut rows = pager.rows_stream::<(i32, i32, CqlTimestamp, i64)>().unwrap();
+        let mut last: BTreeMap<(i32, i32), (i64, i64)> = BTreeMap::new();
+        while let Some((resolution, partition, at, total)) = rows.try_next().await.unwrap() {
+            let slot = last.entry((resolution, partition)).or_default();
+            *slot = (*slot).max((at.0, total));
+        }
+        for resolution in [1, 60] {
+            let of_resolution = last.iter().filter(|((of, _), _)| *of == resolution);
+            let sum: i64 = of_resolution.map(|(_, (_, total))| total).sum();
+            assert_eq!(sum, records, "resolution {resolution}");
+        }
+    }
+}

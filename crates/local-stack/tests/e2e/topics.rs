@@ -1,0 +1,284 @@
+//! Topics as they are in the world: partitions added later, transactions, batches that cannot be read.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rdkafka::admin::{AdminOptions, NewPartitions};
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
+
+const KAFKA_TIMEOUT: Duration = Duration::from_secs(20);
+/// What a stream is registered with by default.
+const PARTITIONS: i32 = 6;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_added_later_are_left_alone_and_told_until_the_topic_is_put_right() {
+    let pipeline = Pipeline::initialised("added").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    pipeline.stress(300).await;
+    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events == 300 }).await;
+    let more = NewPartitions::new(&pipeline.topic, 12);
+    let made = pipeline.admin().create_partitions([&more], &AdminOptions::new()).await.unwrap();
+    made.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
+    pipeline.send_events(PARTITIONS + 1, 0..5).await;
+    pipeline.send_events(0, 5..8).await;
+    // librdkafka looks for new partitions every half minute.
+    wait_until("readiness tells", PATIENT, || async { !processor.is_ready().await }).await;
+    wait_until("the added ones are counted", SOON, || async {
+        processor.metric("processor_unregistered_partitions").await == Some(6.0)
+    })
+    .await;
+    wait_until("the registered ones go on", SOON, || async { pipeline.progress().await.events == 303 }).await;
+    let report = processor.json("/readyz").await.unwrap().to_string();
+    for words in ["partitions, but the stream was registered with 6", "give the stream a new name"] {
+        assert!(report.contains(words) && processor.words().contains(words), "`{words}` is not in {report}");
+    }
+    assert_eq!(pipeline.rows().await, 303);
+    processor.stop().await;
+
+    // Neither a new start nor `init` takes the added ones for the stream's own.
+    let processor = pipeline.processor("one");
+    wait_until("the registered ones run again", SOON, || async {
+        processor.metric("processor_partitions").await == Some(6.0)
+    })
+    .await;
+    assert_eq!(pipeline.progress().await.next_offsets, 303);
+    processor.stop().await;
+    let output = pipeline.run("stream-processor", &["init"], &[]).await;
+    let words = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{words}");
+    assert!(words.contains("12 partitions, but the stream was registered with 6"), "{words}");
+    assert!(!words.contains("PIPELINE_PARTITIONS=12"), "{words}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_at_the_end_of_a_partition_leave_no_lag() {
+    let pipeline = Pipeline::initialised("transactions").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    let sends: [(&str, bool, std::ops::Range<u32>); 4] =
+        [("a", true, 0..40), ("b", false, 40..80), ("a", true, 80..90), ("b", false, 90..130)];
+    for (id, commits, numbers) in sends {
+        pipeline.transaction(id, commits, numbers).await;
+    }
+    // Neither markers nor aborted records ever come as records.
+    wait_until("nothing lags", PATIENT, || async {
+        pipeline.next_offsets().await == pipeline.ends(&pipeline.topic).await
+    })
+    .await;
+    assert_eq!(pipeline.progress().await.events, 50);
+    pipeline.assert_counted_once(50).await;
+    processor.stop().await;
+    assert_eq!(pipeline.group_offsets().await, pipeline.ends(&pipeline.topic).await);
+
+    // The last record is found again behind the markers, from the state files and without them.
+    for lose in [false, true] {
+        if lose {
+            pipeline.lose_checkpoints();
+        }
+        let mut processor = pipeline.processor("one");
+        processor.ready().await;
+        let events = pipeline.progress().await.events;
+        pipeline
+            .transaction(
+                "a",
+                true,
+                u32::try_from(events).unwrap() + 100..u32::try_from(events).unwrap() + 110,
+            )
+            .await;
+        wait_until("the next ones are counted", PATIENT, || async {
+            pipeline.progress().await.events == events + 10
+        })
+        .await;
+        processor.stop().await;
+    }
+    pipeline.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skipped() {
+    const DAMAGED: i32 = 3;
+    let pipeline = Pipeline::initialised("damaged").await;
+    pipeline.send_events(DAMAGED, 0..10).await;
+    pipeline.send_events(DAMAGED, 10..20).await;
+    pipeline.send_events(DAMAGED, 20..30).await;
+    pipeline.send_events(1, 30..40).await;
+    pipeline.damage(DAMAGED, 10);
+    let processor = pipeline.processor("one");
+    wait_until("the partition stands still", SOON, || async {
+        processor.metric(&format!("processor_halted{{partition=\"{DAMAGED}\"}}")).await == Some(1.0)
+    })
+    .await;
+    wait_until("everything else is processed", SOON, || async { pipeline.progress().await.events == 20 })
+        .await;
+    pipeline.send_events(1, 40..50).await;
+    wait_until("the others go on", SOON, || async { pipeline.progress().await.events == 30 }).await;
+    assert!(!processor.is_ready().await);
+    let report = processor.json("/readyz").await.unwrap().to_string();
+    let way_on = "stream-processor skip --partition 3 --from 10 --to 20";
+    for words in ["partition 3 stands at offset 10", "BadMessage", way_on] {
+        assert!(report.contains(words) && processor.words().contains(words), "`{words}` is not in {report}");
+    }
+
+    let refused = ["skip", "--partition", "3", "--from", "9", "--to", "20"];
+    let output = pipeline.run("stream-processor", &refused, &[]).await;
+    assert!(text(&output.stderr).contains("below offset 10 is processed already"), "{output:?}");
+    let skip = ["skip", "--partition", "3", "--from", "10", "--to", "20", "--reason", "damaged by a test"];
+    let output = pipeline.run("stream-processor", &skip, &[]).await;
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    wait_until("the partition goes on", PATIENT, || async { pipeline.progress().await.events == 40 }).await;
+    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
+    assert_eq!(pipeline.skipped().await, BTreeMap::from([(DAMAGED, 10)]));
+    let metric = format!("processor_committed_skipped_offsets_total{{partition=\"{DAMAGED}\"}}");
+    assert_eq!(processor.metric(&metric).await, Some(10.0));
+    processor.stop().await;
+
+    // A replay meets the same damage, and skips it again without counting it twice.
+    let replay = pipeline.processor_replaying("one");
+    wait_until("the replay is through", PATIENT, || async {
+        replay.metric(&format!("processor_next_offset{{partition=\"{DAMAGED}\"}}")).await == Some(30.0)
+            && replay.is_ready().await
+    })
+    .await;
+    replay.stop().await;
+    assert_eq!(pipeline.progress().await.events, 40);
+    assert_eq!(pipeline.skipped().await, BTreeMap::from([(DAMAGED, 10)]));
+    assert_eq!(pipeline.rows().await, 40);
+}
+
+impl Pipeline {
+    /// One event per number, in one batch of one partition.
+    async fn send_events(&self, partition: i32, numbers: std::ops::Range<u32>) {
+        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+            .set("bootstrap.servers", &self.kafka)
+            .set("linger.ms", "200")
+            .create()
+            .unwrap();
+        drop(self.send(producer, Some(partition), numbers).await);
+    }
+
+    /// One event per number, in one transaction.
+    async fn transaction(&self, id: &str, commits: bool, numbers: std::ops::Range<u32>) {
+        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
+            .set("bootstrap.servers", &self.kafka)
+            .set("transactional.id", format!("{}.{id}", self.topic))
+            .create()
+            .unwrap();
+        let begun = tokio::task::spawn_blocking(move || {
+            producer.init_transactions(KAFKA_TIMEOUT).unwrap();
+            producer.begin_transaction().unwrap();
+            producer
+        });
+        let producer = self.send(begun.await.unwrap(), None, numbers).await;
+        let ended = tokio::task::spawn_blocking(move || {
+            if commits {
+                producer.commit_transaction(KAFKA_TIMEOUT)
+            } else {
+                producer.abort_transaction(KAFKA_TIMEOUT)
+            }
+        });
+        ended.await.unwrap().unwrap();
+    }
+
+    async fn send(
+        &self,
+        producer: ThreadedProducer<DefaultProducerContext>,
+        partition: Option<i32>,
+        numbers: std::ops::Range<u32>,
+    ) -> ThreadedProducer<DefaultProducerContext> {
+        let topic = self.topic.clone();
+        let time = chrono::DateTime::from_timestamp_millis(now_ms()).unwrap().to_rfc3339();
+        let sent = tokio::task::spawn_blocking(move || {
+            for number in numbers {
+                let id = format!("event-{number}");
+                let headers = [("ce_id", id.as_str()), ("ce_time", time.as_str())];
+                let headers = headers.into_iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+                    headers.insert(Header { key, value: Some(value) })
+                });
+                let value = format!(r#"{{"first_name":"Ada","last_name":"{}"}}"#, "L".repeat(50));
+                let mut record = BaseRecord::to(&topic).key(&id).payload(&value).headers(headers);
+                record.partition = partition;
+                producer.send(record).map_err(|(error, _)| error).unwrap();
+            }
+            producer.flush(KAFKA_TIMEOUT).unwrap();
+            producer
+        });
+        sent.await.unwrap()
+    }
+
+    /// Flips a byte in the middle of the batch that begins at `offset`, as a failing disk would.
+    fn damage(&self, partition: i32, offset: i64) {
+        let mut file = File::options().read(true).write(true).open(self.segment(partition)).unwrap();
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        let mut at = 0;
+        loop {
+            // A batch: base offset, then the length of what follows both.
+            let base = i64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+            let length = i32::from_be_bytes(bytes[at + 8..at + 12].try_into().unwrap());
+            let length = usize::try_from(length).unwrap();
+            if base == offset {
+                let middle = at + 12 + length * 3 / 4;
+                file.seek(SeekFrom::Start(middle as u64)).unwrap();
+                file.write_all(&[!bytes[middle]]).unwrap();
+                return;
+            }
+            at += 12 + length;
+        }
+    }
+
+    fn segment(&self, partition: i32) -> PathBuf {
+        let wanted = format!("{}-{partition}", self.topic);
+        let mut folders = vec![self.folder.ancestors().nth(2).unwrap().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(&folder).into_iter().flatten().map(Result::unwrap) {
+                let path = entry.path();
+                if path.is_dir() && entry.file_name().to_str() == Some(&wanted) {
+                    return path.join("00000000000000000000.log");
+                }
+                if path.is_dir() {
+                    folders.push(path);
+                }
+            }
+        }
+        panic!("no log of {wanted}");
+    }
+
+    /// What was skipped in each partition where something was.
+    async fn skipped(&self) -> BTreeMap<i32, i64> {
+        let query = format!("SELECT kafka_partition, skipped FROM {}.partition_progress", self.keyspace);
+        let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
+        let rows = rows.rows::<(i32, i64)>().unwrap().map(Result::unwrap);
+        rows.filter(|(_, skipped)| *skipped > 0).collect()
+    }
+
+    /// Where the consumer group stands, as other tools see it.
+    async fn group_offsets(&self) -> BTreeMap<i32, i64> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.kafka)
+            .set("group.id", &self.topic)
+            .create()
+            .unwrap();
+        let topic = self.topic.clone();
+        let asked = tokio::task::spawn_blocking(move || {
+            let mut list = TopicPartitionList::new();
+            list.add_partition_range(&topic, 0, PARTITIONS - 1);
+            let committed = consumer.committed_offsets(list, KAFKA_TIMEOUT).unwrap();
+            let offset = |offset| match offset {
+                Offset::Offset(offset) => offset,
+                _ => 0,
+            };
+            committed.elements().iter().map(|of| (of.partition(), offset(of.offset()))).collect()
+        });
+        asked.await.unwrap()
+    }
+}

@@ -1,0 +1,264 @@
+//! `run`: the service from its settings to its end. Connects, checks that the stream is the registered one, and wires the parts of
+//! the group together.
+
+use crate::checkpoint;
+use crate::config::RunArgs;
+use crate::dead_letters::DeadLetterTopic;
+use crate::error::ProcessorError;
+use crate::fetch::ChunkLimits;
+use crate::group::client::MemberSettings;
+use crate::group::ownership::{self, Ownership, Watched};
+use crate::group::{self, GroupSettings, Parts};
+use crate::init;
+use crate::metrics::Metrics;
+use crate::open::{Opener, Replays};
+use crate::poison_gate::{PoisonLimits, WINDOW_RECORDS};
+use crate::store::cassandra::CassandraStore;
+use crate::store::requests::StoreContext;
+use crate::windows::pane::{Pane, PaneShape};
+use common::admin::{self, Health};
+use common::config::CommonArgs;
+use common::kafka::{client_config, partition_count};
+use common::presence::{self, Holdings, Instance};
+use common::registry::Registered;
+use common::schema::dead_letter_topic;
+use common::shutdown::Shutdown;
+use common::stream::Definition;
+use rdkafka::consumer::Consumer;
+use scylla::client::session::Session;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// The group's thread polls every 100 ms; it stands still only while partitions are given up.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// Bytes of one chunk at most.
+const CHUNK_BYTES: usize = 8 << 20;
+/// Part of the memory for hot panes and filters that the panes of one chunk may take beside it.
+const CHUNK_PANES_SHARE: usize = 2;
+/// How long to wait for the topic's metadata.
+pub const METADATA_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What is there before anything is connected.
+struct Service<'a> {
+    common: &'a CommonArgs,
+    args: &'a RunArgs,
+    definition: Arc<Definition>,
+    topic: String,
+    instance: String,
+    metrics: Arc<Metrics>,
+    health: Arc<Health>,
+    shutdown: Shutdown,
+    abandon: CancellationToken,
+}
+
+fn fatal(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ {
+    move |cause| ProcessorError::Fatal(format!("{what}: {cause}"))
+}
+
+/// Processes until a signal or an error.
+pub async fn run(
+    common: &CommonArgs,
+    args: &RunArgs,
+    definition: Definition,
+    shutdown: Shutdown,
+) -> Result<(), ProcessorError> {
+    #[cfg(feature = "failpoints")]
+    args.kill_at.as_ref().map_or(Ok(()), crate::kill_at::KillAt::arm).map_err(ProcessorError::Fatal)?;
+    // Secrets stand in files: only their paths are settings.
+    let settings = serde_json::json!({"common": common, "run": args});
+    tracing::info!(%settings, "settings in force");
+    let service = Service {
+        common,
+        args,
+        topic: common.topic_of(&definition),
+        instance: common.instance_name(),
+        definition: Arc::new(definition),
+        metrics: Arc::new(Metrics::new().map_err(|e| fatal("metrics")(&e))?),
+        health: Health::new(STALL_LIMIT, &["kafka", "cassandra"]),
+        shutdown,
+        abandon: CancellationToken::new(),
+    };
+    service.serve().await?;
+    let _name_lock = checkpoint::lock_instance(&args.checkpoints, &service.instance)?;
+    let parts = Arc::new(service.connect().await?);
+    service.abandon_after_deadline();
+    let runtime = tokio::runtime::Handle::current();
+    let ended = tokio::task::spawn_blocking(move || group::run(&parts, &runtime)).await;
+    service.shutdown.begin();
+    ended.map_err(|e| fatal("group")(&e))?
+}
+
+impl Service<'_> {
+    /// Health, readiness and metrics.
+    async fn serve(&self) -> Result<(), ProcessorError> {
+        let metrics = &self.metrics;
+        metrics
+            .watch_checkpoints(self.args.checkpoints.clone(), &self.definition.stream.name)
+            .map_err(|e| fatal("metrics")(&e))?;
+        let router = admin::router(Arc::clone(&self.health), metrics.registry.clone());
+        let router = admin::measured(router, &metrics.registry).map_err(|e| fatal("metrics")(&e))?;
+        let served = admin::serve(self.args.http_listen, router, self.shutdown.clone()).await;
+        served.map(drop).map_err(|e| ProcessorError::Fatal(e.to_string()))
+    }
+
+    /// A call that still waits for Cassandra some time after shutdown began gives up: nothing of its batch is committed.
+    fn abandon_after_deadline(&self) {
+        let (shutdown, health, abandon) =
+            (self.shutdown.clone(), Arc::clone(&self.health), self.abandon.clone());
+        let deadline = self.revoke_deadline();
+        tokio::spawn(async move {
+            shutdown.begun().await;
+            health.stopping();
+            tokio::time::sleep(deadline).await;
+            abandon.cancel();
+        });
+    }
+
+    /// Connects to both servers and checks that the stream is the registered one.
+    async fn connect(&self) -> Result<Parts<CassandraStore, DeadLetterTopic>, ProcessorError> {
+        let (common, brokers) = (self.common, &self.common.kafka_brokers);
+        let wait = Duration::from_secs(self.args.start_seconds);
+        let cluster_id = init::cluster_id(brokers, wait).await?;
+        self.health.set("kafka", Ok(()));
+        let session = common::cassandra::connect(common, wait, &self.shutdown).await;
+        let session = session.map_err(|e| ProcessorError::Retryable(e.to_string()))?;
+        self.health.set("cassandra", Ok(()));
+        let now = Registered {
+            layout: self.definition.layout(),
+            cluster_id: cluster_id.clone(),
+            partitions: topic_partitions(brokers, &self.topic).await?,
+        };
+        let stream = &self.definition.stream.name;
+        let partitions = init::registered_partitions(&session, &common.keyspace, stream, &now).await?;
+        let context = StoreContext {
+            session: Arc::clone(&session),
+            metrics: Arc::clone(&self.metrics),
+            abandon: self.abandon.clone(),
+            in_flight: self.args.in_flight as usize,
+            start_deadline: wait,
+        };
+        let store = Arc::new(CassandraStore::new(&common.keyspace, &self.definition, context).await?);
+        let dead_letters =
+            DeadLetterTopic::new(brokers, &self.topic, &dead_letter_topic(&self.topic), self.abandon.clone());
+        let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);
+        let who = Instance::new(&common.keyspace, "stream-processor", stream, &self.instance);
+        let holdings = Holdings::default();
+        let ownership = self.observe(&session, &who, partitions, &holdings);
+        Ok(Parts {
+            settings: self.group_settings(),
+            opener: self.opener(partitions, cluster_id, store)?,
+            dead_letters,
+            session,
+            who,
+            holdings,
+            ownership,
+            health: Arc::clone(&self.health),
+            metrics: Arc::clone(&self.metrics),
+            shutdown: self.shutdown.clone(),
+        })
+    }
+
+    /// Tells others that this instance is alive, and watches all of them.
+    fn observe(
+        &self,
+        session: &Arc<Session>,
+        who: &Instance,
+        partitions: i32,
+        holdings: &Holdings,
+    ) -> Arc<Ownership> {
+        let announcing = presence::announce(
+            Arc::clone(session),
+            who.clone(),
+            holdings.clone(),
+            Arc::clone(&self.health),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(announcing);
+        let ownership = Arc::new(Ownership::default());
+        let watched = Watched {
+            session: Arc::clone(session),
+            who: who.clone(),
+            brokers: self.common.kafka_brokers.clone(),
+            topic: self.topic.clone(),
+            partitions,
+            holdings: holdings.clone(),
+            health: Arc::clone(&self.health),
+            metrics: Arc::clone(&self.metrics),
+        };
+        tokio::spawn(ownership::watch(watched, Arc::clone(&ownership), self.shutdown.clone()));
+        ownership
+    }
+
+    fn opener(
+        &self,
+        partitions: i32,
+        cluster_id: String,
+        store: Arc<CassandraStore>,
+    ) -> Result<Opener<CassandraStore>, ProcessorError> {
+        let brokers = &self.common.kafka_brokers;
+        let probe = client_config(brokers, "stream-processor-probe").create();
+        Ok(Opener {
+            brokers: brokers.clone(),
+            probe: probe.map_err(|e| fatal("kafka client")(&e))?,
+            definition: Arc::clone(&self.definition),
+            topic: self.topic.clone(),
+            partitions,
+            cluster_id,
+            checkpoints: self.args.checkpoints.clone(),
+            holder: format!("instance {}, pid {}", self.instance, std::process::id()),
+            recover: self.args.recover,
+            replays: Replays::new(self.args.replay),
+            memory_most: self.memory_most(),
+            held_deadline: self.revoke_deadline(),
+            store,
+            metrics: Arc::clone(&self.metrics),
+            health: Arc::clone(&self.health),
+        })
+    }
+
+    fn group_settings(&self) -> GroupSettings {
+        let default_group = || format!("stream-processor.{}", self.definition.stream.name);
+        let pane_bytes = Pane::empty(&PaneShape::new(&self.definition)).bytes();
+        GroupSettings {
+            member: MemberSettings {
+                brokers: self.common.kafka_brokers.clone(),
+                group_id: self.args.group_id.clone().unwrap_or_else(default_group),
+                instance: self.instance.clone(),
+            },
+            topic: self.topic.clone(),
+            limits: ChunkLimits {
+                records: self.args.batch_records as usize,
+                bytes: CHUNK_BYTES,
+                panes: (self.memory_most() / CHUNK_PANES_SHARE / pane_bytes).max(1),
+                linger: Duration::from_millis(u64::from(self.args.batch_millis)),
+            },
+            poison: PoisonLimits {
+                consecutive: self.args.poison_in_a_row,
+                window_poison: self.args.poison_percent * WINDOW_RECORDS / 100,
+            },
+            revoke_deadline: self.revoke_deadline(),
+        }
+    }
+
+    /// Bytes of hot panes and filters per partition.
+    fn memory_most(&self) -> usize {
+        (self.args.seen_memory_mib as usize) << 20
+    }
+
+    /// How long a partition may take to stop.
+    fn revoke_deadline(&self) -> Duration {
+        Duration::from_secs(self.args.revoke_seconds)
+    }
+}
+
+/// Partitions of the topic as it is now.
+pub async fn topic_partitions(brokers: &str, topic: &str) -> Result<i32, ProcessorError> {
+    let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
+    let asked = tokio::task::spawn_blocking(move || {
+        let client = common::kafka::wait_for_broker(&brokers, METADATA_DEADLINE)?;
+        partition_count(client.client(), &brokers, &topic, METADATA_DEADLINE)
+    });
+    let asked = asked.await.map_err(|e| fatal("asking kafka")(&e))?;
+    asked.map_err(|e| ProcessorError::Fatal(e.to_string()))
+}
