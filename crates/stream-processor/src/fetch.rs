@@ -5,7 +5,7 @@ use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
 use crate::error::{Halt, ProcessorError};
 use crate::group::client::GroupContext;
-use crate::log_reader::{LogReader, is_out_of_range};
+use crate::log_reader::{first_readable_after, is_out_of_range};
 use crate::partition::LastRecord;
 use crate::stages::{StageClock, StageState};
 use crate::start::{Start, another_record};
@@ -29,7 +29,7 @@ const IDLE_POLL: Duration = Duration::from_millis(100);
 /// How long a partition is quiet before its worker is told, and told again.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
 /// How long to look for the first readable record behind one that cannot be read.
-const LOOK_AHEAD: Duration = Duration::from_secs(10);
+const LOOK_AHEAD: Duration = Duration::from_secs(20);
 
 /// When a chunk is full.
 #[derive(Debug, Clone, Copy)]
@@ -224,10 +224,9 @@ impl Fetcher {
                 "partition {partition}: kafka has no record at offset {offset} to fetch from ({error})"
             ));
         }
-        let readable_from =
-            LogReader::open(&self.source.brokers, &self.source.topic, partition, Some(offset))
-                .ok()
-                .and_then(|mut reader| reader.first_readable_after(offset, Instant::now() + LOOK_AHEAD));
+        let AssignedPartition { brokers, topic, .. } = &self.source;
+        let deadline = Instant::now() + LOOK_AHEAD;
+        let readable_from = first_readable_after(brokers, topic, (partition, offset), deadline);
         Halt { partition, offset, cause: format!("kafka: {error}"), readable_from }.into()
     }
 }

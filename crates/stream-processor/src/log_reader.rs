@@ -17,7 +17,6 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(2);
 pub struct LogReader {
     consumer: BaseConsumer,
     topic: String,
-    partition: i32,
     next: i64,
     /// First offset of the log.
     pub low: i64,
@@ -44,9 +43,11 @@ impl LogReader {
         let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
         let (low, end) = consumer.fetch_watermarks(topic, partition, DEADLINE).map_err(|e| failed(&e))?;
         let next = from.unwrap_or(low);
-        let mut reader = LogReader { consumer, topic: topic.to_owned(), partition, next, low, end };
-        reader.seek(next)?;
-        Ok(reader)
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(topic, partition, Offset::Offset(next))
+            .and_then(|()| consumer.assign(&list))
+            .map_err(|e| failed(&e))?;
+        Ok(LogReader { consumer, topic: topic.to_owned(), next, low, end })
     }
 
     /// The next record; none at the end.
@@ -71,57 +72,38 @@ impl LogReader {
         self.next = message.offset() + 1;
         Ok(Some(message))
     }
+}
 
-    /// The first offset above `damaged` at which reading can go on, looked for at most until `deadline`. Kafka gives no way to
-    /// ask where a damaged batch ends, so offsets are tried: further and further ahead, then closer.
-    pub fn first_readable_after(&mut self, damaged: i64, deadline: Instant) -> Option<i64> {
-        let (mut unreadable, mut step) = (damaged, 1);
-        let mut readable = loop {
-            let tried = (damaged + step).min(self.end);
-            if tried == self.end || self.can_read(tried) {
-                break tried;
-            }
-            if Instant::now() > deadline {
-                return None;
-            }
-            unreadable = tried;
-            step *= 2;
-        };
-        while readable - unreadable > 1 {
-            if Instant::now() > deadline {
-                return None;
-            }
-            let tried = unreadable + (readable - unreadable) / 2;
-            if self.can_read(tried) { readable = tried } else { unreadable = tried }
+/// The first offset above `damaged` at which reading can go on, looked for at most until `deadline`. Kafka gives no way to ask
+/// where a damaged batch ends, so offsets are tried: further and further ahead, then closer. Each try has a client of its own,
+/// because librdkafka loses its place in a fetched batch that it cannot read.
+pub fn first_readable_after(
+    brokers: &str,
+    topic: &str,
+    (partition, damaged): (i32, i64),
+    deadline: Instant,
+) -> Option<i64> {
+    let can_read = |offset| {
+        let reader = LogReader::open(brokers, topic, partition, Some(offset)).ok()?;
+        let polled = reader.consumer.poll(PROBE_DEADLINE)?;
+        let in_time = Instant::now() < deadline;
+        in_time.then_some(matches!(polled, Ok(_) | Err(KafkaError::PartitionEOF(_))))
+    };
+    let end = LogReader::open(brokers, topic, partition, Some(damaged)).ok()?.end;
+    let (mut unreadable, mut step) = (damaged, 1);
+    let mut readable = loop {
+        let tried = (damaged + step).min(end);
+        if tried == end || can_read(tried)? {
+            break tried;
         }
-        Some(readable)
+        unreadable = tried;
+        step *= 2;
+    };
+    while readable - unreadable > 1 {
+        let tried = unreadable + (readable - unreadable) / 2;
+        if can_read(tried)? { readable = tried } else { unreadable = tried }
     }
-
-    fn can_read(&mut self, offset: i64) -> bool {
-        let began = Instant::now();
-        if self.seek(offset).is_err() {
-            return false;
-        }
-        while let Some(rest) = PROBE_DEADLINE.checked_sub(began.elapsed()) {
-            match self.consumer.poll(rest) {
-                // A rest of what an earlier assignment had fetched.
-                Some(Ok(message)) if message.offset() < offset => {}
-                Some(Ok(_)) | Some(Err(KafkaError::PartitionEOF(_))) => return true,
-                Some(Err(_)) => return false,
-                None => {}
-            }
-        }
-        false
-    }
-
-    fn seek(&mut self, offset: i64) -> Result<(), ProcessorError> {
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.topic, self.partition, Offset::Offset(offset))
-            .and_then(|()| self.consumer.assign(&list))
-            .map_err(|e| failed(&e))?;
-        self.next = offset;
-        Ok(())
-    }
+    Some(readable)
 }
 
 /// Whether an error says that the log holds no record at the offset asked for.

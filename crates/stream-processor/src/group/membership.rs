@@ -24,6 +24,8 @@ const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// How often Kafka is asked whether it is back.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
+/// Errors that an earlier assignment can have left at most.
+const STALE_MOST: usize = 10_000;
 /// How long other partitions may still take to open once one is refused, so that all refusals are told at once.
 const REFUSALS_WITHIN: Duration = Duration::from_secs(10);
 
@@ -260,6 +262,8 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         let queue = self.consumer.split_partition_queue(topic, partition).ok_or_else(|| {
             ProcessorError::Fatal(format!("kafka: no queue for partition {partition} of {topic}"))
         })?;
+        // Errors of an earlier assignment may still wait there: librdkafka does not take them back.
+        let _stale = std::iter::from_fn(|| queue.poll(Duration::ZERO)).take(STALE_MOST).count();
         let mut running = Running::start(&self.parts, (queue, &self.consumer), opened, &self.runtime)?;
         running.standing = standing;
         self.consumer
