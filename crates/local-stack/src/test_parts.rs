@@ -15,6 +15,7 @@ use crate::cli::{SoakArgs, TestArgs, TestPart};
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::private::{self, Private};
+use crate::process::Record;
 use crate::soak;
 use crate::stack::{Extent, Stack};
 use crate::terminal::Terminal;
@@ -105,6 +106,8 @@ fn unit(settings: &Settings) -> Vec<Step> {
                 "--test",
                 "ledger",
                 "--test",
+                "pauses",
+                "--test",
                 "metrics",
                 "--",
                 "-D",
@@ -146,7 +149,12 @@ async fn e2e(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result
                 return Ok(built);
             }
             stack.start(&own.installed, Extent::Servers).await?;
-            call(e2e_step(&own.settings, args), terminal).await
+            let closing = call(e2e_step(&own.settings, args), terminal).await?;
+            if !closing.passed {
+                return Ok(closing);
+            }
+            let pauses = call(pauses_step(&own.settings, args), terminal).await?;
+            Ok(Closing { lines: [closing.lines, pauses.lines].concat(), ..pauses })
         } => closing,
         error = private::interrupted() => Err(error),
     };
@@ -170,29 +178,61 @@ fn e2e_build(private: &Settings) -> Step {
     Step {
         title: "end to end: build",
         program: private.cargo.clone(),
-        arguments: ["test", "--workspace", FEATURES, "--test", "e2e", "--test", "ledger", "--no-run"]
-            .map(OsString::from)
-            .into(),
+        arguments: [
+            "test",
+            "--workspace",
+            FEATURES,
+            "--test",
+            "e2e",
+            "--test",
+            "ledger",
+            "--test",
+            "pauses",
+            "--no-run",
+        ]
+        .map(OsString::from)
+        .into(),
         folder: private.checkout.clone(),
         environment: Vec::new(),
     }
 }
 
 fn e2e_step(private: &Settings, args: &TestArgs) -> Step {
-    let mut arguments: Vec<OsString> =
-        ["test", "--workspace", FEATURES, "--test", "e2e", "--test", "ledger", "--"]
-            .map(OsString::from)
-            .into();
+    let title = "end to end: cargo test --test e2e";
+    server_step(private, args, title, &["e2e", "ledger"], E2E_THREADS)
+}
+
+/// After the others: it stops the servers for a while.
+fn pauses_step(private: &Settings, args: &TestArgs) -> Step {
+    server_step(private, args, "end to end: cargo test --test e2e, --test pauses", &["pauses"], "1")
+}
+
+fn server_step(
+    private: &Settings,
+    args: &TestArgs,
+    title: &'static str,
+    targets: &[&str],
+    threads: &str,
+) -> Step {
+    let mut arguments: Vec<OsString> = ["test", "--workspace", FEATURES].map(OsString::from).into();
+    arguments.extend(targets.iter().flat_map(|target| ["--test", target]).map(OsString::from));
+    arguments.push("--".into());
     arguments.extend(args.only.iter().map(OsString::from));
-    arguments.push(format!("--test-threads={E2E_THREADS}").into());
+    arguments.push(format!("--test-threads={threads}").into());
+    let pid = |server: &str| {
+        let record = Record::read(&private.folders.run().join(format!("{server}.json")));
+        record.map(|record| record.pid.to_string()).unwrap_or_default()
+    };
     Step {
-        title: "end to end: cargo test --test e2e",
+        title,
         program: private.cargo.clone(),
         arguments,
         folder: private.checkout.clone(),
         environment: vec![
             ("PIPELINE_TEST_KAFKA", loopback(private.ports.kafka)),
             ("PIPELINE_TEST_CASSANDRA", loopback(private.ports.cassandra)),
+            ("PIPELINE_TEST_KAFKA_PID", pid("kafka")),
+            ("PIPELINE_TEST_CASSANDRA_PID", pid("cassandra")),
             ("PIPELINE_TEST_BIN", private.binaries.display().to_string()),
             ("PIPELINE_TEST_FOLDER", private.folders.root.display().to_string()),
             ("PIPELINE_TEST_LONG", u8::from(args.part == TestPart::Long).to_string()),

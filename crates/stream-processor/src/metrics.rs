@@ -178,15 +178,15 @@ impl Metrics {
         self.paused.with_label_values(&[&partition.to_string()]).set(i64::from(paused));
     }
 
-    /// A partition stands at an offset that cannot be read, or does so no more.
+    /// A partition of this instance stands at an offset that cannot be read, or does not.
     pub fn halted(&self, partition: i32, halted: bool) {
-        let label = partition.to_string();
-        if halted {
-            self.halted.with_label_values(&[&label]).set(1);
-        } else {
-            // A series that was never made cannot be removed, and need not be.
-            let _absent = self.halted.remove_label_values(&[&label]);
-        }
+        self.halted.with_label_values(&[&partition.to_string()]).set(i64::from(halted));
+    }
+
+    /// A partition is not this instance's any more.
+    pub fn given_up(&self, partition: i32) {
+        // A series that was never made cannot be removed, and need not be.
+        let _absent = self.halted.remove_label_values(&[&partition.to_string()]);
     }
 
     /// The Kafka client was given up for `reason`, and another one is built.

@@ -356,11 +356,16 @@ impl Service {
         ended.unwrap_or_else(|| panic!("{} does not stop: {}", self.name, self.words()))
     }
 
-    /// How the process ended by itself.
+    /// How the process ended by itself, soon.
     pub async fn end(&mut self) -> ExitStatus {
+        self.end_within(SOON).await
+    }
+
+    /// How the process ended by itself.
+    pub async fn end_within(&mut self, within: Duration) -> ExitStatus {
         let ended = tokio::select! {
             ended = self.child.wait() => Some(ended.unwrap()),
-            () = tokio::time::sleep(SOON) => None,
+            () = tokio::time::sleep(within) => None,
         };
         ended.unwrap_or_else(|| panic!("{} does not end: {}", self.name, self.words()))
     }

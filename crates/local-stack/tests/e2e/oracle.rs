@@ -2,7 +2,7 @@
 //! panes, progress, topics. Nothing here knows how the processor works.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use rdkafka::config::ClientConfig;
@@ -105,8 +105,15 @@ impl Pipeline {
     pub async fn ends(&self, topic: &str) -> BTreeMap<i32, i64> {
         let consumer = self.consumer();
         let topic = topic.to_owned();
+        // A broker that has just come back may not lead its partitions yet.
         let end = |consumer: &BaseConsumer, topic: &str, partition| {
-            consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT).unwrap().1
+            let deadline = Instant::now() + KAFKA_TIMEOUT;
+            loop {
+                match consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT) {
+                    Ok((_, end)) => break end,
+                    Err(error) => assert!(Instant::now() < deadline, "{error}"),
+                }
+            }
         };
         let ends = tokio::task::spawn_blocking(move || {
             (0..partitions(&consumer, &topic)).map(|p| (p, end(&consumer, &topic, p))).collect()

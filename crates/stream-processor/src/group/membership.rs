@@ -265,6 +265,7 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         // Errors of an earlier assignment may still wait there: librdkafka does not take them back.
         let _stale = std::iter::from_fn(|| queue.poll(Duration::ZERO)).take(STALE_MOST).count();
         let mut running = Running::start(&self.parts, (queue, &self.consumer), opened, &self.runtime)?;
+        self.parts.metrics.halted(partition, standing.is_some());
         running.standing = standing;
         self.consumer
             .incremental_assign(&list)

@@ -136,7 +136,7 @@ impl Slot {
                 (None, Ok(()))
             }
         };
-        parts.metrics.halted(partition, false);
+        parts.metrics.given_up(partition);
         parts.health.forget(&partition_dependency(partition));
         parts.holdings.remove(partition);
         stopped
