@@ -8,6 +8,8 @@ mod dead_letters;
 mod harness;
 mod ingest;
 mod ingest_kills;
+mod ingest_records;
+mod ingest_refusals;
 mod ledger;
 mod oracle;
 mod outages;
