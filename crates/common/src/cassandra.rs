@@ -64,7 +64,8 @@ pub async fn connect(
         .keepalive_interval(KEEPALIVE)
         .keepalive_timeout(KEEPALIVE_TIMEOUT)
         .tcp_nodelay(true);
-    if let (Some(user), Some(file)) = (&settings.cassandra_user, &settings.cassandra_password_file) {
+    let user = settings.cassandra_user.as_ref().filter(|user| !user.is_empty());
+    if let (Some(user), Some(file)) = (user, &settings.cassandra_password_file) {
         builder = builder.user(user, read_secret(file)?);
     }
     let started = Instant::now();

@@ -92,7 +92,16 @@ pub enum ConfigError {
         /// The system's words.
         cause: std::io::Error,
     },
+    /// A secret file has nothing in it.
+    #[error("secret file {file} is empty")]
+    EmptySecret {
+        /// As given.
+        file: String,
+    },
 }
+
+/// Settings that mean nothing without each other, by the names of their flags.
+const PAIRS: [(&str, &str); 1] = [("cassandra_user", "cassandra_password_file")];
 
 impl CommonArgs {
     /// Reads and checks the stream definition.
@@ -126,9 +135,12 @@ fn host_name() -> String {
 
 /// Reads a secret from a file, without the line end.
 pub fn read_secret(file: &std::path::Path) -> Result<String, ConfigError> {
-    std::fs::read_to_string(file)
-        .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-        .map_err(|cause| ConfigError::Secret { file: file.display().to_string(), cause })
+    let name = || file.display().to_string();
+    let text = std::fs::read_to_string(file).map_err(|cause| ConfigError::Secret { file: name(), cause })?;
+    match text.trim_end_matches(['\r', '\n']) {
+        "" => Err(ConfigError::EmptySecret { file: name() }),
+        secret => Ok(secret.to_owned()),
+    }
 }
 
 /// Parses the command line and environment of this process; a mistake prints its message and ends with exit code 2.
@@ -146,7 +158,29 @@ pub fn parse_from<T: CommandFactory + FromArgMatches>(
     if let Some(file) = config_file(&arguments).or(config_variable) {
         command = with_file_defaults(command, &PathBuf::from(file))?;
     }
-    T::from_arg_matches(&command.try_get_matches_from_mut(arguments)?)
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    check_pairs(&matches)?;
+    T::from_arg_matches(&matches)
+}
+
+/// Refuses settings of which one is given without the other; all in one message. An empty value is none.
+fn check_pairs(matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+    let given = |name: &str| {
+        let values = matches.try_get_raw(name).ok().flatten();
+        values.is_some_and(|mut values| values.any(|value| !value.is_empty()))
+    };
+    let variable = |name: &str| format!("PIPELINE_{}", name.to_uppercase());
+    let problems: Vec<String> = PAIRS
+        .iter()
+        .flat_map(|(one, other)| [(one, other), (other, one)])
+        .filter(|(one, other)| given(one) && !given(other))
+        .map(|(one, other)| format!("  - {} is set, but {} is not", variable(one), variable(other)))
+        .collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let text = format!("settings that need each other:\n{}\nset both or neither\n", problems.join("\n"));
+    Err(clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, text))
 }
 
 fn config_file(arguments: &[OsString]) -> Option<OsString> {
@@ -249,6 +283,32 @@ mod tests {
         let cli = parse_with("keyspace = \"from_file\"", &["run", "--keyspace", "flag"]).unwrap();
         assert_eq!(cli.common.keyspace, "flag");
         assert_eq!(parse_with("", &["run"]).unwrap().common.keyspace, "pipeline");
+    }
+
+    #[test]
+    fn half_of_a_pair_is_refused_wherever_it_comes_from() {
+        let half = "PIPELINE_CASSANDRA_USER is set, but PIPELINE_CASSANDRA_PASSWORD_FILE is not";
+        for (file, arguments) in
+            [("cassandra_user = \"ada\"", &["run"][..]), ("", &["run", "--cassandra-user", "ada"])]
+        {
+            let error = parse_with(file, arguments).unwrap_err();
+            assert!(error.contains(half), "{error}");
+        }
+        let error = parse_with("cassandra_password_file = \"/p\"", &["run"]).unwrap_err();
+        assert!(error.contains("PIPELINE_CASSANDRA_USER is not"), "{error}");
+        let both =
+            parse_with("cassandra_user = \"ada\"", &["run", "--cassandra-password-file", "/p"]).unwrap();
+        assert_eq!(both.common.cassandra_user.as_deref(), Some("ada"));
+        parse_with("cassandra_user = \"\"", &["run"]).unwrap();
+    }
+
+    #[test]
+    fn an_empty_secret_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\r\n").unwrap();
+        assert!(read_secret(file.path()).unwrap_err().to_string().ends_with("is empty"));
+        std::fs::write(file.path(), "open sesame\n").unwrap();
+        assert_eq!(read_secret(file.path()).unwrap(), "open sesame");
     }
 
     #[test]

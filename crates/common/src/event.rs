@@ -1,6 +1,7 @@
 //! The contract of one event: its headers in Kafka, its id, and where its row lives in Cassandra. Pure; decoding with the
 //! declared columns is the processor's, extracting from the source's records the producer's.
 
+use crate::run_ledger::Interval;
 use serde::Serialize;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
@@ -23,6 +24,8 @@ pub const HEADER_RUN_ID: &str = "run_id";
 pub const HEADER_TRACEPARENT: &str = "traceparent";
 /// Microseconds since the epoch on the producer's clock when it handed the event over: for latency figures only.
 pub const HEADER_PRODUCED_AT: &str = "produced_at";
+/// Why the producer could not make an event of the record that it carries: such a record is always a dead letter.
+pub const HEADER_REFUSED: &str = "ingest_refused";
 /// The CloudEvents version this pipeline writes.
 pub const SPEC_VERSION: &str = "1.0";
 /// Earliest event time in Unix milliseconds.
@@ -37,6 +40,40 @@ const EVENT_NAMESPACE: Uuid = Uuid::from_u128(0x6f1d_2c5e_8a43_4b0e_9d57_3e1f_70
 /// UUID v5, so that fetching an interval again gives the same ids.
 pub fn derived_event_id(stream: &str, interval_start_ms: i64, index: u64) -> Uuid {
     Uuid::new_v5(&EVENT_NAMESPACE, format!("{stream}\n{interval_start_ms}\n{index}").as_bytes())
+}
+
+/// The time of an event whose record has none, within the interval that it was fetched for. It depends on stream, interval
+/// and id alone: when the interval is fetched again, a record has the same time, whatever other records come with it.
+pub fn derived_event_time(stream: &str, interval: Interval, id: &str) -> i64 {
+    let hash = xxh3_64(format!("{stream}\n{}\n{id}", interval.start_ms).as_bytes());
+    let length = u128::from(interval.end_ms.abs_diff(interval.start_ms));
+    // The hash as a fraction of 2^64, times the length: always below the length.
+    interval.start_ms + ((u128::from(hash) * length) >> 64) as i64
+}
+
+/// The Kafka partition of a key, as Java's clients place it. Producers name it themselves: partitions that are added to a topic
+/// while they run must not change where a key goes.
+pub fn partition_of(key: &[u8], partitions: i32) -> i32 {
+    (murmur2(key) & i32::MAX) % partitions.max(1)
+}
+
+/// MurmurHash2 as Kafka has it.
+fn murmur2(data: &[u8]) -> i32 {
+    const M: u32 = 0x5bd1_e995;
+    const SEED: u32 = 0x9747_b28c;
+    let mut hash = SEED ^ data.len() as u32;
+    let mut words = data.chunks_exact(4);
+    for word in &mut words {
+        let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]).wrapping_mul(M);
+        hash = hash.wrapping_mul(M) ^ (word ^ (word >> 24)).wrapping_mul(M);
+    }
+    let rest = words.remainder();
+    if !rest.is_empty() {
+        let last = rest.iter().rev().fold(0, |last, byte| (last << 8) | u32::from(*byte));
+        hash = (hash ^ last).wrapping_mul(M);
+    }
+    hash = (hash ^ (hash >> 13)).wrapping_mul(M);
+    (hash ^ (hash >> 15)).cast_signed()
 }
 
 /// The Cassandra shard of an event: each Kafka partition owns `shards` of them per bucket.
@@ -103,6 +140,38 @@ impl Bucket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_derived_time_depends_on_stream_interval_and_id_alone() {
+        let minute = Interval { start_ms: 60_000, end_ms: 120_000 };
+        let at = |stream, id| derived_event_time(stream, minute, id);
+        assert_eq!(at("s", "a"), 81_942, "stored times depend on this value");
+        assert_eq!(at("s", "a"), at("s", "a"));
+        assert_ne!(at("s", "a"), at("s", "b"));
+        assert_ne!(at("s", "a"), at("t", "a"));
+    }
+
+    proptest! {
+        #[test]
+        fn derived_times_lie_within_their_interval(
+            start_ms in 0i64..2_000_000_000_000, length in 1i64..100_000_000, id in ".{0,40}",
+        ) {
+            let interval = Interval { start_ms, end_ms: start_ms + length };
+            let at = derived_event_time("s", interval, &id);
+            prop_assert!((interval.start_ms..interval.end_ms).contains(&at), "{at}");
+        }
+    }
+
+    #[test]
+    fn derived_times_fill_the_interval_evenly() {
+        let hour = Interval { start_ms: 0, end_ms: 3_600_000 };
+        let mut tenths = [0; 10];
+        for n in 0..10_000 {
+            tenths[derived_event_time("s", hour, &format!("id-{n}")) as usize / 360_000] += 1;
+        }
+        assert!(tenths.iter().all(|count| (850..1150).contains(count)), "{tenths:?}");
+    }
 
     #[test]
     fn derived_ids_are_the_same_for_the_same_interval_and_differ_between_records() {
@@ -111,6 +180,22 @@ mod tests {
         assert_ne!(a, derived_event_id("s", 60_000, 1));
         assert_ne!(a, derived_event_id("s", 0, 0));
         assert_eq!(a.to_string(), "c481b4a6-459d-52e1-b57a-2e607a1d9142", "stored ids depend on this value");
+    }
+
+    #[test]
+    fn keys_are_hashed_as_kafka_hashes_them() {
+        // From org.apache.kafka.common.utils.UtilsTest.
+        for (key, hash) in [
+            ("21", -973_932_308),
+            ("foobar", -790_332_482),
+            ("a-little-bit-long-string", -985_981_536),
+            ("a-little-bit-longer-string", -1_486_304_829),
+            ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),
+            ("abc", 479_470_107),
+        ] {
+            assert_eq!(murmur2(key.as_bytes()), hash, "{key}");
+            assert_eq!(partition_of(key.as_bytes(), 6), (hash & i32::MAX) % 6);
+        }
     }
 
     #[test]

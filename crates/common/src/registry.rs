@@ -1,6 +1,7 @@
 //! The row of table `streams`: what `stream-processor init` wrote once, and every service must agree with.
 
 use crate::cassandra::{Failure, classify};
+use crate::kafka::Topic;
 use crate::stream::Definition;
 use scylla::client::session::Session;
 
@@ -27,8 +28,13 @@ pub enum RegistryError {
         cause: String,
     },
     /// Cassandra did not answer.
-    #[error("cassandra does not answer ({0})")]
-    Unavailable(String),
+    #[error("cassandra does not answer what stream `{stream}` was registered with: {cause}")]
+    Unavailable {
+        /// The stream.
+        stream: String,
+        /// The driver's words.
+        cause: String,
+    },
     /// It was made otherwise: exit code 3.
     #[error(
         "stream `{stream}` is registered in another shape\n  registered: {registered}\n  now:        {now}\n\
@@ -42,15 +48,63 @@ pub enum RegistryError {
         /// As it would be now.
         now: String,
     },
+    /// Its topic has another number of partitions: exit code 3.
+    #[error(
+        "topic `{topic}` has {found} partitions, but stream `{stream}` was registered with {registered}: keys hash to other \
+         partitions than before, so repeated events would be counted twice. Kafka cannot remove partitions: give the stream a \
+         new name, or delete the topic, create it again with {registered} partitions and fill it from a copy"
+    )]
+    OtherPartitions {
+        /// The stream.
+        stream: String,
+        /// Its topic.
+        topic: String,
+        /// As it was made.
+        registered: i32,
+        /// As it is.
+        found: i32,
+    },
+    /// Its topic is in another cluster: exit code 3.
+    #[error(
+        "the Kafka cluster is `{found}`, but stream `{stream}` was registered with cluster `{registered}`: point \
+         PIPELINE_KAFKA_BROKERS at that cluster, or give the stream a new name"
+    )]
+    OtherCluster {
+        /// The stream.
+        stream: String,
+        /// As it was made.
+        registered: String,
+        /// As it is.
+        found: String,
+    },
 }
 
-/// What to say of a topic that has more partitions than its stream was registered with.
-pub fn added_partitions(topic: &str, in_topic: i32, registered: i32) -> String {
-    format!(
-        "topic `{topic}` has {in_topic} partitions, but the stream was registered with {registered}: keys now hash to other \
-         partitions, so what is in the added ones is not processed, lest events count twice; kafka cannot remove partitions: give \
-         the stream a new name, or delete the topic and create it again with {registered} partitions from a copy"
-    )
+impl RegistryError {
+    /// Whether the stream was made otherwise, which no retry changes: exit code 3.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, RegistryError::NotSetUp { .. } | RegistryError::Unavailable { .. })
+    }
+}
+
+impl Registered {
+    /// Refuses a topic that is not the one that stream `stream` was made with.
+    pub fn check_topic(&self, stream: &str, topic: &str, found: &Topic) -> Result<(), RegistryError> {
+        let stream = stream.to_owned();
+        if found.cluster_id != self.cluster_id {
+            let (registered, found) = (self.cluster_id.clone(), found.cluster_id.clone());
+            return Err(RegistryError::OtherCluster { stream, registered, found });
+        }
+        if found.partitions != self.partitions {
+            let (registered, found) = (self.partitions, found.partitions);
+            return Err(RegistryError::OtherPartitions {
+                stream,
+                topic: topic.to_owned(),
+                registered,
+                found,
+            });
+        }
+        Ok(())
+    }
 }
 
 /// Reads how a stream was made.
@@ -66,7 +120,9 @@ pub async fn registered(
     };
     let rows = session.query_unpaged(select, (stream,)).await.map_err(|e| match classify(&e) {
         Failure::Refused => not_set_up(&e),
-        Failure::Overloaded | Failure::Unavailable => RegistryError::Unavailable(e.to_string()),
+        Failure::Overloaded | Failure::Unavailable => {
+            RegistryError::Unavailable { stream: stream.to_owned(), cause: e.to_string() }
+        }
     })?;
     let rows = rows.into_rows_result().map_err(|e| not_set_up(&e))?;
     let row = rows.maybe_first_row::<(String, String, i32)>().map_err(|e| not_set_up(&e))?;
@@ -86,4 +142,29 @@ pub async fn check_layout(
         return Ok(());
     }
     Err(RegistryError::Another { stream: stream.clone(), registered, now })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(cluster_id: &str, partitions: i32) -> Result<(), RegistryError> {
+        let (layout, cluster) = (String::new(), "one".to_owned());
+        let registered = Registered { layout, cluster_id: cluster, partitions: 6 };
+        registered.check_topic("s", "t", &Topic { cluster_id: cluster_id.to_owned(), partitions })
+    }
+
+    #[test]
+    fn a_topic_that_is_not_the_registered_one_is_refused_with_both_sides_and_a_way_on() {
+        check("one", 6).unwrap();
+        let more = check("one", 12).unwrap_err();
+        let words = more.to_string();
+        assert!(
+            more.is_refusal() && words.contains("has 12 partitions") && words.contains("registered with 6")
+        );
+        assert!(words.contains("create it again with 6 partitions"), "{words}");
+        assert!(!words.contains("PIPELINE_PARTITIONS"), "that would bless what went wrong: {words}");
+        let words = check("two", 6).unwrap_err().to_string();
+        assert!(words.contains("cluster is `two`") && words.contains("cluster `one`"), "{words}");
+    }
 }

@@ -4,8 +4,10 @@
 
 mod parse;
 mod rules;
+mod secrets;
 
 use crate::event::Bucket;
+pub use secrets::redacted;
 use serde::Serialize;
 
 /// Most group-by columns a stream may have: each adds rows to every pane.
@@ -43,7 +45,7 @@ pub struct StreamSettings {
     pub schedule: Schedule,
     /// First interval's earliest start in Unix milliseconds; `None`: `catch_up` intervals before the first planning.
     pub start_ms: Option<i64>,
-    /// How many missed intervals are caught up at most.
+    /// How many intervals before its first planning a new stream begins.
     pub catch_up: u32,
     /// How many intervals may be fetched at once.
     pub max_active_runs: u32,
@@ -122,6 +124,13 @@ pub enum Auth {
     ApiKey {
         /// Header name.
         header: String,
+        /// File that holds the key.
+        key_file: String,
+    },
+    /// A key in the query of every request.
+    ApiKeyInQuery {
+        /// Parameter name.
+        query: String,
         /// File that holds the key.
         key_file: String,
     },

@@ -5,7 +5,8 @@ use clap::{Args, Parser, Subcommand};
 use common::config::CommonArgs;
 use common::control::MAX_ACTIVE_RUNS;
 use common::run_ledger::{Reprocess, RunState};
-use serde::Serialize;
+use common::stream::redacted;
+use serde::{Serialize, Serializer};
 use std::net::SocketAddr;
 
 /// Fetches events from a REST API on a schedule that survives outages, and produces them to Kafka.
@@ -18,6 +19,7 @@ pub struct Config {
     pub common: CommonArgs,
     /// Replaces scheme, host and port of the stream definition's source URL
     #[arg(long, global = true, env = "PIPELINE_SOURCE_ORIGIN", value_name = "ORIGIN")]
+    #[serde(serialize_with = "shown_origin")]
     pub source_origin: Option<String>,
     /// Seconds a run's lease holds without renewal: after a crash its interval waits as long
     #[arg(long, global = true, env = "PIPELINE_LEASE_SECONDS", default_value_t = 30,
@@ -248,6 +250,10 @@ pub enum ControlCommand {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         limit: u32,
     },
+}
+
+fn shown_origin<S: Serializer>(origin: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    origin.as_deref().map(redacted).serialize(serializer)
 }
 
 fn time(text: &str) -> Result<i64, String> {

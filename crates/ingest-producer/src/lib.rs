@@ -23,6 +23,7 @@ pub mod ledger;
 pub mod metrics;
 pub mod planner;
 pub mod publish;
+pub mod registration;
 pub mod run;
 pub mod runs;
 pub mod schedule;
@@ -42,10 +43,12 @@ use control::{Control, Desk, listen, work::Worker};
 use ledger::cassandra::CassandraLedger;
 use metrics::Metrics;
 use publish::KafkaPublisher;
+use registration::RegisteredTopic;
 use run::Runner;
 use scylla::client::session::Session;
 use service::Service;
 use source::client::SourceClient;
+use source::extract::Extractor;
 use source::request::Requests;
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,21 +153,28 @@ impl Parts {
         let topic = common.topic_of(&definition);
         let made = KafkaPublisher::new(&brokers, &instance, &topic, metrics.clone(), health.clone())?;
         let publisher = Arc::new(made);
-        let checked = publisher.clone();
-        tokio::task::spawn_blocking(move || checked.check(&brokers, START_DEADLINE))
-            .await
-            .context("kafka")??;
+        let asked = publisher.clone();
+        tokio::task::spawn_blocking(move || asked.describe(START_DEADLINE)).await.context("kafka")??;
         health.set(publish::DEPENDENCY, Ok(()));
         let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
         check_layout(&session, &common.keyspace, &definition).await?;
+        let topic = Arc::new(RegisteredTopic {
+            publisher: publisher.clone(),
+            session: session.clone(),
+            keyspace: common.keyspace.clone(),
+            stream: definition.stream.name.clone(),
+        });
+        topic.compare().await?;
         let stream = &definition.stream.name;
         let ledger = CassandraLedger::new(session.clone(), &common.keyspace, stream).await?;
         health.set(service::DEPENDENCY, Ok(()));
         let runner = Arc::new(Runner {
+            extractor: Extractor::new(&definition),
             definition,
             ledger: Arc::new(ledger),
             source,
             publisher: publisher.clone(),
+            topic,
             requests,
             metrics,
             owner: instance,
@@ -213,6 +223,9 @@ async fn produce(
     shutdown: &Shutdown,
 ) -> anyhow::Result<Done> {
     tracing::info!(settings = %serde_json::to_string(config)?, "configuration");
+    if definition.event.id.is_none() {
+        tracing::warn!(stream = definition.stream.name, "{}", check::NO_ID);
+    }
     let parts = Parts::connect(config, definition, shutdown).await?;
     let registry = &parts.runner.metrics.registry;
     let router = admin::measured(admin::router(parts.health.clone(), registry.clone()), registry)?;
@@ -244,6 +257,7 @@ async fn stress(
     definition: Definition,
     shutdown: Shutdown,
 ) -> anyhow::Result<Done> {
+    registration::check_load(&config.common, &definition, START_DEADLINE, &shutdown).await?;
     let (brokers, topic) = (config.common.kafka_brokers.clone(), config.common.topic_of(&definition));
     let (stopped, settings) = (shutdown.clone(), args.clone());
     let running =

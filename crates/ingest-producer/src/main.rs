@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(done) => print(&done.text, done.code),
         Err(error) => {
-            let refused = matches!(error.downcast_ref(), Some(RegistryError::Another { .. }));
+            let refused = error.downcast_ref().is_some_and(RegistryError::is_refusal);
             fail(&format!("{error:#}"), if refused { 3 } else { 1 })
         }
     }

@@ -20,6 +20,8 @@ pub struct Metrics {
     pub registry: Registry,
     /// Records taken out of pages.
     pub records_fetched: IntCounter,
+    /// Records of them that cannot become events: the processor keeps them as dead letters.
+    pub records_refused: IntCounter,
     /// Records that Kafka acknowledged.
     pub records_acked: IntCounter,
     /// Records that Kafka's client gave up on; their run is attempted again.
@@ -69,6 +71,7 @@ impl Metrics {
         let runs = "Runs the planner still looks at, by state in the ledger.";
         let metrics = Metrics {
             records_fetched: counter("ingest_records_fetched_total", "Records taken out of pages.")?,
+            records_refused: counter("ingest_records_refused_total", "Records that become dead letters.")?,
             records_acked: counter("ingest_records_acked_total", "Records that Kafka acknowledged.")?,
             records_failed: counter("ingest_records_failed_total", "Records not delivered; runs retry.")?,
             pages: counter("ingest_pages_fetched_total", "Pages fetched from the source.")?,
@@ -144,7 +147,7 @@ mod tests {
         let gathered = metrics.registry.gather();
         let names: Vec<&str> =
             gathered.iter().map(|f| f.name()).filter(|n| n.starts_with("ingest_")).collect();
-        assert_eq!(names.len(), 20, "{names:?}");
+        assert_eq!(names.len(), 21, "{names:?}");
         let attempts = gathered.iter().find(|f| f.name() == "ingest_attempts_total").unwrap();
         assert_eq!(attempts.get_metric().len(), OUTCOMES.len());
     }

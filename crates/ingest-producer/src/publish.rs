@@ -2,18 +2,19 @@
 
 use crate::error::AttemptError;
 use crate::metrics::Metrics;
-use crate::source::extract::Event;
+use crate::source::extract::Outgoing;
 use async_trait::async_trait;
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::admin::Health;
 use common::event;
-use common::kafka;
+use common::kafka::{self, Replaced};
+use prometheus::IntCounter;
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::statistics::Statistics;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -30,8 +31,6 @@ const QUEUE_KBYTES: u64 = 131_072;
 const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(5);
 /// How often the client says which brokers are connected.
 const STATISTICS_MS: u64 = 1000;
-/// Records handed over before other tasks get a turn.
-const TURN: usize = 500;
 
 /// The headers that all events of one run share.
 #[derive(Debug, Clone)]
@@ -58,20 +57,23 @@ impl RunHeaders {
         }
     }
 
-    /// All headers of one event.
-    fn with(&self, found: &Event, produced_at_us: i64) -> OwnedHeaders {
+    /// All headers of one record.
+    fn with(&self, outgoing: &Outgoing, produced_at_us: i64) -> OwnedHeaders {
         let add =
             |headers: OwnedHeaders, key, value: &str| headers.insert(Header { key, value: Some(value) });
         let mut headers = OwnedHeaders::new_with_capacity(9);
-        if let Some(id) = &found.id {
-            headers = add(headers, event::HEADER_ID, id);
+        match outgoing {
+            Outgoing::Event(found) => {
+                let time = DateTime::from_timestamp_millis(found.time_ms).unwrap_or_default();
+                let time = time.to_rfc3339_opts(SecondsFormat::Millis, true);
+                headers = add(headers, event::HEADER_ID, &found.id);
+                headers = add(headers, event::HEADER_TIME, &time);
+            }
+            Outgoing::Refused(refused) => headers = add(headers, event::HEADER_REFUSED, &refused.reason),
         }
         headers = add(headers, event::HEADER_SOURCE, &self.source);
         headers = add(headers, event::HEADER_TYPE, &self.event_type);
         headers = add(headers, event::HEADER_SPEC_VERSION, event::SPEC_VERSION);
-        if let Some(time) = found.time_ms.and_then(DateTime::from_timestamp_millis) {
-            headers = add(headers, event::HEADER_TIME, &time.to_rfc3339_opts(SecondsFormat::Millis, true));
-        }
         headers = add(headers, event::HEADER_CONTENT_TYPE, "application/json");
         headers = add(headers, event::HEADER_RUN_ID, &self.run_id);
         headers = add(headers, event::HEADER_TRACEPARENT, &self.traceparent);
@@ -133,12 +135,16 @@ impl Acks {
     }
 }
 
-/// Where events go: Kafka, or a fake.
+/// Where records go: Kafka, or a fake.
 #[async_trait]
 pub trait Publish: Send + Sync {
-    /// Hands all events over, waiting while the queue is full; their fate is counted in `acks`.
-    async fn publish(&self, run: &RunHeaders, events: &[Event], acks: &Arc<Acks>)
-    -> Result<(), AttemptError>;
+    /// Hands all of them over, waiting while the queue is full; their fate is counted in `acks`.
+    async fn publish(
+        &self,
+        run: &RunHeaders,
+        records: &[Outgoing],
+        acks: &Arc<Acks>,
+    ) -> Result<(), AttemptError>;
 }
 
 /// What travels with a record until its acknowledgement.
@@ -198,12 +204,16 @@ impl ProducerContext for AckContext {
 
 /// The producer of one topic.
 pub struct KafkaPublisher {
-    producer: ThreadedProducer<AckContext>,
+    client: Replaced<ThreadedProducer<AckContext>>,
+    brokers: String,
     topic: String,
+    /// Among how many partitions keys are placed; 0: not known yet, the client decides.
+    partitions: AtomicI32,
+    queue_full: IntCounter,
 }
 
 impl KafkaPublisher {
-    /// Connects lazily; see [`KafkaPublisher::check`].
+    /// Connects lazily; see [`KafkaPublisher::describe`].
     pub fn new(
         brokers: &str,
         client_id: &str,
@@ -211,47 +221,78 @@ impl KafkaPublisher {
         metrics: Metrics,
         health: Arc<Health>,
     ) -> Result<KafkaPublisher, kafka::KafkaError> {
-        let context = AckContext { metrics, health, brokers: brokers.to_owned() };
-        let producer = kafka::producer_config(brokers, client_id)
-            .set("message.timeout.ms", DELIVERY_TIMEOUT_MS.to_string())
-            .set("queue.buffering.max.messages", QUEUE_RECORDS.to_string())
-            .set("queue.buffering.max.kbytes", QUEUE_KBYTES.to_string())
-            .set("statistics.interval.ms", STATISTICS_MS.to_string())
-            .create_with_context(context)
-            .map_err(|e| kafka::KafkaError::Client(e.to_string()))?;
-        Ok(KafkaPublisher { producer, topic: topic.to_owned() })
+        let queue_full = metrics.queue_full.clone();
+        let (servers, client_id) = (brokers.to_owned(), client_id.to_owned());
+        let build = move || {
+            let (metrics, health, brokers) = (metrics.clone(), health.clone(), servers.clone());
+            kafka::producer_config(&servers, &client_id)
+                .set("message.timeout.ms", DELIVERY_TIMEOUT_MS.to_string())
+                .set("queue.buffering.max.messages", QUEUE_RECORDS.to_string())
+                .set("queue.buffering.max.kbytes", QUEUE_KBYTES.to_string())
+                .set("statistics.interval.ms", STATISTICS_MS.to_string())
+                .create_with_context(AckContext { metrics, health, brokers })
+                .map_err(|e| kafka::KafkaError::Client(e.to_string()))
+        };
+        Ok(KafkaPublisher {
+            client: Replaced::new(build)?,
+            brokers: brokers.to_owned(),
+            topic: topic.to_owned(),
+            partitions: AtomicI32::new(0),
+            queue_full,
+        })
     }
 
-    /// Asks for the topic, at most `deadline`; the error names brokers or topic, and the way out. Blocking.
-    pub fn check(&self, brokers: &str, deadline: Duration) -> Result<i32, kafka::KafkaError> {
-        kafka::partition_count(self.producer.client(), brokers, &self.topic, deadline)
+    /// Name of the topic.
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// The topic as it is now, asked with a deadline; the error names brokers or topic, and the way out. Blocking.
+    pub fn describe(&self, deadline: Duration) -> Result<kafka::Topic, kafka::KafkaError> {
+        kafka::describe(self.client.get()?.client(), &self.brokers, &self.topic, deadline)
+    }
+
+    /// From now on keys are placed among so many partitions, however many there are.
+    pub fn place_keys_among(&self, partitions: i32) {
+        self.partitions.store(partitions, Ordering::Relaxed);
     }
 
     /// Waits for what is still in the queue, at most `deadline`. Blocking.
     pub fn flush(&self, deadline: Duration) {
-        if let Err(e) = self.producer.flush(deadline) {
-            tracing::warn!(error = %e, records = self.producer.in_flight_count(), "records not flushed");
+        let Ok(client) = self.client.get() else { return };
+        if let Err(e) = client.flush(deadline) {
+            tracing::warn!(error = %e, records = client.in_flight_count(), "records not flushed");
         }
     }
 
     /// False: the queue is full.
-    fn try_send(&self, run: &RunHeaders, event: &Event, acks: &Arc<Acks>) -> Result<bool, AttemptError> {
+    fn try_send(
+        &self,
+        client: &ThreadedProducer<AckContext>,
+        run: &RunHeaders,
+        record: &Outgoing,
+        acks: &Arc<Acks>,
+    ) -> Result<bool, AttemptError> {
         let produced_at_us = Utc::now().timestamp_micros();
         let in_flight = Box::new(InFlight { acks: acks.clone(), produced_at_us });
-        let record = BaseRecord::with_opaque_to(&self.topic, in_flight)
-            .key(event.key.as_bytes())
-            .payload(event.value.as_slice())
-            .headers(run.with(event, produced_at_us));
+        let mut message = BaseRecord::with_opaque_to(&self.topic, in_flight)
+            .key(record.key().as_bytes())
+            .payload(record.value())
+            .headers(run.with(record, produced_at_us));
+        let partitions = self.partitions.load(Ordering::Relaxed);
+        if partitions > 0 {
+            message = message.partition(event::partition_of(record.key().as_bytes(), partitions));
+        }
         // Counted before the record is sent: its acknowledgement may come first.
         acks.sent();
-        match self.producer.send(record) {
+        match client.send(message) {
             Ok(()) => Ok(true),
             Err((error, _)) => {
                 acks.sent.fetch_sub(1, Ordering::AcqRel);
                 match error.rdkafka_error_code() {
                     Some(RDKafkaErrorCode::QueueFull) => Ok(false),
                     Some(RDKafkaErrorCode::MessageSizeTooLarge) => {
-                        let bytes = event.value.len();
+                        let bytes = record.value().len();
                         Err(AttemptError::fatal(format!("a record of {bytes} bytes is too large for kafka")))
                     }
                     _ => Err(AttemptError::retryable(format!("kafka refuses a record: {error}"))),
@@ -266,16 +307,14 @@ impl Publish for KafkaPublisher {
     async fn publish(
         &self,
         run: &RunHeaders,
-        events: &[Event],
+        records: &[Outgoing],
         acks: &Arc<Acks>,
     ) -> Result<(), AttemptError> {
-        for (index, event) in events.iter().enumerate() {
-            while !self.try_send(run, event, acks)? {
-                self.producer.client().context().metrics.queue_full.inc();
+        let client = self.client.get().map_err(|e| AttemptError::retryable(e.to_string()))?;
+        for record in records {
+            while !self.try_send(&client, run, record, acks)? {
+                self.queue_full.inc();
                 tokio::time::sleep(FULL_QUEUE_PAUSE).await;
-            }
-            if index % TURN == TURN - 1 {
-                tokio::task::yield_now().await;
             }
         }
         Ok(())
@@ -285,8 +324,9 @@ impl Publish for KafkaPublisher {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::extract::{Event, Refused};
     use rdkafka::consumer::{BaseConsumer, Consumer};
-    use rdkafka::message::Headers;
+    use rdkafka::message::{Headers, OwnedMessage};
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::DefaultProducerContext;
     use rdkafka::types::RDKafkaApiKey;
@@ -307,15 +347,14 @@ mod tests {
         (KafkaPublisher::new(brokers, "test", TOPIC, metrics.clone(), health).unwrap(), metrics)
     }
 
-    fn events(count: usize) -> Vec<Event> {
-        (0..count)
-            .map(|n| Event {
-                id: Some(format!("id-{n}")),
-                time_ms: Some(1_767_225_600_123),
-                key: format!("id-{n}"),
-                value: format!("{{\"n\":{n}}}").into_bytes(),
-            })
-            .collect()
+    fn events(count: usize) -> Vec<Outgoing> {
+        let event = |n| Event {
+            id: format!("id-{n}"),
+            time_ms: 1_767_225_600_123,
+            key: format!("id-{n}"),
+            value: format!("{{\"n\":{n}}}").into_bytes(),
+        };
+        (0..count).map(|n| Outgoing::Event(event(n))).collect()
     }
 
     fn headers() -> RunHeaders {
@@ -326,7 +365,7 @@ mod tests {
     async fn every_record_is_acknowledged_and_counted_once() {
         let cluster = cluster();
         let (publisher, metrics) = publisher(&cluster.bootstrap_servers());
-        assert_eq!(publisher.check("mock", Duration::from_secs(10)).unwrap(), 3);
+        assert_eq!(publisher.describe(Duration::from_secs(10)).unwrap().partitions, 3);
         let acks = Arc::new(Acks::default());
         publisher.publish(&headers(), &events(5000), &acks).await.unwrap();
         acks.all().await.unwrap();
@@ -337,12 +376,12 @@ mod tests {
         assert_eq!(metrics.ack_seconds.get_sample_count(), 5000);
     }
 
-    #[tokio::test]
-    async fn an_event_carries_these_headers() {
+    /// Sends one record and reads it back.
+    async fn sent(record: Outgoing) -> OwnedMessage {
         let cluster = cluster();
         let (publisher, _) = publisher(&cluster.bootstrap_servers());
         let acks = Arc::new(Acks::default());
-        publisher.publish(&headers(), &events(1), &acks).await.unwrap();
+        publisher.publish(&headers(), &[record], &acks).await.unwrap();
         acks.all().await.unwrap();
         let consumer: BaseConsumer = kafka::client_config(&cluster.bootstrap_servers(), "reader")
             .set("group.id", "g")
@@ -353,7 +392,12 @@ mod tests {
             everything.add_partition_offset(TOPIC, partition, Offset::Beginning).unwrap();
         }
         consumer.assign(&everything).unwrap();
-        let message = consumer.poll(Duration::from_secs(20)).expect("a record").unwrap();
+        consumer.poll(Duration::from_secs(20)).expect("a record").unwrap().detach()
+    }
+
+    #[tokio::test]
+    async fn an_event_carries_these_headers() {
+        let message = sent(events(1).remove(0)).await;
         let found: Vec<(String, String)> = message
             .headers()
             .unwrap()
@@ -364,6 +408,19 @@ mod tests {
         insta::assert_debug_snapshot!(found);
         assert_eq!(message.headers().unwrap().count(), 9);
         assert_eq!(message.key(), Some("id-0".as_bytes()));
+    }
+
+    #[tokio::test]
+    async fn a_refused_record_carries_its_reason_and_neither_id_nor_time() {
+        let (reason, key, value) = ("no JSON".to_owned(), "k".to_owned(), b"\xff{".to_vec());
+        let message = sent(Outgoing::Refused(Refused { reason, key, value })).await;
+        let header = |name: &str| {
+            message.headers().unwrap().iter().find(|h| h.key == name).map(|h| h.value.unwrap().to_vec())
+        };
+        assert_eq!((message.key(), message.payload()), (Some(b"k".as_slice()), Some(b"\xff{".as_slice())));
+        assert_eq!(header(event::HEADER_REFUSED), Some(b"no JSON".to_vec()));
+        assert_eq!((header(event::HEADER_ID), header(event::HEADER_TIME)), (None, None));
+        assert!(header(event::HEADER_RUN_ID).is_some());
     }
 
     #[tokio::test]
@@ -386,8 +443,46 @@ mod tests {
         let cluster: MockCluster<'static, DefaultProducerContext> = MockCluster::new(1).unwrap();
         cluster.topic_error(TOPIC, RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART).unwrap();
         let (publisher, _) = publisher(&cluster.bootstrap_servers());
-        let error = publisher.check("mock", Duration::from_secs(10)).unwrap_err().to_string();
+        let error = publisher.describe(Duration::from_secs(10)).unwrap_err().to_string();
         assert!(error.contains("`events`") && error.contains("stream-processor init"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_has_become_unusable_is_replaced() {
+        let cluster = cluster();
+        // The broker refuses the first producer its id: to the client library that is final.
+        let refused = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED];
+        cluster.request_errors(RDKafkaApiKey::InitProducerId, &refused);
+        let (publisher, metrics) = publisher(&cluster.bootstrap_servers());
+        let first = Arc::new(Acks::default());
+        publisher.publish(&headers(), &events(1), &first).await.unwrap();
+        let unusable = publisher.client.get().unwrap();
+        while unusable.client().fatal_error().is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(unusable);
+        let second = Arc::new(Acks::default());
+        publisher.publish(&headers(), &events(10), &second).await.unwrap();
+        second.all().await.unwrap();
+        assert!(first.all().await.is_err(), "what the unusable client held is reported, not forgotten");
+        assert_eq!((metrics.records_failed.get(), metrics.records_acked.get()), (1, 10));
+    }
+
+    #[tokio::test]
+    async fn keys_stay_where_they_are_when_partitions_are_added() {
+        let cluster = cluster();
+        let (publisher, _) = publisher(&cluster.bootstrap_servers());
+        publisher.place_keys_among(2);
+        let acks = Arc::new(Acks::default());
+        publisher.publish(&headers(), &events(200), &acks).await.unwrap();
+        acks.all().await.unwrap();
+        let consumer: BaseConsumer = kafka::client_config(&cluster.bootstrap_servers(), "reader")
+            .set("group.id", "g")
+            .create()
+            .unwrap();
+        let ends = [0, 1, 2].map(|p| consumer.fetch_watermarks(TOPIC, p, Duration::from_secs(20)).unwrap().1);
+        assert_eq!((ends[0] + ends[1], ends[2]), (200, 0), "{ends:?}");
+        assert!(ends[0] > 50 && ends[1] > 50, "{ends:?}");
     }
 
     #[tokio::test]

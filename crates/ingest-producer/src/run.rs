@@ -10,13 +10,14 @@ use crate::ledger::{
 use crate::metrics::Metrics;
 use crate::planner::{AfterFailure, FailedAttempt, Run, after_failure};
 use crate::publish::{Acks, Publish, RunHeaders};
-use crate::source::client::FetchPage;
-use crate::source::extract::{self, Event};
+use crate::registration::CheckTopic;
+use crate::source::client::{FetchPage, Page};
+use crate::source::extract::{self, Extractor, Outgoing};
 use crate::source::paginate::{Fetched, Next, Pages};
 use crate::source::request::Requests;
 use backon::{ExponentialBuilder, Retryable};
 use common::run_ledger::{Interval, RunState, RunType};
-use common::stream::{Definition, EventTime};
+use common::stream::Definition;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -26,8 +27,9 @@ use uuid::Uuid;
 /// Unix milliseconds; an argument, so that tests can turn it.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
-/// Most bytes of events that wait for the last page, where event time is spread over the interval: 256 MiB.
-const MAX_HELD_BYTES: usize = 256 << 20;
+/// Records, and bytes of their values, that are made of a page's text before they are handed to Kafka's client.
+const BATCH_RECORDS: usize = 500;
+const BATCH_BYTES: usize = 1 << 20;
 /// Pause before the ledger is asked again.
 const LEDGER_PAUSE: Duration = Duration::from_millis(500);
 /// How often a claim without an answer is made again: well within a lease of the usual length.
@@ -45,8 +47,12 @@ pub struct Runner {
     pub source: Arc<dyn FetchPage>,
     /// Where events go.
     pub publisher: Arc<dyn Publish>,
+    /// Whether they may go there.
+    pub topic: Arc<dyn CheckTopic>,
     /// URLs of pages.
     pub requests: Requests,
+    /// What records become.
+    pub extractor: Extractor,
     /// What is counted.
     pub metrics: Metrics,
     /// This instance's name.
@@ -208,57 +214,82 @@ impl Runner {
     }
 
     async fn fetch_and_publish(&self, claim: &Claim, progress: &Progress) -> Result<(), AttemptError> {
+        self.topic.check().await?;
         let definition = &self.definition;
         let fatal = |e: &dyn std::fmt::Display| AttemptError::fatal(e.to_string());
         let run_id = Uuid::parse_str(&claim.run_id).map_err(|e| fatal(&e))?;
         let headers = RunHeaders::new(self.requests.name(), definition.event.event_type.clone(), &run_id);
-        let spread = definition.event.time == EventTime::Interval;
         let limits = &definition.source.limits;
         let mut pages = Pages::new(&definition.source.pagination, definition.source.page_size, limits.pages);
         let mut url = self.requests.url(claim.interval, &pages.first()).map_err(|e| fatal(&e))?;
-        let mut held = Held::default();
         loop {
             let timer = self.metrics.fetch_seconds.start_timer();
             let page = self.source.fetch(&url).await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
             timer.observe_duration();
-            let records = extract::records(definition, &page.body)
-                .map_err(|e| AttemptError::retryable(e.to_string()))?;
-            self.count(progress, records.len(), page.bytes);
-            let before = progress.records.load(Ordering::Relaxed) - records.len() as i64;
-            if before + records.len() as i64 > i64::from(limits.records) {
-                let most = limits.records;
-                return Err(AttemptError::fatal(format!(
-                    "more than {most} records; raise source.limits.records"
-                )));
-            }
-            let indexed = records.iter().zip(before.unsigned_abs()..);
-            let events: Vec<Event> = indexed
-                .map(|(record, index)| extract::event(definition, claim.interval, index, record))
-                .collect();
-            if spread {
-                held.add(events)?;
-            } else {
-                self.publisher.publish(&headers, &events, &progress.acks).await?;
-            }
-            let fetched = Fetched { records, body: &page.body, link: page.link.as_deref() };
+            let fetched = self.publish_page(claim, &headers, &page, progress).await?;
             url = match pages.after(fetched).map_err(|e| fatal(&e))? {
-                Next::End => break,
+                Next::End => return progress.acks.all().await,
                 Next::At(position) => self.requests.url(claim.interval, &position).map_err(|e| fatal(&e))?,
                 Next::Named(name) => self.requests.next(&url, &name).map_err(|e| fatal(&e))?,
             };
         }
-        let held = held.spread(claim.interval);
-        self.publisher.publish(&headers, &held, &progress.acks).await?;
-        progress.acks.all().await
     }
 
-    fn count(&self, progress: &Progress, records: usize, bytes: u64) {
+    /// Publishes the records of a page as they are read: no more than a batch of them is held beside the page's text.
+    async fn publish_page<'p>(
+        &self,
+        claim: &Claim,
+        headers: &RunHeaders,
+        page: &'p Page,
+        progress: &Progress,
+    ) -> Result<Fetched<'p>, AttemptError> {
+        let broken = |e: &dyn std::fmt::Display| AttemptError::retryable(e.to_string());
         progress.pages.fetch_add(1, Ordering::Relaxed);
-        progress.records.fetch_add(records as i64, Ordering::Relaxed);
-        progress.bytes.fetch_add(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
+        progress.bytes.fetch_add(i64::try_from(page.bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
         self.metrics.pages.inc();
-        self.metrics.records_fetched.inc_by(records as u64);
-        self.metrics.bytes.inc_by(bytes);
+        self.metrics.bytes.inc_by(page.bytes);
+        let mut records =
+            extract::records(&page.body, &self.definition.source.records).map_err(|e| broken(&e))?;
+        let mut fetched = Fetched { records: 0, last: None, body: &page.body, link: page.link.as_deref() };
+        loop {
+            let first = progress.records.load(Ordering::Relaxed).unsigned_abs();
+            let mut batch = Batch::default();
+            while !batch.is_full()
+                && let Some(record) = records.next()
+            {
+                let record = record.map_err(|e| broken(&e))?;
+                let index = first + batch.outgoing.len() as u64;
+                batch.add(self.extractor.outgoing(claim.interval, index, record));
+                fetched.last = Some(record);
+            }
+            if batch.outgoing.is_empty() {
+                return Ok(fetched);
+            }
+            fetched.records += batch.outgoing.len() as u64;
+            self.publish_batch(&batch.outgoing, headers, progress).await?;
+        }
+    }
+
+    async fn publish_batch(
+        &self,
+        batch: &[Outgoing],
+        headers: &RunHeaders,
+        progress: &Progress,
+    ) -> Result<(), AttemptError> {
+        let most = self.definition.source.limits.records;
+        let count = batch.len() as i64;
+        if progress.records.fetch_add(count, Ordering::Relaxed) + count > i64::from(most) {
+            return Err(AttemptError::fatal(format!(
+                "more than {most} records; raise source.limits.records"
+            )));
+        }
+        let refused = batch.iter().filter(|record| matches!(record, Outgoing::Refused(_))).count();
+        self.metrics.records_fetched.inc_by(batch.len() as u64);
+        self.metrics.records_refused.inc_by(refused as u64);
+        self.publisher.publish(headers, batch, &progress.acks).await?;
+        // Reading a large page must not hold up the other tasks of this thread.
+        tokio::task::yield_now().await;
+        Ok(())
     }
 
     /// Writes what became of an attempt: its own row first, then the run's, which makes it true.
@@ -399,31 +430,21 @@ impl Runner {
     }
 }
 
-/// Events that wait for the last page: only then is known how far apart they are.
+/// Records on their way from a page's text to Kafka's client.
 #[derive(Default)]
-struct Held {
-    events: Vec<Event>,
+struct Batch {
+    outgoing: Vec<Outgoing>,
     bytes: usize,
 }
 
-impl Held {
-    fn add(&mut self, events: Vec<Event>) -> Result<(), AttemptError> {
-        self.bytes += events.iter().map(|e| e.value.len() + 2 * e.key.len()).sum::<usize>();
-        if self.bytes > MAX_HELD_BYTES {
-            let most = MAX_HELD_BYTES >> 20;
-            let way_out = "choose a shorter schedule, or an event.time pointer";
-            return Err(AttemptError::fatal(format!("the interval's events exceed {most} MiB; {way_out}")));
-        }
-        self.events.extend(events);
-        Ok(())
+impl Batch {
+    fn add(&mut self, record: Outgoing) {
+        self.bytes += record.value().len();
+        self.outgoing.push(record);
     }
 
-    fn spread(mut self, interval: Interval) -> Vec<Event> {
-        let count = self.events.len() as u64;
-        for (event, index) in self.events.iter_mut().zip(0..) {
-            event.time_ms = Some(extract::spread(interval, index, count));
-        }
-        self.events
+    fn is_full(&self) -> bool {
+        self.outgoing.len() >= BATCH_RECORDS || self.bytes >= BATCH_BYTES
     }
 }
 

@@ -51,8 +51,12 @@ impl FetchPage for FakeSource {
             json!({"login": {"uuid": format!("{}/{}/{n}", of("seed"), of("page"))},
                    "name": {"first": "Ada", "last": "L"}})
         });
-        Ok(Page { body: json!({"results": people.collect::<Vec<_>>()}), link: None, bytes: 100 })
+        Ok(page(&json!({"results": people.collect::<Vec<_>>()}).to_string()))
     }
+}
+
+fn page(body: &str) -> Page {
+    Page { body: body.as_bytes().to_vec(), link: None, bytes: 100 }
 }
 
 /// Keeps what was acknowledged, by (id, time); one of `fail_one_in` records is not delivered.
@@ -60,27 +64,55 @@ struct FakeKafka {
     luck: Arc<Luck>,
     fail_one_in: AtomicU64,
     delivered: Mutex<BTreeMap<(String, i64), usize>>,
+    refused: Mutex<Vec<String>>,
+    largest_batch: AtomicU64,
 }
 
 #[async_trait]
 impl Publish for FakeKafka {
-    async fn publish(&self, _: &RunHeaders, events: &[Event], acks: &Arc<Acks>) -> Result<(), AttemptError> {
-        for event in events {
+    async fn publish(
+        &self,
+        _: &RunHeaders,
+        records: &[Outgoing],
+        acks: &Arc<Acks>,
+    ) -> Result<(), AttemptError> {
+        self.largest_batch.fetch_max(records.len() as u64, Ordering::SeqCst);
+        for record in records {
             acks.sent();
             let one_in = self.fail_one_in.load(Ordering::SeqCst);
             if one_in > 0 && self.luck.draw(one_in) == 0 {
                 acks.settled(Err("timed out".to_owned()));
                 continue;
             }
-            let key = (event.id.clone().unwrap(), event.time_ms.unwrap());
-            *self.delivered.lock().unwrap().entry(key).or_default() += 1;
+            match record {
+                Outgoing::Event(event) => {
+                    let key = (event.id.clone(), event.time_ms);
+                    *self.delivered.lock().unwrap().entry(key).or_default() += 1;
+                }
+                Outgoing::Refused(refused) => self.refused.lock().unwrap().push(refused.reason.clone()),
+            }
             acks.settled(Ok(()));
         }
         Ok(())
     }
 }
 
+/// A topic that is as it was registered, until it is not.
+#[derive(Default)]
+struct FakeTopic(std::sync::atomic::AtomicBool);
+
+#[async_trait]
+impl CheckTopic for FakeTopic {
+    async fn check(&self) -> Result<(), AttemptError> {
+        if self.0.load(Ordering::SeqCst) {
+            return Err(AttemptError::fatal("12 partitions, but registered with 6"));
+        }
+        Ok(())
+    }
+}
+
 struct World {
+    topic: Arc<FakeTopic>,
     ledger: Arc<MemoryLedger>,
     kafka: Arc<FakeKafka>,
     now: Arc<AtomicI64>,
@@ -93,8 +125,15 @@ impl World {
     fn new(seed: u64, source_fails: u64, kafka_fails: u64) -> World {
         let luck = Arc::new(Luck(AtomicU64::new(seed)));
         let fail_one_in = AtomicU64::new(kafka_fails);
-        let kafka = FakeKafka { luck: luck.clone(), fail_one_in, delivered: Mutex::default() };
+        let kafka = FakeKafka {
+            luck: luck.clone(),
+            fail_one_in,
+            delivered: Mutex::default(),
+            refused: Mutex::default(),
+            largest_batch: AtomicU64::new(0),
+        };
         World {
+            topic: Arc::default(),
             ledger: Arc::new(MemoryLedger::default()),
             kafka: Arc::new(kafka),
             now: Arc::new(AtomicI64::new(T0)),
@@ -117,10 +156,12 @@ impl World {
         let now = self.now.clone();
         Arc::new(Runner {
             requests: Requests::new(&definition, None).unwrap(),
+            extractor: Extractor::new(&definition),
             definition,
             ledger: self.ledger.clone(),
             source: Arc::new(FakeSource { luck: self.luck.clone(), fail_one_in: self.source_fails }),
             publisher: self.kafka.clone(),
+            topic: self.topic.clone(),
             metrics: Metrics::new().unwrap(),
             owner: owner.to_owned(),
             lease_ms: 30_000,
@@ -284,6 +325,79 @@ async fn a_stop_leaves_the_interval_due() {
     assert_eq!(runner.attempt(claim, stop).await, Ended::Interrupted);
     let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
     assert_eq!((run.state, run.retry_at_ms), (RunState::Retrying, T0));
+}
+
+/// Gives the same page for whatever is asked.
+struct Fixed(String);
+
+#[async_trait]
+impl FetchPage for Fixed {
+    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+        Ok(page(&self.0))
+    }
+}
+
+impl World {
+    /// One attempt at the last minute, of a source that gives this page.
+    async fn attempt_at(&self, body: String) -> (Ended, Run) {
+        let runner = Arc::into_inner(self.runner("a")).unwrap();
+        let mut runner = Runner { source: Arc::new(Fixed(body)), ..runner };
+        runner.definition.source.pagination = common::stream::Pagination::None;
+        let runner = Arc::new(runner);
+        let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+        let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+        let ended = runner.attempt(claim, CancellationToken::new()).await;
+        (ended, self.ledger.run(interval.start_ms).await.unwrap().unwrap())
+    }
+}
+
+/// A person whose age is written so.
+fn person(id: &str, age: &str) -> String {
+    format!(
+        r#"{{"login": {{"uuid": "{id}"}}, "name": {{"first": "A", "last": "B"}}, "dob": {{"age": {age}}}}}"#
+    )
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_costs_itself_and_not_its_page() {
+    let world = World::new(13, 0, 0);
+    let people = [person("a", "NaN"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
+    let body = format!("{{\"results\": [{}]}}", people.join(", "));
+    let (ended, run) = world.attempt_at(body).await;
+    assert_eq!((ended, run.records, run.acked), (Ended::Succeeded, 3, 3));
+    let delivered: Vec<String> =
+        world.kafka.delivered.lock().unwrap().keys().map(|(id, _)| id.clone()).collect();
+    assert_eq!(delivered, ["b"]);
+    let refused = world.kafka.refused.lock().unwrap();
+    assert!(refused[0].contains("no JSON") && refused[1].contains("is a float"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_page_is_published_while_it_is_read_and_never_held_as_a_whole() {
+    let world = World::new(15, 0, 0);
+    let people: Vec<String> = (0..3 * BATCH_RECORDS).map(|n| person(&format!("id-{n:05}"), "1")).collect();
+    // Two commas: what stands before them has been published by the time they are found.
+    let body = format!("{{\"results\": [{},, {}]}}", people[..2 * BATCH_RECORDS].join(","), people[0]);
+    let (ended, run) = world.attempt_at(body).await;
+    assert_eq!((ended, run.records, run.acked), (Ended::Retrying, 1000, 1000), "{run:?}");
+    assert!(run.error.contains("no JSON at byte") && run.error.contains("a value is missing"), "{run:?}");
+    assert_eq!(world.kafka.largest_batch.load(Ordering::SeqCst), BATCH_RECORDS as u64);
+    let large = format!("\"{}\"", "x".repeat(BATCH_BYTES / 10));
+    let body = format!("{{\"results\": [{}]}}", vec![large; 100].join(","));
+    world.kafka.largest_batch.store(0, Ordering::SeqCst);
+    let other = World { kafka: world.kafka.clone(), ..World::new(15, 0, 0) };
+    assert_eq!(other.attempt_at(body).await.0, Ended::Succeeded);
+    assert_eq!(other.kafka.largest_batch.load(Ordering::SeqCst), 10, "bytes fill a batch too");
+}
+
+#[tokio::test]
+async fn nothing_is_produced_into_a_topic_that_is_not_the_registered_one() {
+    let world = World::new(23, 0, 0);
+    world.topic.0.store(true, Ordering::SeqCst);
+    let (ended, run) = world.attempt_at(format!("{{\"results\": [{}]}}", person("a", "1"))).await;
+    assert_eq!((ended, run.pages, run.acked), (Ended::Failed, 0, 0));
+    assert!(run.error.starts_with("12 partitions, but registered with 6"), "{run:?}");
+    assert!(world.kafka.delivered.lock().unwrap().is_empty());
 }
 
 /// A source that never answers.

@@ -78,6 +78,7 @@ impl ProducerContext for StressContext {
 struct Plan<'a> {
     args: &'a StressArgs,
     topic: &'a str,
+    partitions: i32,
     pool: &'a Pool,
     /// This sender's share.
     messages: u64,
@@ -115,7 +116,7 @@ pub fn run(
         .set("batch.size", "1000000")
         .create_with_context(context)
         .context("kafka client")?;
-    kafka::partition_count(producer.client(), brokers, topic, START_DEADLINE)?;
+    let partitions = kafka::partition_count(producer.client(), brokers, topic, START_DEADLINE)?;
     let pool = Pool::new(definition, args.payload_bytes);
     let total = args.messages.unwrap_or(if args.seconds.is_some() { u64::MAX } else { DEFAULT_MESSAGES });
     let (sent, run_id) = (AtomicU64::new(0), uuid::Uuid::new_v4());
@@ -124,6 +125,7 @@ pub fn run(
     let plan = |sender: u64| Plan {
         args,
         topic,
+        partitions,
         pool: &pool,
         messages: total / senders + u64::from(sender < total % senders),
         rate: args.rate as f64 / senders as f64,
@@ -211,6 +213,7 @@ fn send(
 ) -> anyhow::Result<()> {
     let mut record = BaseRecord::with_opaque_to(plan.topic, intended_us)
         .key(identity.id())
+        .partition(event::partition_of(identity.id(), plan.partitions))
         .payload(plan.pool.value(identity.index()))
         .headers(headers(plan, identity));
     loop {

@@ -23,7 +23,7 @@ use axum::routing::get;
 use axum::{Extension, Json, Router};
 use clap::Args;
 use common::shutdown::Shutdown;
-use faults::{Fault, FaultFlag, Faults};
+use faults::{Answer, Fault, FaultFlag, Faults};
 use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -135,6 +135,7 @@ async fn misbehaving(
         (fault, s.faults.clone())
     });
     request.extensions_mut().insert(Endless(fault == Some(Fault::Endless)));
+    request.extensions_mut().insert(faults.answer);
     match fault {
         None => next.run(request).await,
         Some(fault) => match misbehave::instead(fault, &faults) {
@@ -151,13 +152,16 @@ struct PeopleQuery {
     page: Option<u64>,
 }
 
-async fn people_page(Query(query): Query<PeopleQuery>) -> Response<Body> {
+async fn people_page(
+    Extension(answer): Extension<Answer>,
+    Query(query): Query<PeopleQuery>,
+) -> Response<Body> {
     let results = query.results.unwrap_or(1);
     if !(1..=MAX_RESULTS).contains(&results) {
         return refused(format!("results must be between 1 and {MAX_RESULTS}, not {results}"));
     }
     let seed = query.seed.unwrap_or_else(|| "simulator".to_owned());
-    Json(people::page(&seed, query.page.unwrap_or(1), results)).into_response()
+    Json(people::page(&seed, query.page.unwrap_or(1), results, answer)).into_response()
 }
 
 #[derive(Debug, Deserialize)]
@@ -327,6 +331,13 @@ mod tests {
             );
             assert_eq!(get(&url).await, (200, whole.clone()), "{kind}");
         }
+        set(&origin, json!({"faults": {"broken_records": {"next": 1}}})).await;
+        let (_, body) = get(&url).await;
+        for broken in ["\"age\":NaN", "\"first\":\"\\ud83d", "\"age\":1e400"] {
+            assert_eq!(body.matches(broken).count(), 1, "{broken}: {body}");
+        }
+        set(&origin, json!({"answer": "one_less"})).await;
+        assert!(get(&url).await.1.len() < whole.len());
         set(&origin, json!({"drip_ms": 1, "drip_bytes": 500, "faults": {"drip": {"next": 1}}})).await;
         assert_eq!(get(&url).await, (200, whole));
     }

@@ -1,15 +1,19 @@
-//! Sends poison to the dead-letter topic, bytes unchanged, with Kafka Connect's header names. Acknowledged before the
-//! checkpoint passes it.
+//! Sends poison to the dead-letter topic with Kafka Connect's header names. Acknowledged before the checkpoint passes it. Key,
+//! value and headers are unchanged, with two exceptions: headers whose names are not UTF-8 are left out, because the client
+//! library cannot read them, and parts that the topic is too small for are left out and named.
 
 use crate::chunk::{Chunk, Poison};
 use crate::error::ProcessorError;
 use crate::store::DeadLetters;
-use common::kafka::{KafkaError, producer_config};
+use common::admin::Health;
+use common::kafka::{KafkaError, Replaced, producer_config};
+use common::schema::dead_letter_topic;
 use futures::future::try_join_all;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +22,12 @@ const MESSAGE_MOST: usize = 1024;
 /// Poison in flight at once.
 const SEND_AT_ONCE: usize = 256;
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// How long a record may wait for a place in the client's queue.
+const QUEUED_WITHIN: Duration = Duration::from_secs(5);
+/// How long the client itself tries before a failure is told.
+const ACKNOWLEDGED_WITHIN_MS: &str = "10000";
+/// The name under which readiness tells of it.
+const DEPENDENCY: &str = "dead letters";
 const SOURCE_TOPIC: &str = "__connect.errors.topic";
 const SOURCE_PARTITION: &str = "__connect.errors.partition";
 const SOURCE_OFFSET: &str = "__connect.errors.offset";
@@ -27,51 +37,75 @@ const MESSAGE: &str = "__connect.errors.exception.message";
 
 /// The dead-letter topic of one events topic.
 pub struct DeadLetterTopic {
-    producer: FutureProducer,
+    producer: Replaced<FutureProducer>,
+    health: Arc<Health>,
     source_topic: String,
     topic: String,
     abandon: CancellationToken,
 }
 
 impl DeadLetterTopic {
-    /// `topic` takes the dead letters of `source_topic`; `abandon` ends every retry.
+    /// Takes the dead letters of `source_topic`. `abandon` ends every retry; `health` tells while they are not acknowledged.
     pub fn new(
         brokers: &str,
         source_topic: &str,
-        topic: &str,
+        health: Arc<Health>,
         abandon: CancellationToken,
     ) -> Result<DeadLetterTopic, KafkaError> {
         let mut config = producer_config(brokers, "stream-processor-dlq");
         config.set("linger.ms", "5").set("queue.buffering.max.kbytes", "32768");
-        let producer = config.create().map_err(|e| KafkaError::Client(e.to_string()))?;
+        config.set("message.timeout.ms", ACKNOWLEDGED_WITHIN_MS);
+        let build = move || config.create().map_err(|e| KafkaError::Client(e.to_string()));
         Ok(DeadLetterTopic {
-            producer,
+            producer: Replaced::new(build)?,
+            health,
             source_topic: source_topic.to_owned(),
-            topic: topic.to_owned(),
+            topic: dead_letter_topic(source_topic),
             abandon,
         })
     }
 
+    async fn try_to_send(&self, partition: i32, poison: &Poison) -> Result<(), SendError> {
+        let producer =
+            self.producer.get().map_err(|e| SendError { too_large: false, cause: e.to_string() })?;
+        let mut record: FutureRecord<'_, [u8], [u8]> =
+            FutureRecord::to(&self.topic).headers(headers(&self.source_topic, partition, poison));
+        record.key = poison.key.as_deref();
+        record.payload = poison.value.as_deref();
+        let sent = producer.send(record, QUEUED_WITHIN).await;
+        sent.map(drop).map_err(|(error, _)| SendError {
+            too_large: error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge),
+            cause: error.to_string(),
+        })
+    }
+
+    /// Sends one record until it is acknowledged.
     async fn send_one(&self, partition: i32, poison: &Poison) -> Result<(), ProcessorError> {
         let mut poison = Cow::Borrowed(poison);
         loop {
-            let headers = headers(&self.source_topic, partition, &poison);
-            let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&self.topic).headers(headers);
-            record.key = poison.key.as_deref();
-            record.payload = poison.value.as_deref();
             let sent = tokio::select! {
                 biased;
                 () = self.abandon.cancelled() => return Err(ProcessorError::Stopped),
-                sent = self.producer.send(record, Duration::from_secs(5)) => sent,
+                sent = self.try_to_send(partition, &poison) => sent,
             };
-            let Err((error, _)) = sent else { return Ok(()) };
-            if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge)
-                && let Some(smaller) = without_largest_part(&poison)
-            {
+            let Err(SendError { too_large, cause }) = sent else {
+                self.health.forget(DEPENDENCY);
+                return Ok(());
+            };
+            if too_large && let Some(smaller) = without_largest_part(&poison) {
                 poison = Cow::Owned(smaller);
                 continue;
             }
-            tracing::warn!(partition, offset = poison.offset, %error, "dead letter not acknowledged, trying again");
+            tracing::warn!(
+                partition,
+                offset = poison.offset,
+                cause,
+                "dead letter not acknowledged, trying again"
+            );
+            let topic = &self.topic;
+            let text =
+                format!("topic `{topic}` does not take dead letters, and partitions wait for it: {cause}");
+            self.health.set(DEPENDENCY, Err(text));
             tokio::select! {
                 () = self.abandon.cancelled() => return Err(ProcessorError::Stopped),
                 () = tokio::time::sleep(RETRY_PAUSE) => {}
@@ -80,8 +114,14 @@ impl DeadLetterTopic {
     }
 }
 
-/// A record that the dead-letter topic can never take would be tried for ever: it goes without its value, then without headers
-/// and key. Its source offset says where the rest is.
+/// Why a dead letter was not acknowledged.
+struct SendError {
+    too_large: bool,
+    cause: String,
+}
+
+/// What is left of a record that the dead-letter topic cannot take: it goes without its value, then without headers and key. Its
+/// source offset says where the rest is.
 fn without_largest_part(poison: &Poison) -> Option<Poison> {
     let mut smaller = poison.clone();
     let left_out = match &poison.value {

@@ -126,6 +126,9 @@ impl Decoder {
             let message = format!("the value has {} bytes; at most {MAX_VALUE_BYTES}", value.len());
             return Err(reason("TooLarge", message));
         }
+        if let Some(words) = header(event::HEADER_REFUSED) {
+            return Err(reason("RefusedByProducer", String::from_utf8_lossy(words)));
+        }
         let id = header(event::HEADER_ID).ok_or_else(|| missing(event::HEADER_ID))?;
         if id.is_empty() || id.len() > MAX_ID_BYTES || std::str::from_utf8(id).is_err() {
             let message = format!("header {}: must be 1 to {MAX_ID_BYTES} bytes of UTF-8", event::HEADER_ID);

@@ -160,7 +160,8 @@ async fn replay(common: &CommonArgs, topic: &str, only: Option<i64>) -> Result<(
     }
 }
 
-/// Without the error headers, with where it comes from.
+/// Without the error headers, with where it comes from; into the partition it came from, so that a copy of it is recognised
+/// whatever its key.
 async fn send_again(
     producer: &FutureProducer,
     topic: &str,
@@ -175,6 +176,7 @@ async fn send_again(
     let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(topic).headers(headers);
     record.key = letter.key();
     record.payload = letter.payload();
+    record.partition = header(letter, "__connect.errors.partition").parse().ok();
     let sent = producer.send(record, DEADLINE).await;
     sent.map(|_| ()).map_err(|(e, _)| failed(&format!("sending {from} again"))(&e))
 }

@@ -5,7 +5,7 @@ use crate::error::ProcessorError;
 use common::cassandra::connect;
 use common::config::CommonArgs;
 use common::kafka::{PARTITIONER, client_config, wait_for_broker};
-use common::registry::{Registered, RegistryError, added_partitions, registered};
+use common::registry::{Registered, RegistryError, registered};
 use common::schema::{self, CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -50,8 +50,12 @@ pub async fn init(
         cluster_id: cluster_id.clone(),
         partitions: args.partitions,
     };
-    let known = registered(&session, &common.keyspace, &definition.stream.name).await.ok();
-    make_topics(common, &topic, args, known.map(|known| known.partitions)).await?;
+    let stream = &definition.stream.name;
+    let known = registered(&session, &common.keyspace, stream).await.ok();
+    let admin = make_topics(common, &topic, args).await?;
+    let found = partition_count(&admin, &topic).await?;
+    check_partitions((stream, &topic), found, args.partitions, known.map(|known| known.partitions))?;
+    check_topic(&admin, &topic).await?;
     register(&session, &common.keyspace, &definition.stream.name, &wanted).await?;
     Ok(Made { cluster_id, report: report(definition, args, &topic) })
 }
@@ -116,7 +120,7 @@ pub async fn registered_partitions(
     now: &Registered,
 ) -> Result<i32, ProcessorError> {
     let found = registered(session, keyspace, stream).await.map_err(|e| match e {
-        RegistryError::Unavailable(_) => ProcessorError::Retryable(e.to_string()),
+        RegistryError::Unavailable { .. } => ProcessorError::Retryable(e.to_string()),
         _ => ProcessorError::Fatal(e.to_string()),
     })?;
     if (&found.layout, &found.cluster_id) == (&now.layout, &now.cluster_id)
@@ -133,8 +137,7 @@ async fn make_topics(
     common: &CommonArgs,
     topic: &str,
     args: &InitArgs,
-    registered: Option<i32>,
-) -> Result<(), ProcessorError> {
+) -> Result<AdminClient<DefaultClientContext>, ProcessorError> {
     let admin: AdminClient<DefaultClientContext> =
         client_config(&common.kafka_brokers, "stream-processor-init")
             .create()
@@ -175,26 +178,32 @@ async fn make_topics(
             }
         }
     }
-    check_topic(&admin, topic, args.partitions, registered).await
+    Ok(admin)
 }
 
-/// The events topic may be there already: its shape must be the contract's.
-async fn check_topic(
-    admin: &AdminClient<DefaultClientContext>,
-    topic: &str,
-    partitions: i32,
+/// The events topic may be there already: its number of partitions must be the stream's.
+fn check_partitions(
+    (stream, topic): (&str, &str),
+    found: i32,
+    wanted: i32,
     registered: Option<i32>,
 ) -> Result<(), ProcessorError> {
-    let found = partition_count(admin, topic).await?;
     if let Some(registered) = registered.filter(|registered| found > *registered) {
-        return Err(ProcessorError::Refused(added_partitions(topic, found, registered)));
+        let (stream, topic) = (stream.to_owned(), topic.to_owned());
+        let other = RegistryError::OtherPartitions { stream, topic, registered, found };
+        return Err(ProcessorError::Refused(other.to_string()));
     }
-    if found != partitions {
+    if found != wanted {
         return Err(ProcessorError::Refused(format!(
-            "topic `{topic}` has {found} partitions, not {partitions}: the number is never changed; \
+            "topic `{topic}` has {found} partitions, not {wanted}: the number is never changed; \
              set PIPELINE_PARTITIONS={found}, or choose another topic with PIPELINE_TOPIC"
         )));
     }
+    Ok(())
+}
+
+/// Its settings must be the contract's too.
+async fn check_topic(admin: &AdminClient<DefaultClientContext>, topic: &str) -> Result<(), ProcessorError> {
     let asked = admin
         .describe_configs(&[ResourceSpecifier::Topic(topic)], &AdminOptions::new())
         .await

@@ -21,7 +21,6 @@ use common::config::CommonArgs;
 use common::kafka::{client_config, partition_count};
 use common::presence::{self, Holdings, Instance};
 use common::registry::Registered;
-use common::schema::dead_letter_topic;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use rdkafka::consumer::Consumer;
@@ -140,7 +139,7 @@ impl Service<'_> {
         };
         let store = Arc::new(CassandraStore::new(&common.keyspace, &self.definition, context).await?);
         let dead_letters =
-            DeadLetterTopic::new(brokers, &self.topic, &dead_letter_topic(&self.topic), self.abandon.clone());
+            DeadLetterTopic::new(brokers, &self.topic, Arc::clone(&self.health), self.abandon.clone());
         let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);
         let who = Instance::new(&common.keyspace, "stream-processor", stream, &self.instance);
         let holdings = Holdings::default();

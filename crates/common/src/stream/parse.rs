@@ -264,9 +264,15 @@ fn auth(s: &mut Section<'_>) -> Auth {
         Some("basic") => {
             Auth::Basic { user: s.required_text("user"), password_file: s.required_text("password_file") }
         }
-        Some("api_key") => {
-            Auth::ApiKey { header: s.required_text("header"), key_file: s.required_text("key_file") }
-        }
+        Some("api_key") => match (s.table.contains_key("header"), s.text("query")) {
+            (false, Some(query)) => Auth::ApiKeyInQuery { query, key_file: s.required_text("key_file") },
+            (_, query) => {
+                if query.is_some() {
+                    s.problem("query", "give either `header` or `query`, not both");
+                }
+                Auth::ApiKey { header: s.required_text("header"), key_file: s.required_text("key_file") }
+            }
+        },
         Some(other) => {
             s.problem("kind", format!("unknown `{other}`; one of none, bearer, basic, api_key"));
             Auth::None

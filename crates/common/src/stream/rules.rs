@@ -2,6 +2,7 @@
 //! log. Each rule's message names the way out.
 
 use super::parse::in_words;
+use super::secrets::{has_user, looks_secret, redacted, secret_parameters};
 use super::{Definition, EventTime, Groups, Pagination, Schedule};
 use crate::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
 use std::collections::BTreeSet;
@@ -92,8 +93,9 @@ fn check_source(d: &Definition, problems: &mut Vec<String>) {
     match url::Url::parse(&bare) {
         Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {}
         _ if url.is_empty() => {}
-        _ => problems.push(format!("`source.url`: `{url}` is no http or https URL")),
+        _ => problems.push(format!("`source.url`: `{}` is no http or https URL", redacted(url))),
     }
+    check_secrets(d, problems);
     let (needed, kind) = match d.source.pagination {
         Pagination::Page { .. } => ("{page}", "page"),
         Pagination::Offset => ("{offset}", "offset"),
@@ -103,6 +105,29 @@ fn check_source(d: &Definition, problems: &mut Vec<String>) {
     if !url.is_empty() && !url.contains(needed) {
         problems
             .push(format!("`source.url`: pagination kind `{kind}` needs the placeholder `{needed}` in it"));
+    }
+}
+
+/// Secrets stand in files of their own: a definition is copied, shown and committed.
+fn check_secrets(d: &Definition, problems: &mut Vec<String>) {
+    if has_user(&d.source.url) {
+        problems.push(
+            "`source.url`: user and password do not belong into it; put the password into a file and write \
+             auth = { kind = \"basic\", user = \"…\", password_file = \"…\" }"
+                .to_owned(),
+        );
+    }
+    for name in secret_parameters(&d.source.url) {
+        problems.push(format!(
+            "`source.url`: parameter `{name}` looks like a secret; put its value into a file and write \
+             auth = {{ kind = \"api_key\", query = \"{name}\", key_file = \"…\" }}"
+        ));
+    }
+    for (name, _) in d.source.headers.iter().filter(|(name, _)| looks_secret(name)) {
+        problems.push(format!(
+            "`source.headers`: `{name}` looks like a secret; put its value into a file and write \
+             auth = {{ kind = \"api_key\", header = \"{name}\", key_file = \"…\" }}, or kind = \"bearer\" with token_file"
+        ));
     }
 }
 
@@ -257,10 +282,39 @@ mod tests {
             auth("kind = \"api_key\", header = \"x-api-key\", key_file = \"/run/key\""),
             Auth::ApiKey { header, key_file }
         );
+        let (query, key_file) = (text("key"), text("/run/key"));
+        assert_eq!(
+            auth("kind = \"api_key\", query = \"key\", key_file = \"/run/key\""),
+            Auth::ApiKeyInQuery { query, key_file }
+        );
+        check(
+            (
+                "allow_private = true",
+                "allow_private = true\nauth = { kind = \"api_key\", header = \"a\", query = \"b\", key_file = \"c\" }",
+            ),
+            "`source.auth.query`: give either `header` or `query`, not both",
+        );
         check(
             ("allow_private = true", "allow_private = true\nauth = { kind = \"bearer\" }"),
             "`source.auth.token_file`",
         );
+    }
+
+    #[test]
+    fn a_secret_in_a_definition_is_refused_with_the_way_out_and_not_repeated() {
+        let check = |change: (&str, &str), expected: &str| {
+            let found = mistakes(&GOOD.replace(change.0, change.1));
+            assert!(found.iter().any(|p| p.contains(expected)), "{expected} is not in {found:#?}");
+            assert!(!found.iter().any(|p| p.contains("S3CRET")), "{found:#?}");
+        };
+        check(("127.0.0.1:8090", "ada:S3CRET@127.0.0.1:8090"), "password_file = ");
+        check(("&page={page}", "&page={page}&api_key=S3CRET"), "parameter `api_key` looks like a secret");
+        check(("&page={page}", "&page={page}&api_key=S3CRET"), "query = \"api_key\", key_file = ");
+        check(
+            ("allow_private = true", "allow_private = true\nheaders = { Authorization = \"Bearer S3CRET\" }"),
+            "`source.headers`: `Authorization` looks like a secret",
+        );
+        check(("http://127.0.0.1:8090/api/?", "ftp://h/?token=S3CRET&"), "`ftp://h/?token=…&results=…");
     }
 
     #[test]

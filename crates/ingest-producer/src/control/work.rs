@@ -63,6 +63,7 @@ impl Worker {
         seconds: Option<u64>,
         stop: &Shutdown,
     ) -> Result<String, String> {
+        self.runner.topic.check().await.map_err(|e| e.cause)?;
         let args = StressArgs {
             messages,
             rate,

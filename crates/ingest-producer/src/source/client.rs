@@ -1,15 +1,15 @@
 //! Asks the source for a page, with every bound and guard: timeouts, body size before and after decompression, rate limit,
 //! no redirects, no private addresses unless the definition allows them.
 
+use super::scan;
 use crate::error::AttemptError;
 use async_trait::async_trait;
 use common::config::read_secret;
-use common::stream::{Auth, Source};
+use common::stream::{Auth, Source, redacted};
 use flate2::read::MultiGzDecoder;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
-use serde_json::Value;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
-use url::{Host, Url};
+use url::{Host, Url, form_urlencoded};
 
 /// Longest pause taken from `Retry-After`: a day.
 const MAX_RETRY_AFTER_MS: i64 = 86_400_000;
@@ -25,8 +25,8 @@ const MAX_RETRY_AFTER_MS: i64 = 86_400_000;
 /// A fetched page.
 #[derive(Debug, Clone)]
 pub struct Page {
-    /// Its JSON.
-    pub body: Value,
+    /// Its JSON text, unpacked and whole.
+    pub body: Vec<u8>,
     /// Its `Link` header.
     pub link: Option<String>,
     /// Bytes received, as they came over the network.
@@ -47,6 +47,8 @@ pub struct SourceClient {
     method: Method,
     headers: HeaderMap,
     basic: Option<(String, String)>,
+    /// Parameter and key that every request's query gets.
+    key: Option<(String, String)>,
     allow_private: bool,
     page_bytes: u64,
     request_timeout: Duration,
@@ -95,6 +97,12 @@ impl SourceClient {
                 }
                 _ => None,
             },
+            key: match &source.auth {
+                Auth::ApiKeyInQuery { query, key_file } => {
+                    Some((query.clone(), read_secret(Path::new(key_file))?))
+                }
+                _ => None,
+            },
             allow_private: source.allow_private,
             page_bytes: source.limits.page_bytes,
             request_timeout: milliseconds(source.limits.request_timeout_ms),
@@ -127,8 +135,26 @@ impl SourceClient {
         Err(AttemptError::fatal(PrivateAddress { host: address.to_string() }.to_string()))
     }
 
-    fn failed(&self, error: &reqwest::Error) -> AttemptError {
-        let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    /// The URL that is asked: with the key, which may also stand in a URL that the source named as the next one.
+    fn with_key(&self, url: &Url) -> Url {
+        let mut url = url.clone();
+        if let Some((parameter, key)) = &self.key {
+            let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
+            let is_key = |pair: &str| {
+                form_urlencoded::parse(pair.as_bytes()).next().is_some_and(|(name, _)| name == *parameter)
+            };
+            let others = url.query().unwrap_or_default().split('&');
+            let mut pairs: Vec<String> =
+                others.filter(|pair| !pair.is_empty() && !is_key(pair)).map(str::to_owned).collect();
+            pairs.push(format!("{}={}", encoded(parameter), encoded(key)));
+            url.set_query(Some(&pairs.join("&")));
+        }
+        url
+    }
+
+    fn failed(&self, error: reqwest::Error) -> AttemptError {
+        let error = error.without_url();
+        let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
         while let Some(cause) = source {
             if let Some(private) = cause.downcast_ref::<PrivateAddress>() {
                 return AttemptError::fatal(private.to_string());
@@ -139,7 +165,7 @@ impl SourceClient {
             let limit = self.request_timeout.as_secs_f64();
             return AttemptError::retryable(format!("the source gave no complete answer within {limit} s"));
         }
-        AttemptError::retryable(format!("the source cannot be read: {}", chain(error)))
+        AttemptError::retryable(format!("the source cannot be read: {}", chain(&error)))
     }
 
     /// The body as sent, refused as soon as it exceeds the limit.
@@ -149,7 +175,7 @@ impl SourceClient {
             return Err(too_large(limit, ""));
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|e| self.failed(&e))? {
+        while let Some(chunk) = response.chunk().await.map_err(|e| self.failed(e))? {
             if (body.len() + chunk.len()) as u64 > limit {
                 return Err(too_large(limit, ""));
             }
@@ -164,11 +190,12 @@ impl FetchPage for SourceClient {
     async fn fetch(&self, url: &Url) -> Result<Page, AttemptError> {
         self.check_address(url)?;
         self.keep_pace().await;
-        let mut request = self.http.request(self.method.clone(), url.clone()).headers(self.headers.clone());
+        let mut request =
+            self.http.request(self.method.clone(), self.with_key(url)).headers(self.headers.clone());
         if let Some((user, password)) = &self.basic {
             request = request.basic_auth(user, Some(password));
         }
-        let response = request.send().await.map_err(|e| self.failed(&e))?;
+        let response = request.send().await.map_err(|e| self.failed(e))?;
         let status = response.status();
         let with_status = |mut error: AttemptError| {
             error.http_status = Some(status.as_u16());
@@ -183,20 +210,21 @@ impl FetchPage for SourceClient {
         let body = self.read(response).await.map_err(with_status)?;
         let bytes = body.len() as u64;
         let limit = self.page_bytes;
-        let parsed = tokio::task::spawn_blocking(move || parse(&body, encoding.as_deref(), limit)).await;
-        let parsed = parsed.map_err(|e| AttemptError::retryable(format!("reading the page: {e}")))?;
-        Ok(Page { body: parsed.map_err(with_status)?, link, bytes })
+        let unpacked = tokio::task::spawn_blocking(move || unpack(body, encoding.as_deref(), limit)).await;
+        let unpacked = unpacked.map_err(|e| AttemptError::retryable(format!("reading the page: {e}")))?;
+        Ok(Page { body: unpacked.map_err(with_status)?, link, bytes })
     }
 }
 
-fn parse(body: &[u8], encoding: Option<&str>, limit: u64) -> Result<Value, AttemptError> {
-    let mut unpacked = Vec::new();
+/// The page's text: unpacked, within the limit, and not cut.
+fn unpack(body: Vec<u8>, encoding: Option<&str>, limit: u64) -> Result<Vec<u8>, AttemptError> {
     let text = match encoding {
         None | Some("identity" | "") => body,
         Some("gzip" | "x-gzip") => {
-            let read = MultiGzDecoder::new(body).take(limit + 1).read_to_end(&mut unpacked);
+            let mut text = Vec::new();
+            let read = MultiGzDecoder::new(body.as_slice()).take(limit + 1).read_to_end(&mut text);
             read.map_err(|e| AttemptError::retryable(format!("the page is broken gzip: {e}")))?;
-            unpacked.as_slice()
+            text
         }
         Some(other) => {
             return Err(AttemptError::fatal(format!("content-encoding `{other}` was not asked for")));
@@ -205,9 +233,9 @@ fn parse(body: &[u8], encoding: Option<&str>, limit: u64) -> Result<Value, Attem
     if text.len() as u64 > limit {
         return Err(too_large(limit, " unpacked"));
     }
-    // serde_json refuses more than 128 levels: a page cannot exhaust the stack.
-    serde_json::from_slice(text)
-        .map_err(|e| AttemptError::retryable(format!("the page is no JSON ({} bytes): {e}", text.len())))
+    scan::check(&text)
+        .map_err(|e| AttemptError::retryable(format!("the page of {} bytes is {e}", text.len())))?;
+    Ok(text)
 }
 
 fn too_large(limit: u64, how: &str) -> AttemptError {
@@ -218,7 +246,7 @@ fn too_large(limit: u64, how: &str) -> AttemptError {
 fn refused(status: StatusCode, headers: &HeaderMap) -> AttemptError {
     let header = |name: HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
     let mut error = if status.is_redirection() {
-        let to = header(header::LOCATION).unwrap_or("nowhere");
+        let to = redacted(header(header::LOCATION).unwrap_or("nowhere"));
         AttemptError::fatal(format!("{status}: redirects are not followed; {to} may be meant for source.url"))
     } else if status.is_server_error()
         || matches!(
@@ -262,7 +290,7 @@ fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
     }
     match &source.auth {
         // Basic is the library's: it encodes user and password.
-        Auth::None | Auth::Basic { .. } => {}
+        Auth::None | Auth::Basic { .. } | Auth::ApiKeyInQuery { .. } => {}
         Auth::Bearer { token_file } => {
             add("authorization", format!("Bearer {}", read_secret(Path::new(token_file))?), true)?;
         }
@@ -337,8 +365,20 @@ fn is_private_v6(a: Ipv6Addr) -> bool {
         || a.is_multicast()
         || a.is_unique_local()
         || a.is_unicast_link_local()
+        // Site-local (RFC 3879), discard (RFC 6666), documentation (RFC 3849, RFC 9637), segment routing (RFC 9602).
+        || (s[0] & 0xffc0 == 0xfec0)
+        || s[..4] == [0x100, 0, 0, 0]
+        || s[..2] == [0x2001, 0xdb8]
+        || (s[0] == 0x3fff && s[1] < 0x1000)
+        || s[0] == 0x5f00
+        // Protocol assignments (RFC 2928), Teredo among them: it leads to hosts behind a NAT.
+        || (s[0] == 0x2001 && s[1] < 0x200)
+        // Local NAT64 (RFC 8215): only its network knows where that leads.
+        || s[..3] == [0x64, 0xff9b, 1]
+        // An IPv4 address within: mapped, compatible (RFC 4291), translated (RFC 2765), NAT64 (RFC 6052), 6to4 (RFC 3056).
         || a.to_ipv4_mapped().is_some_and(is_private_v4)
-        // NAT64 (RFC 6052) and 6to4 (RFC 3056) carry an IPv4 address.
+        || (s[..6] == [0; 6] && is_private_v4(v4(s[6], s[7])))
+        || (s[..6] == [0, 0, 0, 0, 0xffff, 0] && is_private_v4(v4(s[6], s[7])))
         || (s[..6] == [0x64, 0xff9b, 0, 0, 0, 0] && is_private_v4(v4(s[6], s[7])))
         || (s[0] == 0x2002 && is_private_v4(v4(s[1], s[2])))
 }

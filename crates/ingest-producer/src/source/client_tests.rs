@@ -6,7 +6,7 @@ use common::stream::Definition;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use std::io::Write;
-use wiremock::matchers::{header as has_header, method};
+use wiremock::matchers::{header as has_header, method, query_param};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
 fn source(change: impl FnOnce(&mut Source)) -> Source {
@@ -56,11 +56,11 @@ async fn a_page_comes_with_its_link_and_size() {
         .await
         .unwrap();
     assert_eq!(
-        (page.body["a"].as_i64(), page.link.as_deref(), page.bytes),
-        (Some(1), Some("</2>; rel=next"), 8)
+        (page.body.as_slice(), page.link.as_deref(), page.bytes),
+        (b"{\"a\": 1}".as_slice(), Some("</2>; rel=next"), 8)
     );
     let page = fetch(packed(gzip(b"[1, 2]"))).await.unwrap();
-    assert_eq!(page.body, serde_json::json!([1, 2]));
+    assert_eq!(page.body, b"[1, 2]");
 }
 
 #[tokio::test]
@@ -70,8 +70,10 @@ async fn answers_that_may_change_are_retried_and_others_are_not() {
     check(status(408), Kind::Retryable, "408").await;
     check(status(404), Kind::Fatal, "404").await;
     check(status(401), Kind::Fatal, "401").await;
-    check(status(200).set_body_string("{\"results\": ["), Kind::Retryable, "no JSON (13 bytes)").await;
-    check(status(200).set_body_string("[".repeat(500)), Kind::Retryable, "recursion limit").await;
+    let cut = "the page of 13 bytes is no JSON at byte 13: it ends within brackets";
+    check(status(200).set_body_string("{\"results\": ["), Kind::Retryable, cut).await;
+    check(status(200).set_body_string("Bad Gateway"), Kind::Retryable, "no JSON at byte 0").await;
+    check(status(200).set_body_string("[".repeat(5000)), Kind::Retryable, "it ends within brackets").await;
     let slow = status(200).set_body_string("[]").set_delay(Duration::from_secs(5));
     check(slow, Kind::Retryable, "no complete answer within 0.4 s").await;
     let mut broken = gzip(&[b'x'; 500]);
@@ -142,9 +144,25 @@ fn public_addresses_are_not_private() {
     {
         assert!(!is_private(address.parse().unwrap()), "{address}");
     }
-    for address in
-        ["0.0.0.0", "255.255.255.255", "198.18.0.1", "fe80::1", "fd00::1", "64:ff9b::a00:1", "2002:a00:1::"]
-    {
+    for address in [
+        "0.0.0.0",
+        "255.255.255.255",
+        "198.18.0.1",
+        "fe80::1",
+        "fd00::1",
+        "64:ff9b::a00:1",
+        "2002:a00:1::",
+        "64:ff9b:1::808:808",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+        "fec0::1",
+        "feff::1",
+        "::10.0.0.1",
+        "::ffff:0:10.0.0.1",
+        "2001:db8::1",
+        "100::1",
+        "3fff::1",
+        "5f00::1",
+    ] {
         assert!(is_private(address.parse().unwrap()), "{address}");
     }
 }
@@ -175,6 +193,32 @@ async fn requests_identify_themselves_as_the_definition_says() {
     }
     let missing = source(|s| s.auth = Auth::Bearer { token_file: "/nowhere".into() });
     assert!(SourceClient::new(&missing).unwrap_err().to_string().contains("secret file /nowhere"));
+}
+
+#[tokio::test]
+async fn a_key_goes_into_the_query_of_every_request_and_into_no_message() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "s3cret &\n").unwrap();
+    let key_file = file.path().display().to_string();
+    let client = SourceClient::new(&source(|s| {
+        s.auth = Auth::ApiKeyInQuery { query: "key".to_owned(), key_file };
+    }))
+    .unwrap();
+    let server = MockServer::start().await;
+    let with_key = Mock::given(query_param("key", "s3cret &")).and(query_param("a[gte]", "1 2"));
+    with_key.respond_with(status(200).set_body_string("[]")).mount(&server).await;
+    // The second URL is a next page's, as a source names it that repeats what it was asked.
+    for query in ["a[gte]=1%202", "key=s3cret+%26&a[gte]=1%202"] {
+        client.fetch(&format!("{}/?{query}", server.uri()).parse().unwrap()).await.expect(query);
+    }
+    for port in [server.address().port(), 1] {
+        let url = format!("http://127.0.0.1:{port}/?a=o3her&key=s3cret");
+        let error = client.fetch(&url.parse().unwrap()).await.unwrap_err();
+        assert!(!error.cause.contains("s3cret") && !error.cause.contains("o3her"), "{error}");
+    }
+    let answer = status(302).insert_header("location", "https://ada:s3cret@h/?key=s3cret");
+    let error = check(answer, Kind::Fatal, "https://h/?key=…").await;
+    assert!(!error.cause.contains("s3cret"), "{error}");
 }
 
 #[tokio::test]

@@ -1,32 +1,78 @@
-//! A source's record → an event: id, time, key and the flat JSON object of the declared columns. Pure.
+//! A source's record → what it becomes in Kafka: an event with id, time, key and the flat JSON object of the declared columns.
+//! Values are copied as text, so that every digit of a number reaches the processor. Pure.
 //!
-//! A record that lacks its id or time is not dropped: it becomes an event without that header, which the processor
-//! keeps as a dead letter.
+//! A record that cannot become an event is not dropped and does not hold up its page: it goes to Kafka as it came, with the
+//! reason, and the processor keeps it as a dead letter.
 
-use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id};
+use super::scan::{self, NotJson};
+use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
 use common::run_ledger::Interval;
-use common::stream::{Definition, EventTime};
-use serde_json::Value;
+use common::stream::{Definition, EventMapping, EventTime};
+use serde_json::value::RawValue;
 
 /// Longest id or key taken from a record.
 const MAX_ID_BYTES: usize = 1024;
+/// Longest Kafka value: below `common::kafka::MAX_MESSAGE_BYTES`, which counts key and headers too.
+const MAX_VALUE_BYTES: usize = (4 << 20) - (64 << 10);
+/// How much of a record that exceeds it is kept.
+const MAX_EXCERPT_BYTES: usize = 64 << 10;
+/// Most characters of a value that a reason repeats.
+const MAX_SHOWN: usize = 64;
 
 /// An event as it goes to Kafka, but for the headers of its run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    /// `ce_id`; `None`: the record lacks it.
-    pub id: Option<String>,
-    /// Event time in Unix milliseconds; `None`: not yet known, or the record lacks it.
-    pub time_ms: Option<i64>,
+    /// `ce_id`.
+    pub id: String,
+    /// Event time in Unix milliseconds.
+    pub time_ms: i64,
     /// Kafka key.
     pub key: String,
     /// Kafka value.
     pub value: Vec<u8>,
 }
 
+/// A record that cannot become an event.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refused {
+    /// What is wrong with it.
+    pub reason: String,
+    /// Kafka key: the id that its place in the interval gives it.
+    pub key: String,
+    /// Kafka value: the record as the source gave it; only its beginning where it is too large for Kafka.
+    pub value: Vec<u8>,
+}
+
+/// What a record becomes in Kafka.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outgoing {
+    /// An event.
+    Event(Event),
+    /// A dead letter.
+    Refused(Refused),
+}
+
+impl Outgoing {
+    /// Kafka key.
+    pub fn key(&self) -> &str {
+        match self {
+            Outgoing::Event(event) => &event.key,
+            Outgoing::Refused(refused) => &refused.key,
+        }
+    }
+
+    /// Kafka value.
+    pub fn value(&self) -> &[u8] {
+        match self {
+            Outgoing::Event(event) => &event.value,
+            Outgoing::Refused(refused) => &refused.value,
+        }
+    }
+}
+
 /// A body without records.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum ExtractError {
+pub enum RecordsError {
     /// Nothing stands at the pointer.
     #[error("source.records: nothing stands at `{0}` in the source's answer")]
     Missing(String),
@@ -38,97 +84,263 @@ pub enum ExtractError {
         /// JSON kind.
         found: &'static str,
     },
+    /// The way to it cannot be read.
+    #[error(transparent)]
+    NotJson(#[from] NotJson),
 }
 
-/// The records of a page.
-pub fn records<'a>(definition: &Definition, body: &'a Value) -> Result<&'a [Value], ExtractError> {
-    let pointer = &definition.source.records;
-    match body.pointer(pointer) {
-        Some(Value::Array(records)) => Ok(records),
-        Some(other) => Err(ExtractError::NoArray { pointer: pointer.clone(), found: kind(other) }),
-        None => Err(ExtractError::Missing(pointer.clone())),
+/// The records of a page one after the other, each as its text.
+pub fn records<'a>(
+    body: &'a [u8],
+    pointer: &str,
+) -> Result<impl Iterator<Item = Result<&'a [u8], NotJson>> + use<'a>, RecordsError> {
+    let at = scan::locate(body, pointer)?.ok_or_else(|| RecordsError::Missing(pointer.to_owned()))?;
+    match body.get(at) {
+        Some(b'[') => Ok(scan::elements(body, at).map(|element| element.map(|element| element.text))),
+        other => Err(RecordsError::NoArray { pointer: pointer.to_owned(), found: kind(other) }),
     }
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+/// In words, by the first byte of a value.
+pub(super) fn kind(first: Option<&u8>) -> &'static str {
+    match first {
+        None => "nothing",
+        Some(b'n') => "null",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'"') => "a string",
+        Some(b'[') => "an array",
+        Some(b'{') => "an object",
+        Some(_) => "a number",
     }
 }
 
-/// The event of record `index` (in the order of pages and records) of an interval. Where event time is spread over the
-/// interval, it is left open: see [`spread`].
-pub fn event(definition: &Definition, interval: Interval, index: u64, record: &Value) -> Event {
-    let derived = || derived_event_id(&definition.stream.name, interval.start_ms, index).to_string();
-    let id = match &definition.event.id {
-        Some(pointer) => record.pointer(pointer).and_then(text),
-        None => Some(derived()),
-    };
-    let own_key = definition.event.key.as_ref().and_then(|pointer| record.pointer(pointer).and_then(text));
-    let key = own_key.or_else(|| id.clone()).unwrap_or_else(derived);
-    let time_ms = match &definition.event.time {
-        EventTime::Interval => None,
-        EventTime::Pointer(pointer) => record.pointer(pointer).and_then(|value| time(value, 1)),
-        EventTime::Seconds(pointer) => record.pointer(pointer).and_then(|value| time(value, 1000)),
-    };
-    Event { id, time_ms, key, value: flat(definition, record) }
+/// Makes events of one stream's records.
+#[derive(Debug)]
+pub struct Extractor {
+    stream: String,
+    mapping: EventMapping,
+    columns: Vec<String>,
+    pointers: Pointers,
 }
 
-/// Event time of record `index` of `count`: evenly over the interval in the records' order, in whole milliseconds.
-pub fn spread(interval: Interval, index: u64, count: u64) -> i64 {
-    let length = i128::from(interval.end_ms - interval.start_ms);
-    let share = length * i128::from(index) / i128::from(count.max(1));
-    interval.start_ms + i64::try_from(share).unwrap_or(0)
-}
-
-/// `{column: value}` of the declared columns that are present, in the definition's order.
-fn flat(definition: &Definition, record: &Value) -> Vec<u8> {
-    let mut object = Vec::with_capacity(32 * definition.columns.len());
-    object.push(b'{');
-    for column in &definition.columns {
-        let Some(value) = record.pointer(&column.pointer).filter(|v| !v.is_null()) else { continue };
-        if object.len() > 1 {
-            object.push(b',');
+impl Extractor {
+    /// Of a definition.
+    pub fn new(definition: &Definition) -> Extractor {
+        let mapping = definition.event.clone();
+        let time = match &mapping.time {
+            EventTime::Interval => None,
+            EventTime::Pointer(pointer) | EventTime::Seconds(pointer) => Some(pointer),
+        };
+        let own = [mapping.id.as_ref(), mapping.key.as_ref(), time].into_iter().flatten();
+        let columns = definition.columns.iter().map(|column| &column.pointer);
+        let pointers = Pointers::new(columns.chain(own).map(String::as_str));
+        Extractor {
+            stream: definition.stream.name.clone(),
+            columns: definition.columns.iter().map(|column| column.name.clone()).collect(),
+            pointers,
+            mapping,
         }
-        // Column names are identifiers: nothing in them needs escaping.
-        object.push(b'"');
-        object.extend_from_slice(column.name.as_bytes());
-        object.extend_from_slice(b"\":");
-        object.extend_from_slice(value.to_string().as_bytes());
     }
-    object.push(b'}');
-    object
+
+    /// What record `index` (in the order of pages and records) of an interval becomes.
+    pub fn outgoing(&self, interval: Interval, index: u64, record: &[u8]) -> Outgoing {
+        self.event(interval, index, record).map_or_else(
+            |reason| {
+                let kept = if record.len() > MAX_VALUE_BYTES { MAX_EXCERPT_BYTES } else { record.len() };
+                Outgoing::Refused(Refused {
+                    reason,
+                    key: derived_event_id(&self.stream, interval.start_ms, index).to_string(),
+                    value: record[..kept].to_vec(),
+                })
+            },
+            Outgoing::Event,
+        )
+    }
+
+    fn event(&self, interval: Interval, index: u64, record: &[u8]) -> Result<Event, String> {
+        if let Err(e) = serde_json::from_slice::<&RawValue>(record) {
+            return Err(format!("the record is no JSON: {e}"));
+        }
+        let found = self.pointers.read(record).map_err(|e| format!("the record is no JSON: {e}"))?;
+        let at = |pointer: &str| self.pointers.slot(pointer).and_then(|slot| found[slot]);
+        let id = match &self.mapping.id {
+            Some(pointer) => identity("event.id", pointer, at(pointer))?,
+            None => derived_event_id(&self.stream, interval.start_ms, index).to_string(),
+        };
+        let own_key =
+            self.mapping.key.as_ref().filter(|pointer| at(pointer).is_some_and(|raw| raw != b"null"));
+        let key = match own_key {
+            Some(pointer) => identity("event.key", pointer, at(pointer))?,
+            None => id.clone(),
+        };
+        let time_ms = match &self.mapping.time {
+            EventTime::Interval => derived_event_time(&self.stream, interval, &id),
+            EventTime::Pointer(pointer) => time(pointer, at(pointer), 1)?,
+            EventTime::Seconds(pointer) => time(pointer, at(pointer), 1000)?,
+        };
+        Ok(Event { id, time_ms, key, value: self.flat(&found)? })
+    }
+
+    /// `{column: value}` of the declared columns that are present, in the definition's order.
+    fn flat(&self, found: &[Option<&[u8]>]) -> Result<Vec<u8>, String> {
+        let mut object = Vec::with_capacity(32 * self.columns.len());
+        object.push(b'{');
+        for (name, slot) in self.columns.iter().zip(&self.pointers.slots) {
+            let Some(value) = found[*slot].filter(|raw| *raw != b"null") else { continue };
+            if object.len() > 1 {
+                object.push(b',');
+            }
+            // Column names are identifiers: nothing in them needs escaping.
+            object.push(b'"');
+            object.extend_from_slice(name.as_bytes());
+            object.extend_from_slice(b"\":");
+            if object.len() + value.len() >= MAX_VALUE_BYTES {
+                return Err(format!(
+                    "the record's columns exceed {MAX_VALUE_BYTES} bytes, which Kafka cannot take"
+                ));
+            }
+            object.extend_from_slice(value);
+        }
+        object.push(b'}');
+        Ok(object)
+    }
 }
 
-fn text(value: &Value) -> Option<String> {
-    let text = match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        _ => return None,
+/// Pointers that are read in one pass over a record.
+#[derive(Debug)]
+struct Pointers {
+    root: Node,
+    names: Vec<String>,
+    /// Where the value of each pointer is put, in the order in which they were given; equal ones share a slot.
+    slots: Vec<usize>,
+}
+
+/// A token of pointers.
+#[derive(Debug, Default)]
+struct Node {
+    slot: Option<usize>,
+    inner: Vec<(String, Node)>,
+}
+
+impl Pointers {
+    fn new<'p>(pointers: impl Iterator<Item = &'p str>) -> Pointers {
+        let mut made = Pointers { root: Node::default(), names: Vec::new(), slots: Vec::new() };
+        for pointer in pointers {
+            let node = scan::tokens(pointer).fold(&mut made.root, Node::child);
+            let slot = *node.slot.get_or_insert_with(|| {
+                made.names.push(pointer.to_owned());
+                made.names.len() - 1
+            });
+            made.slots.push(slot);
+        }
+        made
+    }
+
+    fn slot(&self, pointer: &str) -> Option<usize> {
+        self.names.iter().position(|name| name == pointer)
+    }
+
+    /// What stands at each slot.
+    fn read<'a>(&self, record: &'a [u8]) -> Result<Vec<Option<&'a [u8]>>, NotJson> {
+        let mut found = vec![None; self.names.len()];
+        self.root.read(record, &mut found)?;
+        Ok(found)
+    }
+}
+
+impl Node {
+    fn child(&mut self, token: String) -> &mut Node {
+        let at = self.inner.iter().position(|(known, _)| *known == token).unwrap_or_else(|| {
+            self.inner.push((token, Node::default()));
+            self.inner.len() - 1
+        });
+        &mut self.inner[at].1
+    }
+
+    fn read<'a>(&self, value: &'a [u8], found: &mut [Option<&'a [u8]>]) -> Result<(), NotJson> {
+        if let Some(slot) = self.slot {
+            found[slot] = Some(value);
+        }
+        match value.first() {
+            _ if self.inner.is_empty() => {}
+            Some(b'{') => {
+                for member in scan::members(value, 0) {
+                    let member = member?;
+                    if let Some((_, node)) = self.inner.iter().find(|(token, _)| *token == member.name) {
+                        node.read(member.text, found)?;
+                    }
+                }
+            }
+            Some(b'[') => {
+                for (token, node) in &self.inner {
+                    let element = scan::index(token).and_then(|index| scan::elements(value, 0).nth(index));
+                    if let Some(element) = element.transpose()? {
+                        node.read(element.text, found)?;
+                    }
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// The text that identifies a record, or why there is none. A float is refused: what prints it decides about its digits.
+fn identity(key: &str, pointer: &str, raw: Option<&[u8]>) -> Result<String, String> {
+    let raw = raw.ok_or_else(|| format!("{key}: nothing stands at `{pointer}`"))?;
+    let text = match raw.first() {
+        Some(b'"') => string(raw).map_err(|e| format!("{key}: {} at `{pointer}`: {e}", shown(raw)))?,
+        Some(b'-' | b'0'..=b'9') if raw.iter().any(|b| matches!(b, b'.' | b'e' | b'E')) => {
+            return Err(format!(
+                "{key}: {} at `{pointer}` is a float; a string or an integer identifies",
+                shown(raw)
+            ));
+        }
+        Some(b'-' | b'0'..=b'9') => String::from_utf8_lossy(raw).into_owned(),
+        other => {
+            return Err(format!("{key}: `{pointer}` is {}; a string or an integer identifies", kind(other)));
+        }
     };
-    (!text.is_empty() && text.len() <= MAX_ID_BYTES).then_some(text)
+    match text.len() {
+        1..=MAX_ID_BYTES => Ok(text),
+        bytes => Err(format!("{key}: `{pointer}` has {bytes} bytes; from 1 to {MAX_ID_BYTES}")),
+    }
 }
 
 /// RFC 3339 text or Unix time in units of `unit_ms`, within the years 1970 to 9999.
-fn time(value: &Value, unit_ms: i64) -> Option<i64> {
-    let ms = match value {
-        Value::String(text) => chrono::DateTime::parse_from_rfc3339(text).ok()?.timestamp_millis(),
-        Value::Number(number) => number.as_i64()?.checked_mul(unit_ms)?,
-        _ => return None,
+fn time(pointer: &str, raw: Option<&[u8]>, unit_ms: i64) -> Result<i64, String> {
+    let raw = raw.ok_or_else(|| format!("event.time: nothing stands at `{pointer}`"))?;
+    let ms = match raw.first() {
+        Some(b'"') => string(raw)
+            .ok()
+            .and_then(|text| Some(chrono::DateTime::parse_from_rfc3339(&text).ok()?.timestamp_millis())),
+        _ => {
+            std::str::from_utf8(raw).ok().and_then(|digits| digits.parse::<i64>().ok()?.checked_mul(unit_ms))
+        }
     };
-    (MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(&ms).then_some(ms)
+    ms.filter(|ms| (MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(ms)).ok_or_else(|| {
+        let unit = if unit_ms == 1 { "milliseconds" } else { "seconds" };
+        format!(
+            "event.time: {} at `{pointer}` is no RFC 3339 time and no Unix {unit} from 1970 to 9999",
+            shown(raw)
+        )
+    })
+}
+
+fn string(quoted: &[u8]) -> Result<String, serde_json::Error> {
+    serde_json::from_slice(quoted)
+}
+
+fn shown(raw: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&raw[..raw.len().min(4 * MAX_SHOWN)]);
+    format!("`{}`", text.chars().take(MAX_SHOWN).collect::<String>())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     const MINUTE: Interval = Interval { start_ms: 1_767_225_600_000, end_ms: 1_767_225_660_000 };
 
@@ -164,6 +376,24 @@ mod tests {
         })
     }
 
+    fn outgoing(definition: &Definition, index: u64, record: &str) -> Outgoing {
+        Extractor::new(definition).outgoing(MINUTE, index, record.as_bytes())
+    }
+
+    fn event(definition: &Definition, index: u64, record: &Value) -> Event {
+        match outgoing(definition, index, &record.to_string()) {
+            Outgoing::Event(event) => event,
+            Outgoing::Refused(refused) => panic!("{}", refused.reason),
+        }
+    }
+
+    fn refused(definition: &Definition, record: &str) -> Refused {
+        match outgoing(definition, 3, record) {
+            Outgoing::Refused(refused) => refused,
+            Outgoing::Event(event) => panic!("{event:?}"),
+        }
+    }
+
     fn shown(event: &Event) -> Value {
         let value: Value = serde_json::from_slice(&event.value).unwrap();
         json!({"id": event.id, "time_ms": event.time_ms, "key": event.key, "value": value})
@@ -171,12 +401,12 @@ mod tests {
 
     #[test]
     fn a_person_becomes_this_event() {
-        insta::assert_json_snapshot!(shown(&event(&users(), MINUTE, 0, &person())));
+        insta::assert_json_snapshot!(shown(&event(&users(), 0, &person())));
     }
 
     #[test]
     fn an_order_becomes_this_event() {
-        insta::assert_json_snapshot!(shown(&event(&orders(), MINUTE, 0, &order())));
+        insta::assert_json_snapshot!(shown(&event(&orders(), 0, &order())));
     }
 
     #[test]
@@ -184,27 +414,95 @@ mod tests {
         let mut record = person();
         record["gender"] = Value::Null;
         record["location"] = json!({});
-        let value: Value = serde_json::from_slice(&event(&users(), MINUTE, 0, &record).value).unwrap();
+        let value: Value = serde_json::from_slice(&event(&users(), 0, &record).value).unwrap();
         let names: Vec<&String> = value.as_object().unwrap().keys().collect();
         assert!(!names.iter().any(|n| ["gender", "city", "country"].contains(&n.as_str())), "{names:?}");
     }
 
+    /// An order whose id, time and amount are written so.
+    fn written(id: &str, placed_at: &str, amount: &str) -> String {
+        format!(r#"{{"order": {{"id": {id}, "placed_at": {placed_at}, "total": {{"amount": {amount}}}}}}}"#)
+    }
+
+    const TIME: &str = r#""2026-01-01T00:00:13Z""#;
+
     #[test]
-    fn a_record_without_id_or_time_is_kept_without_them() {
-        let mut record = order();
-        record["order"]["id"] = Value::Null;
-        record["order"]["placed_at"] = json!("yesterday");
-        let found = event(&orders(), MINUTE, 3, &record);
-        assert_eq!((found.id, found.time_ms), (None, None));
-        assert_eq!(found.key, derived_event_id("orders", MINUTE.start_ms, 3).to_string());
+    fn numbers_are_copied_digit_by_digit() {
+        for (id, amount) in
+            [("738529527931269425", "0.30000000000000004"), ("12345678901234567890124", "1e400")]
+        {
+            let Outgoing::Event(event) = outgoing(&orders(), 0, &written(id, TIME, amount)) else {
+                panic!("{id}")
+            };
+            assert_eq!((event.id.as_str(), event.key.as_str()), (id, id));
+            assert_eq!(event.value, format!("{{\"amount\":{amount}}}").into_bytes());
+        }
+    }
+
+    #[test]
+    fn a_record_that_cannot_become_an_event_is_kept_as_it_came_with_its_reason() {
+        let check = |record: &str, words: &str| {
+            let found = refused(&orders(), record);
+            assert!(found.reason.contains(words), "`{words}` is not in `{}`", found.reason);
+            assert_eq!(
+                (found.value, found.key),
+                (record.into(), derived_event_id("orders", MINUTE.start_ms, 3).to_string())
+            );
+        };
+        check(
+            &written("null", TIME, "1"),
+            "event.id: `/order/id` is null; a string or an integer identifies",
+        );
+        check(&written("1.0", TIME, "1"), "event.id: `1.0` at `/order/id` is a float");
+        check(&written("1e3", TIME, "1"), "event.id: `1e3` at `/order/id` is a float");
+        check(&written("\"\"", TIME, "1"), "event.id: `/order/id` has 0 bytes; from 1 to 1024");
+        check(&written("\"\\ud83d\"", TIME, "1"), "event.id: `\"\\ud83d\"` at `/order/id`: ");
+        check(
+            &written("1", "\"yesterday\"", "1"),
+            "event.time: `\"yesterday\"` at `/order/placed_at` is no RFC 3339 time",
+        );
+        check(&written("1", "null", "1"), "event.time: `null` at");
+        check(&written("1", TIME, "NaN"), "the record is no JSON: expected value at line 1");
+        check(&written("1", TIME, "01"), "the record is no JSON: invalid number");
+        check(r#"{"order": {}, "a": 1,}"#, "the record is no JSON: key must be a string");
+        check("{}", "event.id: nothing stands at `/order/id`");
+        check("0", "event.id: nothing stands at");
+    }
+
+    #[test]
+    fn a_text_that_was_cut_within_a_character_costs_its_own_record_at_most() {
+        let record = written("1", TIME, "\"\\ud83d\"");
+        assert!(
+            matches!(outgoing(&orders(), 0, &record), Outgoing::Event(_)),
+            "the processor decides about columns"
+        );
+        let latin = Extractor::new(&orders()).outgoing(MINUTE, 0, b"{\"order\": {\"id\": \"\xe9\"}}");
+        let Outgoing::Refused(refused) = latin else { panic!("{latin:?}") };
+        assert!(refused.reason.contains("invalid unicode code point"), "{}", refused.reason);
+    }
+
+    #[test]
+    fn what_is_too_large_for_kafka_is_kept_in_part() {
+        let long = "x".repeat(MAX_VALUE_BYTES);
+        let found = refused(&orders(), &written("1", TIME, &format!("\"{long}\"")));
+        assert!(found.reason.contains("exceed 4128768 bytes"), "{}", found.reason);
+        assert_eq!(found.value.len(), MAX_EXCERPT_BYTES);
+        let mut other = order();
+        other["not_declared"] = long.into();
+        event(&orders(), 0, &other);
+        const { assert!(MAX_VALUE_BYTES < common::kafka::MAX_MESSAGE_BYTES) }
     }
 
     #[test]
     fn times_are_read_in_seconds_where_the_definition_says_so() {
         let mut definition = orders();
+        definition.event.id = None;
         let mut at = |unit: fn(String) -> EventTime, value: Value| {
             definition.event.time = unit("/t".to_owned());
-            event(&definition, MINUTE, 0, &json!({"t": value})).time_ms
+            match outgoing(&definition, 0, &json!({"t": value}).to_string()) {
+                Outgoing::Event(event) => Some(event.time_ms),
+                Outgoing::Refused(_) => None,
+            }
         };
         assert_eq!(at(EventTime::Pointer, json!(1_767_225_600_123_i64)), Some(1_767_225_600_123));
         assert_eq!(at(EventTime::Seconds, json!(1_767_225_600)), Some(1_767_225_600_000));
@@ -216,31 +514,55 @@ mod tests {
     fn ids_without_a_source_id_are_the_same_each_time() {
         let mut definition = users();
         definition.event.id = None;
-        let id = |index| event(&definition, MINUTE, index, &person()).id;
+        let id = |index| event(&definition, index, &person()).id;
         assert_eq!(id(4), id(4));
         assert_ne!(id(4), id(5));
     }
 
     #[test]
     fn records_are_found_or_their_absence_is_named() {
-        let definition = users();
-        assert_eq!(records(&definition, &json!({"results": [1, 2]})).unwrap().len(), 2);
-        let missing = records(&definition, &json!({"error": "x"})).unwrap_err().to_string();
-        assert_eq!(missing, "source.records: nothing stands at `/results` in the source's answer");
-        let object = records(&definition, &json!({"results": {}})).unwrap_err().to_string();
-        assert!(object.contains("is an object"), "{object}");
+        let pointer = "/results";
+        let found = |body: &'static str| records(body.as_bytes(), pointer).map(Iterator::count);
+        assert_eq!(found(r#"{"results": [1, 2]}"#), Ok(2));
+        let error = |body| found(body).unwrap_err().to_string();
+        let missing = "source.records: nothing stands at `/results` in the source's answer";
+        assert_eq!(error(r#"{"error": "x"}"#), missing);
+        assert!(error(r#"{"results": {}}"#).contains("is an object"));
+    }
+
+    fn any_record() -> impl Strategy<Value = Value> {
+        let id = prop_oneof!["[a-z]{1,8}".prop_map(Value::from), any::<u64>().prop_map(Value::from)];
+        (id, any::<Option<f64>>()).prop_map(|(id, age)| json!({"login": {"uuid": id}, "dob": {"age": age}}))
     }
 
     proptest! {
+        /// Pointers are read in one pass as they would be one by one.
         #[test]
-        fn spread_times_rise_within_the_interval(
-            start in 0i64..2_000_000_000_000, length in 1i64..100_000_000, count in 1u64..5000
+        fn one_pass_finds_what_each_pointer_finds(value in any_record(), more in ".{0,5}") {
+            let record = json!([value, {more: {"": [1, value]}}]).to_string();
+            let pointers = ["", "/0", "/0/login/uuid", "/1", "/0/login", "/2", "/1//1/login/uuid", "/0/dob/age"];
+            let made = Pointers::new(pointers.into_iter());
+            let found = made.read(record.as_bytes()).unwrap();
+            for (pointer, slot) in pointers.iter().zip(&made.slots) {
+                prop_assert_eq!(found[*slot], scan::find(record.as_bytes(), pointer).unwrap(), "{}", pointer);
+            }
+        }
+
+        /// The promise that a refetch rests on: another answer changes nothing about a record that is in both.
+        #[test]
+        fn identity_depends_on_the_record_alone(
+            records in prop::collection::vec(any_record(), 1..20), removed in any::<prop::sample::Index>(),
         ) {
-            let interval = Interval { start_ms: start, end_ms: start + length };
-            let times: Vec<i64> = (0..count).map(|i| spread(interval, i, count)).collect();
-            prop_assert_eq!(times[0], start);
-            prop_assert!(times.windows(2).all(|pair| pair[0] <= pair[1]));
-            prop_assert!(times.iter().all(|t| (interval.start_ms..interval.end_ms).contains(t)));
+            let definition = users();
+            let identities = |records: &[Value]| -> Vec<(String, i64)> {
+                let events = records.iter().zip(0..).map(|(record, index)| event(&definition, index, record));
+                events.map(|event| (event.id, event.time_ms)).collect()
+            };
+            let all = identities(&records);
+            let (mut fewer, mut expected) = (records.clone(), all);
+            fewer.remove(removed.index(records.len()));
+            expected.remove(removed.index(records.len()));
+            prop_assert_eq!(identities(&fewer), expected);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Where the next page of an interval is. Pure.
 
+use super::extract::kind;
+use super::scan::{self, NotJson};
 use common::stream::Pagination;
-use serde_json::Value;
 use std::collections::HashSet;
 
 /// Longest cursor or URL that a page may name.
@@ -23,10 +24,12 @@ pub enum Position {
 /// What a fetched page says about the next one.
 #[derive(Debug, Clone, Copy)]
 pub struct Fetched<'a> {
-    /// Records in it.
-    pub records: &'a [Value],
-    /// Its body.
-    pub body: &'a Value,
+    /// How many records it has.
+    pub records: u64,
+    /// The text of its last record.
+    pub last: Option<&'a [u8]>,
+    /// Its text.
+    pub body: &'a [u8],
     /// Its `Link` header.
     pub link: Option<&'a str>,
 }
@@ -56,9 +59,12 @@ pub enum PaginationError {
     NoName {
         /// The definition's pointer.
         pointer: String,
-        /// What stands there, shortened.
-        found: String,
+        /// The kind of what stands there; the value itself may hold a secret.
+        found: &'static str,
     },
+    /// The way to it cannot be read.
+    #[error(transparent)]
+    NotJson(#[from] NotJson),
 }
 
 /// Counts the pages of one interval and finds the next.
@@ -97,8 +103,8 @@ impl<'a> Pages<'a> {
     /// Notes a page and says what comes after it.
     pub fn after(&mut self, page: Fetched<'_>) -> Result<Next, PaginationError> {
         self.read += 1;
-        self.records += page.records.len() as u64;
-        let short = page.records.len() < self.page_size as usize;
+        self.records += page.records;
+        let short = page.records < u64::from(self.page_size);
         let next = match self.pagination {
             Pagination::None => Next::End,
             Pagination::Page { pages: Some(pages), .. } if self.read >= *pages => Next::End,
@@ -111,13 +117,13 @@ impl<'a> Pages<'a> {
                 Some(cursor) => Next::At(Position::Cursor(Some(cursor))),
                 None => Next::End,
             },
-            Pagination::LastRecord { pointer, more } => match (page.records.last(), more) {
+            Pagination::LastRecord { pointer, more } => match (page.last, more) {
                 (None, _) => Next::End,
                 (Some(_), Some(more)) if !self.has_more(page.body, more)? => Next::End,
                 (Some(last), _) => match self.named(last, pointer)? {
                     Some(cursor) => Next::At(Position::Cursor(Some(cursor))),
                     // To end here would drop what is behind it.
-                    None => return Err(no_name(pointer, "null")),
+                    None => return Err(no_name(pointer, None)),
                 },
             },
             Pagination::NextUrl { pointer } => self.named(page.body, pointer)?.map_or(Next::End, Next::Named),
@@ -137,26 +143,32 @@ impl<'a> Pages<'a> {
         Ok(next)
     }
 
-    fn named(&self, body: &Value, pointer: &str) -> Result<Option<String>, PaginationError> {
-        match body.pointer(pointer) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) if text.is_empty() => Ok(None),
-            Some(Value::String(text)) if text.len() <= MAX_NEXT_BYTES => Ok(Some(text.clone())),
-            Some(Value::Number(number)) => Ok(Some(number.to_string())),
-            Some(other) => Err(no_name(pointer, &other.to_string())),
+    fn named(&self, body: &[u8], pointer: &str) -> Result<Option<String>, PaginationError> {
+        let Some(raw) = scan::find(body, pointer)? else { return Ok(None) };
+        match raw.first() {
+            Some(b'n') => Ok(None),
+            Some(b'"') => match serde_json::from_slice::<String>(raw) {
+                Ok(text) if text.len() <= MAX_NEXT_BYTES => Ok(Some(text).filter(|text| !text.is_empty())),
+                _ => Err(no_name(pointer, Some(raw))),
+            },
+            Some(b'-' | b'0'..=b'9') if raw.len() <= MAX_NEXT_BYTES => {
+                Ok(Some(String::from_utf8_lossy(raw).into_owned()))
+            }
+            _ => Err(no_name(pointer, Some(raw))),
         }
     }
 
-    fn has_more(&self, body: &Value, pointer: &str) -> Result<bool, PaginationError> {
-        match body.pointer(pointer) {
-            Some(Value::Bool(more)) => Ok(*more),
-            other => Err(no_name(pointer, &other.unwrap_or(&Value::Null).to_string())),
+    fn has_more(&self, body: &[u8], pointer: &str) -> Result<bool, PaginationError> {
+        match scan::find(body, pointer)? {
+            Some(b"true") => Ok(true),
+            Some(b"false") => Ok(false),
+            other => Err(no_name(pointer, other)),
         }
     }
 }
 
-fn no_name(pointer: &str, found: &str) -> PaginationError {
-    PaginationError::NoName { pointer: pointer.to_owned(), found: crate::error::shortened(found) }
+fn no_name(pointer: &str, found: Option<&[u8]>) -> PaginationError {
+    PaginationError::NoName { pointer: pointer.to_owned(), found: kind(found.and_then(|raw| raw.first())) }
 }
 
 /// The target of `rel="next"` in an RFC 8288 `Link` header.
@@ -183,20 +195,17 @@ fn next_link(header: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
-    const RECORDS: [Value; 10] = [const { Value::Null }; 10];
-
-    fn fetched(records: usize, body: &Value) -> Fetched<'_> {
-        Fetched { records: &RECORDS[..records], body, link: None }
+    fn fetched(records: u64, body: &str) -> Fetched<'_> {
+        Fetched { records, last: None, body: body.as_bytes(), link: None }
     }
 
     /// Walks through pages of `sizes` records and returns the places.
-    fn walk(pagination: &Pagination, sizes: &[usize]) -> Result<Vec<Position>, PaginationError> {
+    fn walk(pagination: &Pagination, sizes: &[u64]) -> Result<Vec<Position>, PaginationError> {
         let mut pages = Pages::new(pagination, 10, 5);
         let mut places = vec![pages.first()];
         for size in sizes {
-            match pages.after(fetched(*size, &Value::Null))? {
+            match pages.after(fetched(*size, "null"))? {
                 Next::At(position) => places.push(position),
                 _ => break,
             }
@@ -227,12 +236,15 @@ mod tests {
     #[test]
     fn a_cursor_ends_where_it_is_absent_null_or_empty() {
         let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
-        let after = |body: Value| Pages::new(&cursor, 10, 5).after(fetched(10, &body));
-        for body in [json!({}), json!({"next": null}), json!({"next": ""})] {
+        let after = |body: &str| Pages::new(&cursor, 10, 5).after(fetched(10, body));
+        for body in ["{}", r#"{"next": null}"#, r#"{"next": ""}"#] {
             assert_eq!(after(body), Ok(Next::End));
         }
-        assert_eq!(after(json!({"next": 17})), Ok(Next::At(Position::Cursor(Some("17".to_owned())))));
-        assert!(matches!(after(json!({"next": {}})), Err(PaginationError::NoName { .. })));
+        let big = "123456789012345678901234567890";
+        let number = Next::At(Position::Cursor(Some(big.to_owned())));
+        assert_eq!(after(&format!("{{\"next\": {big}}}")), Ok(number));
+        let error = after(r#"{"next": {"token": "s3cret"}}"#).unwrap_err();
+        assert_eq!(error.to_string(), "pagination pointer /next: an object names no next page");
     }
 
     #[test]
@@ -240,12 +252,13 @@ mod tests {
         let by_url = Pagination::NextUrl { pointer: "/paging/next".to_owned() };
         let mut pages = Pages::new(&by_url, 10, 5);
         assert_eq!(pages.first(), Position::Start);
-        let mut after = |body: Value| pages.after(fetched(10, &body));
-        let next = "/v1/orders?after=17";
-        assert_eq!(after(json!({"paging": {"next": next}})), Ok(Next::Named(next.to_owned())));
-        assert_eq!(after(json!({"paging": {"next": null}})), Ok(Next::End));
-        assert_eq!(after(json!({"paging": {"next": next}})), Err(PaginationError::Loop(3)));
-        assert!(matches!(after(json!({"paging": {"next": true}})), Err(PaginationError::NoName { .. })));
+        let mut after =
+            |next: &str| pages.after(fetched(10, &format!("{{\"paging\": {{\"next\": {next}}}}}")));
+        let next = "\"/v1/orders?after=17\"";
+        assert_eq!(after(next), Ok(Next::Named("/v1/orders?after=17".to_owned())));
+        assert_eq!(after("null"), Ok(Next::End));
+        assert_eq!(after(next), Err(PaginationError::Loop(3)));
+        assert!(matches!(after("true"), Err(PaginationError::NoName { .. })));
     }
 
     #[test]
@@ -254,19 +267,20 @@ mod tests {
             pointer: "/id".to_owned(),
             more: more.map(str::to_owned),
         };
-        let after = |pagination: &Pagination, ids: &[Value], body: Value| {
-            let records: Vec<Value> = ids.iter().map(|id| json!({"id": id})).collect();
-            Pages::new(pagination, 10, 5).after(Fetched { records: &records, body: &body, link: None })
+        let after = |pagination: &Pagination, last: Option<&str>, body: &str| {
+            let last = last.map(str::as_bytes);
+            Pages::new(pagination, 10, 5).after(Fetched { last, ..fetched(2, body) })
         };
         let at = |id: &str| Ok(Next::At(Position::Cursor(Some(id.to_owned()))));
         let more = last(Some("/has_more"));
-        let ids = [json!("ch_1"), json!("ch_2")];
-        assert_eq!(after(&more, &ids, json!({"has_more": true})), at("ch_2"));
-        assert_eq!(after(&more, &ids, json!({"has_more": false})), Ok(Next::End));
-        assert_eq!(after(&more, &[], json!({"has_more": true})), Ok(Next::End));
-        assert_eq!(after(&last(None), &[json!(7)], json!({})), at("7"));
-        assert!(matches!(after(&more, &ids, json!({})), Err(PaginationError::NoName { .. })));
-        assert!(matches!(after(&last(None), &[Value::Null], json!({})), Err(PaginationError::NoName { .. })));
+        let charge = Some(r#"{"id": "ch_2"}"#);
+        assert_eq!(after(&more, charge, r#"{"has_more": true}"#), at("ch_2"));
+        assert_eq!(after(&more, charge, r#"{"has_more": false}"#), Ok(Next::End));
+        assert_eq!(after(&more, None, r#"{"has_more": true}"#), Ok(Next::End));
+        assert_eq!(after(&last(None), Some(r#"{"id": 7}"#), "{}"), at("7"));
+        let nameless = Some(r#"{"id": null}"#);
+        assert!(matches!(after(&more, charge, "{}"), Err(PaginationError::NoName { .. })));
+        assert!(matches!(after(&last(None), nameless, "{}"), Err(PaginationError::NoName { .. })));
     }
 
     #[test]
@@ -274,9 +288,9 @@ mod tests {
         let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
         let mut pages = Pages::new(&cursor, 10, 50);
         for name in ["a", "b"] {
-            pages.after(fetched(10, &json!({"next": name}))).unwrap();
+            pages.after(fetched(10, &format!("{{\"next\": \"{name}\"}}"))).unwrap();
         }
-        assert_eq!(pages.after(fetched(10, &json!({"next": "a"}))), Err(PaginationError::Loop(3)));
+        assert_eq!(pages.after(fetched(10, r#"{"next": "a"}"#)), Err(PaginationError::Loop(3)));
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use super::paginate::Position;
 use chrono::{DateTime, SecondsFormat};
 use common::run_ledger::Interval;
-use common::stream::Definition;
+use common::stream::{Definition, redacted};
 use url::Url;
 
-/// A URL that cannot be built.
+/// A URL that cannot be built. URLs are shown as [`redacted`]: what is said here ends in the ledger and on the page.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// The filled template is no URL.
@@ -26,7 +26,7 @@ pub enum RequestError {
         origin: String,
     },
     /// The replacement is no origin.
-    #[error("PIPELINE_SOURCE_ORIGIN: `{0}` must be scheme://host:port without a path")]
+    #[error("PIPELINE_SOURCE_ORIGIN: `{0}` must be scheme://host:port without user and path")]
     Origin(String),
 }
 
@@ -45,7 +45,8 @@ impl Requests {
         let origin = origin.map(|text| {
             let url = Url::parse(text).ok().filter(|u| matches!(u.scheme(), "http" | "https"));
             url.filter(|u| u.path() == "/" && u.query().is_none())
-                .ok_or(RequestError::Origin(text.to_owned()))
+                .filter(|u| u.username().is_empty() && u.password().is_none())
+                .ok_or_else(|| RequestError::Origin(redacted(text)))
         });
         Ok(Requests {
             template: definition.source.url.clone(),
@@ -59,7 +60,7 @@ impl Requests {
     pub fn url(&self, interval: Interval, position: &Position) -> Result<Url, RequestError> {
         let text = self.fill(interval, position);
         let parsed = Url::parse(&text);
-        let url = parsed.map_err(|e| RequestError::Url { url: text, cause: e.to_string() })?;
+        let url = parsed.map_err(|e| RequestError::Url { url: redacted(&text), cause: e.to_string() })?;
         Ok(self.moved(url))
     }
 
@@ -67,20 +68,20 @@ impl Requests {
     pub fn next(&self, current: &Url, next: &str) -> Result<Url, RequestError> {
         let found = current
             .join(next)
-            .map_err(|e| RequestError::Url { url: next.to_owned(), cause: e.to_string() })?;
+            .map_err(|e| RequestError::Url { url: redacted(next), cause: e.to_string() })?;
         let url = self.moved(found);
         if url.origin() == current.origin() {
             return Ok(url);
         }
         Err(RequestError::OtherOrigin {
-            next: url.to_string(),
+            next: redacted(url.as_str()),
             origin: current.origin().ascii_serialization(),
         })
     }
 
     /// What names the source in events: the URL up to its first placeholder, without the query.
     pub fn name(&self) -> String {
-        self.template.split(['?', '{']).next().unwrap_or_default().to_owned()
+        redacted(self.template.split(['?', '{']).next().unwrap_or_default())
     }
 
     fn moved(&self, url: Url) -> Url {
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn an_origin_with_a_path_is_refused() {
-        for wrong in ["127.0.0.1:8090", "ftp://h", "http://h/path", "nothing"] {
+        for wrong in ["127.0.0.1:8090", "ftp://h", "http://h/path", "http://a:b@h", "nothing"] {
             assert!(matches!(requests("http://h/", Some(wrong)), Err(RequestError::Origin(_))), "{wrong}");
         }
     }
@@ -218,6 +219,10 @@ mod tests {
         for elsewhere in ["http://h/v1", "https://evil/v1", "//evil/", "file:///etc/passwd"] {
             let error = requests.next(&first, elsewhere).expect_err(elsewhere).to_string();
             assert!(error.contains("another server than https://h"), "{error}");
+        }
+        for secret in ["https://evil/?key=s3cret", "http://[s3cret?key=s3cret"] {
+            let error = requests.next(&first, secret).expect_err(secret).to_string();
+            assert!(!error.contains("=s3cret"), "{error}");
         }
     }
 }

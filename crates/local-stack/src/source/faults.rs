@@ -32,10 +32,12 @@ pub enum Fault {
     Bomb,
     /// 302 to `redirect_to`.
     Redirect,
+    /// The right body, but the first three records of a page of people hold what no event can.
+    BrokenRecords,
 }
 
 impl Fault {
-    const ALL: [(Fault, &'static str); 11] = [
+    const ALL: [(Fault, &'static str); 12] = [
         (Fault::Error, "error"),
         (Fault::NotFound, "not_found"),
         (Fault::Throttle, "throttle"),
@@ -47,6 +49,7 @@ impl Fault {
         (Fault::Oversized, "oversized"),
         (Fault::Bomb, "bomb"),
         (Fault::Redirect, "redirect"),
+        (Fault::BrokenRecords, "broken_records"),
     ];
 }
 
@@ -58,6 +61,21 @@ pub enum When {
     Next(u32),
     /// Each request with this probability, from 0 to 1.
     Rate(f64),
+}
+
+/// How the first page of people of an interval differs from what was answered before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// Not at all.
+    #[default]
+    AsBefore,
+    /// Another person comes first.
+    OneMore,
+    /// The first person is gone.
+    OneLess,
+    /// The first person has another name.
+    OneChanged,
 }
 
 /// What is wrong with the source now: the body of `PUT /faults`.
@@ -76,6 +94,8 @@ pub struct Faults {
     pub oversized_bytes: usize,
     /// Target of redirects.
     pub redirect_to: String,
+    /// How answers have changed.
+    pub answer: Answer,
     /// What goes wrong; the first that strikes a request wins.
     pub faults: BTreeMap<Fault, When>,
 }
@@ -89,6 +109,7 @@ impl Default for Faults {
             drip_bytes: 1024,
             oversized_bytes: 256 << 20,
             redirect_to: "http://169.254.169.254/latest/meta-data/".to_owned(),
+            answer: Answer::default(),
             faults: BTreeMap::new(),
         }
     }

@@ -31,7 +31,12 @@ pub fn instead(fault: Fault, faults: &Faults) -> Option<Response<Body>> {
             let answer = Response::new(Body::from(bomb(faults.oversized_bytes)));
             Some(with_header(answer, header::CONTENT_ENCODING, "gzip"))
         }
-        Fault::Drip | Fault::Truncated | Fault::Malformed | Fault::Reset | Fault::Endless => None,
+        Fault::Drip
+        | Fault::Truncated
+        | Fault::Malformed
+        | Fault::Reset
+        | Fault::Endless
+        | Fault::BrokenRecords => None,
     }
 }
 
@@ -57,9 +62,26 @@ pub async fn spoil(fault: Fault, faults: &Faults, answer: Response<Body>) -> Res
             Body::from_stream(stream::once(async move { Ok(half) }).chain(end))
         }
         Fault::Drip => drip(bytes, faults),
+        Fault::BrokenRecords => Body::from(broken_records(&String::from_utf8_lossy(&bytes))),
         _ => Body::from(bytes),
     };
     Response::from_parts(parts, body)
+}
+
+/// Of a page of people: an age that is no JSON, a name that was cut within a character, an age that no number type holds.
+fn broken_records(page: &str) -> String {
+    // Each person has two members `age`: since birth, and since registration.
+    let page = replace_nth(page, "\"age\":", 0, "\"age\":NaN,\"was\":");
+    let page = replace_nth(&page, "\"first\":\"", 1, "\"first\":\"\\ud83d");
+    replace_nth(&page, "\"age\":", 4, "\"age\":1e400,\"was\":")
+}
+
+/// Replaces one occurrence, counted from 0.
+fn replace_nth(text: &str, from: &str, nth: usize, to: &str) -> String {
+    match text.match_indices(from).nth(nth) {
+        Some((at, _)) => format!("{}{to}{}", &text[..at], &text[at + from.len()..]),
+        None => text.to_owned(),
+    }
 }
 
 fn drip(bytes: Bytes, faults: &Faults) -> Body {

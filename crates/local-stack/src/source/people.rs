@@ -1,5 +1,6 @@
 //! People of the shape of randomuser.me, each fixed by (seed, page, index). Pure.
 
+use super::faults::Answer;
 use super::names::{NATIONALITIES, Nationality, Postcode};
 use super::random::Random;
 use chrono::{DateTime, Datelike, SecondsFormat};
@@ -12,9 +13,16 @@ const ADJECTIVES: &str = "yellow|silver|happy|lazy|tiny|angry|beautiful|organic|
 const ANIMALS: &str = "peacock|tiger|rabbit|bear|duck|wolf|butterfly|zebra|koala|goose|elephant|swan";
 const PASSWORDS: &str = "addison|bigdaddy|sunshine|walnut|topgun|lakota|indigo|harley|wizard|bonjour";
 
-/// The answer's body: `count` people of page `page`, and the info block.
-pub fn page(seed: &str, page: u64, count: u64) -> Value {
-    let people: Vec<Value> = (0..count).map(|index| person(seed, page, index)).collect();
+/// The answer's body: `count` people of page `page`, changed as `answer` says, and the info block.
+pub fn page(seed: &str, page: u64, count: u64, answer: Answer) -> Value {
+    let mut people: Vec<Value> = (0..count).map(|index| person(seed, page, index)).collect();
+    match answer {
+        _ if page != 1 => {}
+        Answer::AsBefore => {}
+        Answer::OneMore => people.insert(0, person(seed, page, count)),
+        Answer::OneLess => drop(people.remove(0)),
+        Answer::OneChanged => people[0]["name"]["first"] = "Changed".into(),
+    }
     json!({"results": people, "info": {"seed": seed, "results": count, "page": page, "version": "1.4"}})
 }
 
@@ -148,12 +156,25 @@ mod tests {
         assert_eq!(person("a", 1, 0), person("a", 1, 0));
         let others = [person("b", 1, 0), person("a", 2, 0), person("a", 1, 1)];
         assert!(others.iter().all(|other| other["login"]["uuid"] != person("a", 1, 0)["login"]["uuid"]));
-        assert_eq!(page("a", 1, 5)["results"][4], page("a", 1, 500)["results"][4]);
+        let of = |count| page("a", 1, count, Answer::AsBefore)["results"][4].clone();
+        assert_eq!(of(5), of(500));
+    }
+
+    #[test]
+    fn an_answer_that_changes_leaves_all_other_people_as_they_were() {
+        let people = |answer, number| page("a", number, 3, answer)["results"].as_array().unwrap().clone();
+        let before = people(Answer::AsBefore, 1);
+        assert_eq!(people(Answer::OneMore, 1)[1..], before);
+        assert_eq!(people(Answer::OneLess, 1), before[1..]);
+        let changed = people(Answer::OneChanged, 1);
+        assert_eq!((&changed[0]["login"], &changed[1..]), (&before[0]["login"], &before[1..]));
+        assert_ne!(changed[0], before[0]);
+        assert_eq!(people(Answer::OneMore, 2), people(Answer::AsBefore, 2));
     }
 
     #[test]
     fn people_are_plausible() {
-        let body = page("plausible", 3, 2000);
+        let body = page("plausible", 3, 2000, Answer::AsBefore);
         let people = body["results"].as_array().unwrap();
         let mut nationalities = std::collections::BTreeSet::new();
         let mut postcodes = [0, 0];

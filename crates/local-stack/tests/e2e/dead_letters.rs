@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, SecondsFormat};
+use rdkafka::admin::AdminOptions;
 use rdkafka::message::Message;
 use serde_json::Value;
 
@@ -58,6 +59,56 @@ async fn too_much_poison_pauses_its_partition_alone_until_somebody_accepts_it() 
     pipeline.assert_counted_once(1_200).await;
     pipeline.verify().await;
     pipeline.assert_listed(first, POISON).await;
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_dead_letter_topic_is_told_by_readiness_until_it_is_there_again() {
+    let pipeline = Pipeline::initialised("no_dlq").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    let dlq = format!("{}.dlq", pipeline.topic);
+    let deleted = pipeline.admin().delete_topics(&[&dlq], &AdminOptions::new()).await.unwrap();
+    deleted.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
+    pipeline.send_to_partition(POISONED, &[], vec!["poison".to_owned()]).await;
+    wait_until("readiness tells", SOON, || async { !processor.is_ready().await }).await;
+    let report = processor.json("/readyz").await.unwrap().to_string();
+    assert!(report.contains(&format!("topic `{dlq}` does not take dead letters")), "{report}");
+    pipeline.stress(600).await;
+    wait_until("the other partitions go on", SOON, || async {
+        pipeline.behind().await.keys().eq([&POISONED])
+    })
+    .await;
+    pipeline.init().await;
+    wait_until("all is processed", PATIENT, || async { pipeline.behind().await.is_empty() }).await;
+    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
+    assert_eq!(pipeline.records(&dlq).await.len(), 1);
+    assert_eq!(pipeline.progress().await.dead_letters, 1);
+    processor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_without_a_key_goes_back_to_its_partition_and_counts_once() {
+    const COPIES: usize = 8;
+    let pipeline = Pipeline::initialised("keyless").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    let time_ms = now_ms() + AHEAD_MOST_MS + STILL_AHEAD_MS;
+    let time = DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339_opts(SecondsFormat::Millis, true);
+    // The same event several times: a partitioner of its own would spread them over all partitions.
+    for _ in 0..COPIES {
+        let headers = [("ce_id", "ahead"), ("ce_time", time.as_str())];
+        pipeline.send_keyless(4, &headers, r#"{"first_name":"Ada","last_name":"Ahead"}"#).await;
+    }
+    let set_aside = || async { pipeline.progress().await.dead_letters == COPIES as i64 };
+    wait_until("all are set aside", SOON, set_aside).await;
+    wait_until("the time is near enough", SOON, || async { now_ms() + AHEAD_MOST_MS > time_ms }).await;
+    let output = pipeline.run("stream-processor", &["dlq", "replay", "--all"], &[]).await;
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    wait_until("all are taken", SOON, || async { pipeline.behind().await.is_empty() }).await;
+    let progress = pipeline.progress().await;
+    assert_eq!((progress.events, progress.duplicates), (1, COPIES as i64 - 1));
+    assert_eq!(pipeline.rows().await, 1);
     processor.stop().await;
 }
 

@@ -138,6 +138,16 @@ impl Pipeline {
         }
     }
 
+    /// The stream file.
+    pub fn stream_text(&self) -> String {
+        fs::read_to_string(&self.stream_file).unwrap()
+    }
+
+    /// Replaces the stream file by one that may be refused.
+    pub fn set_stream_text(&self, text: &str) {
+        fs::write(&self.stream_file, text).unwrap();
+    }
+
     /// Changes the stream file; services that run keep what they have read.
     pub fn edit_stream(&mut self, edit: impl Fn(String) -> String) {
         let text = edit(fs::read_to_string(&self.stream_file).unwrap());
@@ -184,6 +194,13 @@ impl Pipeline {
         })
         .await;
         service
+    }
+
+    /// A source in place of the simulator that answers every request with `page`, until the end of the test.
+    pub async fn source_of(&self, page: String) {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", self.source_port)).await.unwrap();
+        let router = axum::Router::new().fallback(move || std::future::ready(page.clone()));
+        tokio::spawn(async move { axum::serve(listener, router).await });
     }
 
     /// What goes wrong with the source from now on, as `PUT /faults` takes it.

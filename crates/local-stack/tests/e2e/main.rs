@@ -8,6 +8,8 @@ mod dead_letters;
 mod harness;
 mod ingest;
 mod ingest_kills;
+mod ingest_records;
+mod ingest_refusals;
 mod instances;
 mod ledger;
 mod oracle;

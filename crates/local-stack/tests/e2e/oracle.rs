@@ -209,6 +209,22 @@ impl Pipeline {
         sent.await.unwrap();
     }
 
+    /// Sends one record without a key to one partition.
+    pub async fn send_keyless(&self, partition: i32, headers: &[(&str, &str)], value: &str) {
+        let producer: ThreadedProducer<DefaultProducerContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
+        let headers = headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+            headers.insert(Header { key, value: Some(*value) })
+        });
+        let (topic, value) = (self.topic.clone(), value.to_owned());
+        let sent = tokio::task::spawn_blocking(move || {
+            let record = BaseRecord::<(), String>::to(&topic).partition(partition).headers(headers);
+            producer.send(record.payload(&value)).map_err(|(error, _)| error).unwrap();
+            producer.flush(KAFKA_TIMEOUT).unwrap();
+        });
+        sent.await.unwrap();
+    }
+
     fn consumer(&self) -> BaseConsumer {
         ClientConfig::new()
             .set("bootstrap.servers", &self.kafka)

@@ -64,10 +64,18 @@ fn a_value_that_does_not_fit_is_poison_and_its_column_is_named() {
         "InvalidColumn",
         "column `last_name`: `an object` is no text",
     );
-    check(r#"{"first_name":"A","last_name":"\ud800"}"#, "InvalidJson", "hex escape");
+    check(
+        r#"{"first_name":"A","last_name":"\ud800"}"#,
+        "InvalidColumn",
+        "column `last_name`: unexpected end of hex escape",
+    );
     check(r#"{"first_name":"A","last_name":"B"} x"#, "InvalidJson", "trailing");
     check(&format!("{{\"x\":{}1", "[".repeat(100_000)), "InvalidJson", "EOF");
-    check(r#"{"first_name":"A","last_name":"B","age":1e999}"#, "InvalidJson", "out of range");
+    check(
+        r#"{"first_name":"A","last_name":"B","age":1e999}"#,
+        "InvalidColumn",
+        "column `age`: `1e999` is no int",
+    );
 }
 
 #[test]
@@ -84,6 +92,58 @@ fn headers_decide_about_id_and_time() {
     let value = Some(GOOD.as_bytes());
     decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers: &[] }, &mut chunk);
     assert_eq!(chunk.poison[0].reason.message, "header ce_id is missing");
+}
+
+#[test]
+fn what_the_producer_refused_is_poison_for_its_reason_even_where_it_could_be_read() {
+    let decoder = decoder();
+    let mut chunk = decoder.chunk();
+    let refused = ("ingest_refused", Some(b"event.id: nothing stands at `/id`".as_slice()));
+    let headers = [headers("a", TIME), vec![refused]].concat();
+    let value = Some(GOOD.as_bytes());
+    decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers: &headers }, &mut chunk);
+    let reason = &chunk.poison[0].reason;
+    assert_eq!(reason.to_string(), "RefusedByProducer: event.id: nothing stands at `/id`");
+}
+
+/// The cell of a column of that type whose value is written as `raw`.
+fn cell(cql_type: &str, raw: &str) -> Option<Vec<u8>> {
+    let text = include_str!("../../../../streams/user_created.toml");
+    let text = text
+        .replace("name = \"email\"\ntype = \"text\"", &format!("name = \"email\"\ntype = \"{cql_type}\""));
+    let decoder = Decoder::new(&Definition::parse("user_created.toml", &text).unwrap(), 2);
+    let value = format!("{{\"first_name\":\"A\",\"last_name\":\"B\",\"email\":{raw}}}");
+    let mut chunk = decoder.chunk();
+    let (headers, value) = (headers("i", TIME), Some(value.as_bytes()));
+    decoder.decode(&Record { offset: 7, timestamp_ms: NOW, key: None, value, headers: &headers }, &mut chunk);
+    chunk.poison.is_empty().then(|| chunk.columns_of(0).nth(3).unwrap().unwrap().to_vec())
+}
+
+#[test]
+fn numbers_keep_their_digits() {
+    let text = |raw: &str| cell("text", raw).map(|bytes| String::from_utf8(bytes).unwrap());
+    for raw in ["12345678901234567890124", "18446744073709551616", "0.10", "-1e400", "2.50e-3"] {
+        assert_eq!(text(raw).as_deref(), Some(raw));
+    }
+    let bigint = |raw: &str| cell("bigint", raw).map(|bytes| i64::from_be_bytes(bytes.try_into().unwrap()));
+    assert_eq!(bigint("9223372036854775807"), Some(i64::MAX));
+    assert_eq!(bigint("-9223372036854775808"), Some(i64::MIN));
+    for raw in ["9223372036854775808", "1.0", "1e3"] {
+        assert_eq!(bigint(raw), None, "{raw}");
+    }
+    assert_eq!(cell("double", "1e400"), None);
+}
+
+proptest! {
+    #[test]
+    fn a_double_is_the_nearest_one_to_what_is_written(bits in any::<u64>(), digits in 0usize..20) {
+        let number = f64::from_bits(bits);
+        prop_assume!(number.is_finite());
+        for raw in [format!("{number:?}"), format!("{number:e}"), format!("{number:.digits$e}")] {
+            let read = cell("double", &raw).map(|bytes| f64::from_be_bytes(bytes.try_into().unwrap()));
+            prop_assert_eq!(read.map(f64::to_bits), raw.parse().ok().filter(|f: &f64| f.is_finite()).map(f64::to_bits), "{}", raw);
+        }
+    }
 }
 
 proptest! {

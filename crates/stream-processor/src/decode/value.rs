@@ -1,11 +1,17 @@
-//! One flat JSON object → CQL bytes of the declared columns, in one pass and without a tree in between.
+//! One flat JSON object → CQL bytes of the declared columns, in one pass and without a tree in between. A member is taken as
+//! its text: numbers keep every digit, and a double is the nearest one to what is written.
 
 use super::{Decoder, reason};
 use crate::chunk::{Chunk, Reason, UNSET};
 use common::stream::CqlType;
-use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::fmt;
 use uuid::Uuid;
+
+/// Most characters of a value that a reason repeats.
+const MAX_SHOWN: usize = 64;
 
 /// Writes the members of the object that are declared columns into the cells from `first_cell` on.
 pub(super) fn decode_object(
@@ -46,9 +52,10 @@ impl<'de> Visitor<'de> for ObjectSeed<'_> {
                 continue;
             };
             let column = &self.decoder.columns[index];
-            let seed =
-                CellSeed { name: &column.name, cql_type: column.cql_type, arena: &mut self.chunk.arena };
-            self.chunk.cells[self.first_cell + index] = map.next_value_seed(seed)?;
+            let raw = map.next_value::<&RawValue>()?.get();
+            let cell = cell(raw, column.cql_type, &mut self.chunk.arena)
+                .map_err(|what| A::Error::custom(format!("column `{}`: {what}", column.name)))?;
+            self.chunk.cells[self.first_cell + index] = cell;
         }
         Ok(())
     }
@@ -74,100 +81,53 @@ impl Visitor<'_> for KeySeed<'_> {
     }
 }
 
-/// A member's value → its CQL bytes at the end of the arena.
-struct CellSeed<'a> {
-    name: &'a str,
-    cql_type: CqlType,
-    arena: &'a mut Vec<u8>,
+/// A member's text → its CQL bytes at the end of the arena; `Err`: why it does not fit.
+fn cell(raw: &str, cql_type: CqlType, arena: &mut Vec<u8>) -> Result<(u32, i32), String> {
+    let mut put = |bytes: &[u8]| Ok(super::append(arena, bytes));
+    match (raw.as_bytes()[0], cql_type) {
+        (b'n', _) => Ok((0, UNSET)),
+        (b'"', CqlType::Text) => put(string(raw)?.as_bytes()),
+        (b'"', CqlType::Timestamp) => match chrono::DateTime::parse_from_rfc3339(&string(raw)?) {
+            Ok(at) => put(&at.timestamp_millis().to_be_bytes()),
+            Err(_) => wrong(raw, cql_type),
+        },
+        (b'"', CqlType::Uuid) => match Uuid::parse_str(&string(raw)?) {
+            Ok(uuid) => put(uuid.as_bytes()),
+            Err(_) => wrong(raw, cql_type),
+        },
+        (b'{' | b'[' | b'"', _) => wrong(raw, cql_type),
+        (b't' | b'f', CqlType::Boolean) => put(&[u8::from(raw == "true")]),
+        (_, CqlType::Text) => put(raw.as_bytes()),
+        (_, CqlType::Int) => match raw.parse::<i32>() {
+            Ok(number) => put(&number.to_be_bytes()),
+            Err(_) => wrong(raw, cql_type),
+        },
+        (_, CqlType::Bigint | CqlType::Timestamp) => match raw.parse::<i64>() {
+            Ok(number) => put(&number.to_be_bytes()),
+            Err(_) => wrong(raw, cql_type),
+        },
+        // A number that no double holds would become infinite.
+        (_, CqlType::Double) => match raw.parse::<f64>() {
+            Ok(number) if number.is_finite() => put(&number.to_be_bytes()),
+            _ => wrong(raw, cql_type),
+        },
+        (_, CqlType::Boolean | CqlType::Uuid) => wrong(raw, cql_type),
+    }
 }
 
-impl CellSeed<'_> {
-    fn put<E>(self, bytes: &[u8]) -> Result<(u32, i32), E> {
-        Ok(super::append(self.arena, bytes))
+/// The characters of a string; without an escape they stand in the text as they are.
+fn string(quoted: &str) -> Result<Cow<'_, str>, String> {
+    if quoted.contains('\\') {
+        return serde_json::from_str(quoted).map(Cow::Owned).map_err(|e| e.to_string());
     }
-
-    fn wrong<E: Error>(&self, found: impl fmt::Display) -> E {
-        let shown: String = found.to_string().chars().take(64).collect();
-        E::custom(format!("column `{}`: `{shown}` is no {}", self.name, self.cql_type.name()))
-    }
+    Ok(Cow::Borrowed(&quoted[1..quoted.len() - 1]))
 }
 
-impl<'de> DeserializeSeed<'de> for CellSeed<'_> {
-    type Value = (u32, i32);
-    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
-        d.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for CellSeed<'_> {
-    type Value = (u32, i32);
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a {} for column `{}`", self.cql_type.name(), self.name)
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
-        Ok((0, UNSET))
-    }
-
-    fn visit_bool<E: Error>(self, value: bool) -> Result<Self::Value, E> {
-        match self.cql_type {
-            CqlType::Boolean => self.put(&[u8::from(value)]),
-            CqlType::Text => self.put(if value { b"true" } else { b"false" }),
-            _ => Err(self.wrong(value)),
-        }
-    }
-
-    fn visit_i64<E: Error>(self, value: i64) -> Result<Self::Value, E> {
-        match self.cql_type {
-            CqlType::Int => match i32::try_from(value) {
-                Ok(small) => self.put(&small.to_be_bytes()),
-                Err(_) => Err(self.wrong(value)),
-            },
-            CqlType::Bigint | CqlType::Timestamp => self.put(&value.to_be_bytes()),
-            CqlType::Double => self.put(&(value as f64).to_be_bytes()),
-            CqlType::Text => self.put(value.to_string().as_bytes()),
-            CqlType::Boolean | CqlType::Uuid => Err(self.wrong(value)),
-        }
-    }
-
-    fn visit_u64<E: Error>(self, value: u64) -> Result<Self::Value, E> {
-        match i64::try_from(value) {
-            Ok(value) => self.visit_i64(value),
-            Err(_) if self.cql_type == CqlType::Double => self.put(&(value as f64).to_be_bytes()),
-            Err(_) if self.cql_type == CqlType::Text => self.put(value.to_string().as_bytes()),
-            Err(_) => Err(self.wrong(value)),
-        }
-    }
-
-    fn visit_f64<E: Error>(self, value: f64) -> Result<Self::Value, E> {
-        match self.cql_type {
-            CqlType::Double => self.put(&value.to_be_bytes()),
-            CqlType::Text => self.put(value.to_string().as_bytes()),
-            _ => Err(self.wrong(value)),
-        }
-    }
-
-    fn visit_str<E: Error>(self, value: &str) -> Result<Self::Value, E> {
-        match self.cql_type {
-            CqlType::Text => self.put(value.as_bytes()),
-            CqlType::Timestamp => match chrono::DateTime::parse_from_rfc3339(value) {
-                Ok(at) => self.put(&at.timestamp_millis().to_be_bytes()),
-                Err(_) => Err(self.wrong(value)),
-            },
-            CqlType::Uuid => match Uuid::parse_str(value) {
-                Ok(uuid) => self.put(uuid.as_bytes()),
-                Err(_) => Err(self.wrong(value)),
-            },
-            _ => Err(self.wrong(value)),
-        }
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Self::Value, A::Error> {
-        Err(self.wrong("a list"))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Self::Value, A::Error> {
-        Err(self.wrong("an object"))
-    }
+fn wrong<T>(raw: &str, cql_type: CqlType) -> Result<T, String> {
+    let shown: String = match raw.as_bytes()[0] {
+        b'{' => "an object".to_owned(),
+        b'[' => "a list".to_owned(),
+        _ => raw.trim_matches('"').chars().take(MAX_SHOWN).collect(),
+    };
+    Err(format!("`{shown}` is no {}", cql_type.name()))
 }

@@ -7,7 +7,7 @@ use super::{Lost, Parts};
 use crate::error::{Halt, ProcessorError};
 use crate::store::{DeadLetters, Store};
 use common::presence::{Hold, partition_dependency};
-use common::registry::added_partitions;
+use common::registry::RegistryError;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::{TopicPartitionList, TopicPartitionListElem};
@@ -195,8 +195,13 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
 
     /// Events in a partition that was added later have other copies elsewhere: to count them would count twice.
     fn leave_alone(&self, partition: i32) -> Slot {
-        let text = added_partitions(&self.parts.settings.topic, partition + 1, self.parts.opener.partitions);
-        self.parts.health.set(&partition_dependency(partition), Err(text));
+        let other = RegistryError::OtherPartitions {
+            stream: self.parts.who.stream.clone(),
+            topic: self.parts.settings.topic.clone(),
+            registered: self.parts.opener.partitions,
+            found: partition + 1,
+        };
+        self.parts.health.set(&partition_dependency(partition), Err(other.to_string()));
         self.parts.holdings.set(partition, Hold::Unregistered);
         self.parts.metrics.unregistered_partitions.inc();
         Slot::Unregistered

@@ -1,0 +1,406 @@
+//! Finds values in JSON text without building a tree: the array of records in a page, its elements one after the other, and
+//! what stands at a pointer. It checks no more than it needs to find where a value ends, so that a broken record costs that
+//! record and not its page; `extract.rs` parses each record strictly. Pure.
+
+use serde::de::IgnoredAny;
+use std::borrow::Cow;
+
+/// The text is not JSON as far as its values can be told apart.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no JSON at byte {at}: {what}")]
+pub struct NotJson {
+    /// Where, counted from the beginning of the text that was searched.
+    pub at: usize,
+    /// What is wrong there.
+    pub what: &'static str,
+}
+
+/// Checks that the text is one value and nothing else: that it was not cut and that its brackets match.
+pub fn check(text: &[u8]) -> Result<(), NotJson> {
+    let mut scanner = Scanner { text, at: 0 };
+    let value = scanner.value()?;
+    // The words of a proxy look like a value from afar.
+    if !matches!(value[0], b'{' | b'[') && serde_json::from_slice::<IgnoredAny>(value).is_err() {
+        return Err(NotJson { at: scanner.at - value.len(), what: "no value begins so" });
+    }
+    match scanner.peek() {
+        None => Ok(()),
+        Some(_) => Err(scanner.error("something follows the value")),
+    }
+}
+
+/// The text of the value at an RFC 6901 pointer; `None`: nothing stands there. Of two members of one name the last counts.
+pub fn find<'a>(text: &'a [u8], pointer: &str) -> Result<Option<&'a [u8]>, NotJson> {
+    let at = locate(text, pointer)?;
+    at.map(|at| Scanner { text, at }.value()).transpose()
+}
+
+/// Where the value at an RFC 6901 pointer begins; `None`: nothing stands there.
+pub fn locate(text: &[u8], pointer: &str) -> Result<Option<usize>, NotJson> {
+    let mut scanner = Scanner { text, at: 0 };
+    scanner.peek();
+    let mut at = scanner.at;
+    for token in tokens(pointer) {
+        match step(text, at, &token)? {
+            Some(inner) => at = inner,
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(at))
+}
+
+fn step(text: &[u8], at: usize, token: &str) -> Result<Option<usize>, NotJson> {
+    let mut found = None;
+    match text.get(at) {
+        Some(b'{') => {
+            for member in members(text, at) {
+                let member = member?;
+                if member.name == token {
+                    found = Some(member.at);
+                }
+            }
+        }
+        Some(b'[') => {
+            if let Some(index) = index(token) {
+                found = elements(text, at).nth(index).transpose()?.map(|element| element.at);
+            }
+        }
+        _ => {}
+    }
+    Ok(found)
+}
+
+/// The tokens of a pointer, unescaped.
+pub(super) fn tokens(pointer: &str) -> impl Iterator<Item = String> + '_ {
+    pointer.split('/').skip(1).map(|token| token.replace("~1", "/").replace("~0", "~"))
+}
+
+/// An array index; RFC 6901 allows no sign and no leading zero.
+pub(super) fn index(token: &str) -> Option<usize> {
+    let plain = token.bytes().all(|b| b.is_ascii_digit()) && (token == "0" || !token.starts_with('0'));
+    plain.then(|| token.parse().ok()).flatten()
+}
+
+/// An element of an array.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element<'a> {
+    /// Where it begins.
+    pub at: usize,
+    /// Its text.
+    pub text: &'a [u8],
+}
+
+/// A member of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member<'a> {
+    /// Its name, unescaped.
+    pub name: Cow<'a, str>,
+    /// Where its value begins.
+    pub at: usize,
+    /// Its value's text.
+    pub text: &'a [u8],
+}
+
+/// The elements of the array that begins at `at`, one after the other.
+pub fn elements(text: &[u8], at: usize) -> impl Iterator<Item = Result<Element<'_>, NotJson>> {
+    let mut items = Items::new(text, at);
+    std::iter::from_fn(move || items.next_with(Scanner::element))
+}
+
+/// The members of the object that begins at `at`, one after the other.
+pub fn members(text: &[u8], at: usize) -> impl Iterator<Item = Result<Member<'_>, NotJson>> {
+    let mut items = Items::new(text, at);
+    std::iter::from_fn(move || items.next_with(Scanner::member))
+}
+
+/// What stands between the brackets of an array or object.
+struct Items<'a> {
+    scanner: Scanner<'a>,
+    begun: bool,
+    ended: bool,
+}
+
+impl<'a> Items<'a> {
+    fn new(text: &'a [u8], at: usize) -> Items<'a> {
+        Items { scanner: Scanner { text, at: at + 1 }, begun: false, ended: false }
+    }
+
+    fn next_with<T>(
+        &mut self,
+        read: impl FnOnce(&mut Scanner<'a>) -> Result<T, NotJson>,
+    ) -> Option<Result<T, NotJson>> {
+        if self.ended {
+            return None;
+        }
+        let scanner = &mut self.scanner;
+        let item = match (scanner.peek(), std::mem::replace(&mut self.begun, true)) {
+            (Some(b']' | b'}'), _) => {
+                self.ended = true;
+                return None;
+            }
+            (_, false) => read(scanner),
+            (Some(b','), true) => {
+                scanner.at += 1;
+                read(scanner)
+            }
+            (_, true) => Err(scanner.error("a comma is missing")),
+        };
+        self.ended = item.is_err();
+        Some(item)
+    }
+}
+
+struct Scanner<'a> {
+    text: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Scanner<'a> {
+    fn error(&self, what: &'static str) -> NotJson {
+        NotJson { at: self.at, what }
+    }
+
+    /// The next byte that is no white space.
+    fn peek(&mut self) -> Option<u8> {
+        while let Some(byte) = self.text.get(self.at) {
+            if !matches!(byte, b' ' | b'\t' | b'\n' | b'\r') {
+                return Some(*byte);
+            }
+            self.at += 1;
+        }
+        None
+    }
+
+    fn value(&mut self) -> Result<&'a [u8], NotJson> {
+        let first = self.peek();
+        let from = self.at;
+        match first {
+            Some(b'"') => self.string()?,
+            Some(b'{' | b'[') => self.container()?,
+            None | Some(b',' | b':' | b'}' | b']') => return Err(self.error("a value is missing")),
+            Some(_) => self.scalar(),
+        }
+        Ok(&self.text[from..self.at])
+    }
+
+    fn element(&mut self) -> Result<Element<'a>, NotJson> {
+        let text = self.value()?;
+        Ok(Element { at: self.at - text.len(), text })
+    }
+
+    fn member(&mut self) -> Result<Member<'a>, NotJson> {
+        if self.peek() != Some(b'"') {
+            return Err(self.error("a member's name is missing"));
+        }
+        let from = self.at;
+        self.string()?;
+        let quoted = &self.text[from..self.at];
+        let name = name(quoted).ok_or(NotJson { at: from, what: "a member's name cannot be read" })?;
+        if self.peek() != Some(b':') {
+            return Err(self.error("a colon is missing"));
+        }
+        self.at += 1;
+        let Element { at, text } = self.element()?;
+        Ok(Member { name, at, text })
+    }
+
+    /// From an opening quote to behind the closing one.
+    fn string(&mut self) -> Result<(), NotJson> {
+        self.at += 1;
+        loop {
+            let rest = self.text.get(self.at..).unwrap_or_default();
+            let Some(next) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) else {
+                self.at = self.text.len();
+                return Err(self.error("it ends within a string"));
+            };
+            let escaped = rest[next] == b'\\';
+            self.at += next + 1 + usize::from(escaped);
+            if !escaped {
+                return Ok(());
+            }
+        }
+    }
+
+    /// From an opening bracket to behind its closing one.
+    fn container(&mut self) -> Result<(), NotJson> {
+        let mut open = Vec::new();
+        while let Some(byte) = self.text.get(self.at) {
+            match byte {
+                b'"' => {
+                    self.string()?;
+                    continue;
+                }
+                b'{' => open.push(b'}'),
+                b'[' => open.push(b']'),
+                b'}' | b']' if open.pop() != Some(*byte) => {
+                    return Err(self.error("a bracket closes another kind"));
+                }
+                _ => {}
+            }
+            self.at += 1;
+            if open.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(self.error("it ends within brackets"))
+    }
+
+    fn scalar(&mut self) {
+        let ends = |byte: &u8| {
+            matches!(byte, b',' | b':' | b'{' | b'}' | b'[' | b']' | b'"' | b' ' | b'\t' | b'\n' | b'\r')
+        };
+        let rest = &self.text[self.at..];
+        self.at += rest.iter().position(ends).unwrap_or(rest.len());
+    }
+}
+
+/// A member's name without its quotes; `None`: an escape or its UTF-8 is broken.
+fn name(quoted: &[u8]) -> Option<Cow<'_, str>> {
+    let inner = &quoted[1..quoted.len() - 1];
+    if inner.contains(&b'\\') {
+        return serde_json::from_slice(quoted).ok().map(Cow::Owned);
+    }
+    std::str::from_utf8(inner).ok().map(Cow::Borrowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    fn check_find(text: &str, pointer: &str, expected: Option<&str>) {
+        let found = find(text.as_bytes(), pointer).unwrap();
+        assert_eq!(found, expected.map(str::as_bytes), "{pointer} in {text}");
+    }
+
+    #[test]
+    fn pointers_lead_to_the_text_of_a_value() {
+        let text = r#" {"a": {"b/c": [1, {"~d": "x\"]"}], "": 1e400}, "a\u0062": -0.10, "n": null} "#;
+        check_find(text, "", Some(text.trim()));
+        check_find(text, "/a/b~1c/0", Some("1"));
+        check_find(text, "/a/b~1c/1/~0d", Some(r#""x\"]""#));
+        check_find(text, "/a/", Some("1e400"));
+        check_find(text, "/ab", Some("-0.10"));
+        check_find(text, "/n", Some("null"));
+        for nothing in ["/b", "/a/b~1c/2", "/a/b~1c/01", "/a/b~1c/-1", "/n/x", "/a/b~1c/0/0"] {
+            check_find(text, nothing, None);
+        }
+        check_find(r#"{"a":1,"a":2}"#, "/a", Some("2"));
+    }
+
+    fn texts(array: &str) -> Vec<Result<&str, NotJson>> {
+        let elements = elements(array.as_bytes(), 0);
+        elements.map(|element| element.map(|e| std::str::from_utf8(e.text).unwrap())).collect()
+    }
+
+    fn check_elements(array: &str, expected: &[&str]) {
+        assert_eq!(texts(array), expected.iter().map(|e| Ok(*e)).collect::<Vec<_>>(), "{array}");
+    }
+
+    #[test]
+    fn a_broken_element_is_an_element_of_its_own() {
+        check_elements("[]", &[]);
+        check_elements("[ 1 ,\"a,b\",[2,3], {} ]", &["1", "\"a,b\"", "[2,3]", "{}"]);
+        check_elements(r#"[{"v":NaN},{"v":1.5}]"#, &[r#"{"v":NaN}"#, r#"{"v":1.5}"#]);
+        check_elements(
+            r#"[{"t":"\ud83d"},{"t":01}, nonsense]"#,
+            &[r#"{"t":"\ud83d"}"#, r#"{"t":01}"#, "nonsense"],
+        );
+    }
+
+    fn check_refused(text: &str, at: usize, what: &'static str) {
+        assert_eq!(check(text.as_bytes()), Err(NotJson { at, what }), "{text}");
+    }
+
+    #[test]
+    fn a_text_that_was_cut_or_is_no_json_is_refused_where_it_breaks() {
+        check_refused("", 0, "a value is missing");
+        check_refused(r#"{"a": [1, 2"#, 11, "it ends within brackets");
+        check_refused(r#"{"a": "b"#, 8, "it ends within a string");
+        check_refused(r#"["\"#, 3, "it ends within a string");
+        check_refused("[1}", 2, "a bracket closes another kind");
+        check_refused("[1] [2]", 4, "something follows the value");
+        check_refused("<html><body>", 0, "no value begins so");
+        check_refused(" bad gateway", 1, "no value begins so");
+    }
+
+    #[test]
+    fn what_separates_elements_must_be_there() {
+        assert_eq!(texts("[1 2]"), [Ok("1"), Err(NotJson { at: 3, what: "a comma is missing" })]);
+        assert_eq!(texts("[1,]"), [Ok("1"), Err(NotJson { at: 3, what: "a value is missing" })]);
+    }
+
+    #[test]
+    fn elements_are_read_one_at_a_time() {
+        // Whatever stands behind an element is not looked at before it is asked for.
+        let mut elements = elements(b"[{\"a\":1}, ", 0);
+        assert_eq!(elements.next(), Some(Ok(Element { at: 1, text: br#"{"a":1}"# })));
+        assert_eq!(elements.next(), Some(Err(NotJson { at: 10, what: "a value is missing" })));
+        assert_eq!(elements.next(), None);
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            "[a-c\"\\\\/\\[\\]{},:~ é]{0,6}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 5, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
+                prop::collection::btree_map("[a-c\"\\\\/~ é]{0,2}", inner, 0..5)
+                    .prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    fn every_pointer(value: &Value, at: &str, into: &mut Vec<String>) {
+        into.push(at.to_owned());
+        match value {
+            Value::Array(items) => {
+                items
+                    .iter()
+                    .enumerate()
+                    .for_each(|(n, item)| every_pointer(item, &format!("{at}/{n}"), into));
+            }
+            Value::Object(members) => members.iter().for_each(|(name, item)| {
+                let token = name.replace('~', "~0").replace('/', "~1");
+                every_pointer(item, &format!("{at}/{token}"), into);
+            }),
+            _ => {}
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_value_of_valid_json_is_found_as_a_tree_has_it(value in any_json(), pretty in any::<bool>()) {
+            let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
+            let text = text.unwrap();
+            prop_assert_eq!(check(text.as_bytes()), Ok(()));
+            let mut pointers = vec!["/nowhere".to_owned()];
+            every_pointer(&value, "", &mut pointers);
+            for pointer in pointers {
+                let found = find(text.as_bytes(), &pointer).unwrap();
+                let found: Option<Value> = found.map(|raw| serde_json::from_slice(raw).unwrap());
+                prop_assert_eq!(found.as_ref(), value.pointer(&pointer), "{}", pointer);
+            }
+        }
+
+        #[test]
+        fn no_bytes_stop_the_scanner(bytes in prop::collection::vec(prop::sample::select(b"[]{}\",:\\ ax1\xff".to_vec()), 0..40)) {
+            let _ = check(&bytes);
+            let _ = find(&bytes, "/a/0");
+            prop_assert!(elements(&bytes, 0).count() <= bytes.len() + 1);
+            prop_assert!(members(&bytes, 0).count() <= bytes.len() + 1);
+        }
+
+        #[test]
+        fn whatever_is_cut_off_is_noticed(value in any_json(), cut in any::<prop::sample::Index>()) {
+            let text = json!([value]).to_string();
+            let cut = cut.index(text.len());
+            prop_assert!(check(&text.as_bytes()[..cut]).is_err());
+        }
+    }
+}
