@@ -14,7 +14,8 @@ pub struct Interval {
     pub end_ms: i64,
 }
 
-/// Where an interval stands. `scheduled → running → succeeded | retrying → running … | failed`.
+/// Where an interval stands. `scheduled → running → succeeded | retrying | failed`, and from the last two to `running` again;
+/// from any but `succeeded` a person leads to `given_up`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
@@ -26,8 +27,11 @@ pub enum RunState {
     Retrying,
     /// Every page fetched and every record acknowledged by Kafka.
     Succeeded,
-    /// The last attempt failed; only `clear` or a backfill runs it again.
+    /// Its attempts failed for so long, or so surely, that somebody should look; it is tried again now and then while it is
+    /// within the stream's catch-up limit. Without an attempt: it was missed.
     Failed,
+    /// Somebody decided that it stays without data; only `clear` or a backfill runs it again.
+    GivenUp,
 }
 
 /// Why an interval is run.
@@ -36,7 +40,7 @@ pub enum RunState {
 pub enum RunType {
     /// It ended just now.
     Scheduled,
-    /// It ended while nobody ran it.
+    /// It ended a while ago.
     CatchUp,
     /// Somebody asked for it.
     Backfill,
@@ -51,14 +55,20 @@ pub enum Reprocess {
     None,
     /// Failed ones
     Failed,
-    /// Failed and succeeded ones
+    /// Failed, given up and succeeded ones
     Completed,
 }
 
 impl RunState {
     /// All of them.
-    pub const ALL: [RunState; 5] =
-        [RunState::Scheduled, RunState::Running, RunState::Retrying, RunState::Succeeded, RunState::Failed];
+    pub const ALL: [RunState; 6] = [
+        RunState::Scheduled,
+        RunState::Running,
+        RunState::Retrying,
+        RunState::Succeeded,
+        RunState::Failed,
+        RunState::GivenUp,
+    ];
 
     /// As stored.
     pub fn name(self) -> &'static str {
@@ -68,6 +78,7 @@ impl RunState {
             RunState::Retrying => "retrying",
             RunState::Succeeded => "succeeded",
             RunState::Failed => "failed",
+            RunState::GivenUp => "given_up",
         }
     }
 }
@@ -143,6 +154,8 @@ mod tests {
         for kind in RunType::ALL {
             assert_eq!(kind.name().parse::<RunType>().unwrap(), kind);
         }
+        let others = RunState::ALL.into_iter().filter(|state| *state != RunState::Succeeded);
+        assert!(others.map(RunState::name).all(|name| name < "succeeded"), "the ledger's queries rely on it");
         let error = "done".parse::<RunState>().unwrap_err().to_string();
         assert!(error.starts_with("`done` is no run state; one of scheduled, running"), "{error}");
     }

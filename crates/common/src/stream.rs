@@ -16,6 +16,8 @@ pub const MAX_GROUP_BY: usize = 4;
 pub const MAX_GROUPS: usize = 256;
 /// The group of all values that are not listed.
 pub const OTHER: &str = "(other)";
+/// Most intervals that a producer catches up: it plans them in memory.
+pub const MAX_CATCH_UP_INTERVALS: i64 = 50_000;
 /// The dimension that counts every event of a pane.
 pub const ALL: &str = "";
 
@@ -47,6 +49,9 @@ pub struct StreamSettings {
     pub start_ms: Option<i64>,
     /// How many intervals before its first planning a new stream begins.
     pub catch_up: u32,
+    /// Age in milliseconds up to which intervals that are missing or failed are fetched by themselves, but always the last
+    /// `catch_up` intervals; older ones are left to a person.
+    pub catch_up_limit_ms: i64,
     /// How many intervals may be fetched at once.
     pub max_active_runs: u32,
     /// What happens when a fetch fails.
@@ -66,14 +71,18 @@ pub enum Schedule {
 /// `[stream] retry`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RetryPolicy {
-    /// Attempts in all before the interval is failed.
-    pub attempts: u32,
+    /// Attempts before the interval is failed; `None`: only `deadline_ms` limits them.
+    pub attempts: Option<u32>,
     /// First pause in milliseconds; doubles with jitter.
     pub backoff_ms: i64,
-    /// Longest pause in milliseconds.
+    /// Longest pause in milliseconds before the interval is failed.
     pub max_backoff_ms: i64,
-    /// Longest time one run may take, attempts and pauses included, in milliseconds.
+    /// Time from the first attempt, in milliseconds, after which a failed attempt fails the interval.
     pub deadline_ms: i64,
+    /// Longest pause in milliseconds between the attempts that a failed interval still gets.
+    pub failed_backoff_ms: i64,
+    /// Longest time of one attempt in milliseconds.
+    pub attempt_timeout_ms: i64,
 }
 
 /// `[source]`.

@@ -99,7 +99,7 @@ fn select(intervals: &[Interval], runs: &BTreeMap<i64, Run>, args: &BackfillArgs
     let wanted = |run: &Run| match run.state {
         RunState::Scheduled | RunState::Retrying => true,
         RunState::Failed => args.reprocess != Reprocess::None,
-        RunState::Succeeded => args.reprocess == Reprocess::Completed,
+        RunState::Succeeded | RunState::GivenUp => args.reprocess == Reprocess::Completed,
         // While its lease holds somebody is at it; a killed producer's runs out.
         RunState::Running => !run.holds_a_lease(now_ms),
     };
@@ -150,6 +150,10 @@ async fn run_all(
         bar.inc(1);
     }
     bar.finish_and_clear();
+    // Producers count again what is unresolved.
+    if let Err(e) = runner.ledger.touch((runner.clock)()).await {
+        tracing::warn!(error = %e, "running producers notice the backfill within ten minutes only");
+    }
     let text = format!(
         "backfill: {succeeded} succeeded, {failed} failed, {taken} taken by others, {stopped} stopped, {left_out}"
     );
@@ -180,7 +184,7 @@ async fn run_one(
     }
 }
 
-/// Until a run that retries is due, or shutdown begins. The run's deadline bounds it: whoever sets a retry gives up beyond.
+/// Until a run that retries is due, or shutdown begins. The run's deadline bounds it: beyond, a run has failed.
 async fn wait_for_retry(seen: Option<&Run>, now_ms: i64, shutdown: &Shutdown) {
     let retrying = seen.filter(|run| run.state == RunState::Retrying);
     let wait_ms = retrying.map_or(0, |run| run.retry_at_ms - now_ms);

@@ -125,8 +125,8 @@ pub enum RunsCommand {
     Show(ShowArgs),
     /// Make runs due again, whatever became of them
     Clear(SpanArgs),
-    /// Give runs up
-    MarkFailed(SpanArgs),
+    /// Accept that intervals stay without data: they are not tried again, and no longer counted as unresolved
+    GiveUp(SpanArgs),
 }
 
 /// Settings of `runs list`.
@@ -160,7 +160,7 @@ pub struct ShowArgs {
     pub json: bool,
 }
 
-/// Settings of `runs clear` and `runs mark-failed`.
+/// Settings of `runs clear` and `runs give-up`.
 #[derive(Debug, Clone, Args)]
 pub struct SpanArgs {
     /// Intervals that begin at or after this time, RFC 3339
@@ -288,6 +288,7 @@ mod tests {
             "ingest-producer runs list --state failed --from 2026-01-01T00:00:00Z",
             "ingest-producer runs show 2026-01-01T00:00:00Z --json",
             "ingest-producer runs clear --from 2026-01-01T00:00:00Z --to 2026-01-02T00:00:00Z --state failed",
+            "ingest-producer runs give-up --from 2026-01-01T00:00:00Z --to 2026-01-02T00:00:00Z",
             "ingest-producer control spike --rate 3000 --seconds 10 --wait",
             "ingest-producer control pause --expires-seconds 5 --json",
             "ingest-producer control backfill --from 2026-01-01T00:00:00Z --to 2026-01-02T00:00:00Z --newest-first",

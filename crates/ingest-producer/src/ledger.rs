@@ -4,6 +4,7 @@
 pub mod cassandra;
 #[cfg(test)]
 pub(crate) mod memory;
+mod rows;
 #[cfg(test)]
 mod suite;
 
@@ -104,7 +105,7 @@ pub struct Ending {
     pub error: String,
     /// Now.
     pub now_ms: i64,
-    /// When a retrying run is due.
+    /// When a retrying or failed run is due.
     pub retry_at_ms: i64,
 }
 
@@ -150,19 +151,20 @@ pub fn failures(attempts: &[Attempt]) -> u32 {
     u32::try_from(recent.filter(|a| a.outcome == OUTCOME_FAILED).count()).unwrap_or(u32::MAX)
 }
 
-/// Attempt, epoch and start of the first attempt that a claim gives a run as `seen`. A run that is over begins anew, one
-/// number later: [`OUTCOME_CLEARED`] stands in between. Time in which it was due and nobody was there does not count
+/// Attempt, epoch and start of the first attempt that a claim of that type gives a run as `seen`. One that begins anew gets the
+/// number after next: [`OUTCOME_CLEARED`] stands in between. Time in which it was due and nobody was there does not count
 /// towards its deadline: the start moves on by as much.
-pub fn taken_up(seen: Option<&Run>, now_ms: i64) -> (i32, i64, i64) {
+pub fn taken_up(seen: Option<&Run>, run_type: RunType, now_ms: i64) -> (i32, i64, i64) {
     let Some(run) = seen else { return (1, 1, now_ms) };
     let due_ms = match run.state {
         RunState::Running => run.lease_until_ms,
         _ => run.retry_at_ms,
     };
-    let goes_on = matches!(run.state, RunState::Running | RunState::Retrying) && run.started_at_ms > 0;
+    let anew = run.begins_anew(run_type);
+    let goes_on = !anew && run.state != RunState::Scheduled && run.started_at_ms > 0;
     let idle_ms = if due_ms > 0 { (now_ms - due_ms).max(0) } else { 0 };
     let first_started_ms = if goes_on { run.started_at_ms + idle_ms } else { now_ms };
-    (run.attempt + 1 + i32::from(run.is_over()), run.epoch + 1, first_started_ms)
+    (run.attempt + 1 + i32::from(anew), run.epoch + 1, first_started_ms)
 }
 
 /// The run ledger of one stream.
@@ -182,6 +184,9 @@ pub trait Ledger: Send + Sync {
 
     /// All runs whose interval begins in `[from_ms, to_ms)`, oldest first.
     async fn runs(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError>;
+
+    /// The runs among them that have not succeeded.
+    async fn unfinished(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError>;
 
     /// One run, read so that no compare and set that has been answered is missed.
     async fn run(&self, start_ms: i64) -> Result<Option<Run>, LedgerError>;

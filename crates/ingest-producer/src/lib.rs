@@ -30,6 +30,7 @@ pub mod schedule;
 pub mod service;
 pub mod source;
 pub mod stress;
+pub mod unresolved;
 
 use anyhow::Context;
 use common::admin::{self, Health};
@@ -99,7 +100,7 @@ pub async fn run(config: &Config) -> anyhow::Result<Done> {
                 RunsCommand::List(args) => runs::list(&ledger, args, now_ms()).await,
                 RunsCommand::Show(args) => runs::show(&ledger, args).await,
                 RunsCommand::Clear(args) => runs::clear(&ledger, args, now_ms()).await,
-                RunsCommand::MarkFailed(args) => runs::mark_failed(&ledger, args, now_ms()).await,
+                RunsCommand::GiveUp(args) => runs::give_up(&ledger, args, now_ms()).await,
             }
         }
         Command::Control(args) => command(config, args, &definition, &shutdown).await,

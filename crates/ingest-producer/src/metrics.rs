@@ -1,6 +1,7 @@
 //! Every metric of the producer; the only place that names one. All series exist at 0 from the start.
 
 use crate::planner::Run;
+use crate::unresolved::Count;
 use common::control::CommandState;
 use common::metrics::Maker;
 use common::run_ledger::RunState;
@@ -8,6 +9,8 @@ use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Re
 
 /// How attempts end, as values of label `outcome`.
 pub const OUTCOMES: [&str; 5] = ["succeeded", "failed", "lost", "interrupted", "missed"];
+/// Values of label `state` of unresolved intervals: attempted without success, and not attempted within the catch-up limit.
+pub const UNRESOLVED: [&str; 2] = ["failed", "missed"];
 /// Upper bounds in seconds of requests to the source.
 const FETCH_SECONDS: [f64; 10] = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
 /// Upper bounds in seconds from handing a record to Kafka's client to its acknowledgement.
@@ -34,12 +37,12 @@ pub struct Metrics {
     pub attempts: IntCounterVec,
     /// Ended commands of the control topic by [`CommandState`].
     pub commands: IntCounterVec,
-    /// Runs given up on.
-    pub runs_failed: IntCounter,
     /// Runs going on now in this process.
-    pub runs_active: IntGauge,
+    runs_active: IntGauge,
     /// Runs of intervals that the planner still looks at, by state in the ledger.
     runs: IntGaugeVec,
+    /// Intervals without their data that are not about to be fetched, by [`UNRESOLVED`].
+    unresolved: IntGaugeVec,
     /// Length of the schedule's present interval in seconds.
     pub interval_seconds: IntGauge,
     /// Requests to the source that failed.
@@ -62,12 +65,23 @@ pub struct Metrics {
     pub ack_seconds: Histogram,
 }
 
+/// A run that is counted as going on; dropped when it ends, however it ends.
+#[derive(Debug)]
+pub struct ActiveRun(IntGauge);
+
+impl Drop for ActiveRun {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 impl Metrics {
     /// Registers all of them.
     pub fn new() -> Result<Metrics, prometheus::Error> {
         let make = Maker::new("ingest-producer", env!("CARGO_PKG_VERSION"))?;
         let counter = |name: &str, help: &str| make.counter(name, help);
         let gauge = |name: &str, help: &str| make.gauge(name, help);
+        let unresolved = "Intervals that failed or were missed, until they succeed or are given up.";
         let runs = "Runs the planner still looks at, by state in the ledger.";
         let metrics = Metrics {
             records_fetched: counter("ingest_records_fetched_total", "Records taken out of pages.")?,
@@ -80,7 +94,7 @@ impl Metrics {
             attempts: make.counters("ingest_attempts_total", "Ended attempts by outcome.", &["outcome"])?,
             commands: make.counters("ingest_commands_total", "Ended commands by state.", &["state"])?,
             runs: make.gauges("ingest_runs", runs, &["state"])?,
-            runs_failed: counter("ingest_runs_failed_total", "Runs given up on, for clear or backfill.")?,
+            unresolved: make.gauges("ingest_unresolved_intervals", unresolved, &["state"])?,
             runs_active: gauge("ingest_runs_active", "Runs going on in this process.")?,
             interval_seconds: gauge("ingest_interval_seconds", "Length of the schedule's interval.")?,
             last_success: gauge("ingest_last_success_timestamp_seconds", "When a run last succeeded.")?,
@@ -106,7 +120,23 @@ impl Metrics {
         for state in RunState::ALL {
             metrics.runs.with_label_values(&[state.name()]);
         }
+        for state in UNRESOLVED {
+            metrics.unresolved.with_label_values(&[state]);
+        }
         Ok(metrics)
+    }
+
+    /// Counts a run that goes on until the guard is dropped.
+    pub fn active_run(&self) -> ActiveRun {
+        self.runs_active.inc();
+        ActiveRun(self.runs_active.clone())
+    }
+
+    /// Notes how many intervals have failed, and how many were missed.
+    pub fn unresolved(&self, count: Count) {
+        for (state, count) in UNRESOLVED.into_iter().zip([count.failed, count.missed]) {
+            self.unresolved.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     /// What the ledger says of the runs that the planner looks at. A success before this process began counts too.
@@ -129,6 +159,7 @@ impl Metrics {
     /// The ledger does not answer: how many runs are in which state is not known.
     pub fn ledger_is_away(&self) {
         self.runs.reset();
+        self.unresolved.reset();
     }
 
     /// Counts an ended attempt; `outcome` is one of [`OUTCOMES`].

@@ -2,12 +2,15 @@
 
 use crate::schedule::Timeline;
 use common::run_ledger::{Interval, RunState, RunType};
-use common::stream::RetryPolicy;
+use common::stream::{RetryPolicy, StreamSettings};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// Most intervals that are noted in one planning, as scheduled or as missed.
 pub const MAX_NOTED: usize = 500;
+/// The source is taken for away when so many runs have failed and none has succeeded since. A single one may have a reason of
+/// its own.
+const MIN_FAILED: usize = 2;
 
 /// A row of the ledger, as far as decisions and people need it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,7 +31,7 @@ pub struct Run {
     pub epoch: i64,
     /// Until when a running attempt is its owner's alone.
     pub lease_until_ms: i64,
-    /// When a retrying run is due.
+    /// When a retrying or failed run is due.
     pub retry_at_ms: i64,
     /// Start of the first attempt since it was scheduled or cleared.
     pub started_at_ms: i64,
@@ -47,9 +50,23 @@ pub struct Run {
 }
 
 impl Run {
-    /// Nothing more happens to it by itself.
+    /// Planning goes on behind it: it is finished, or has failed so often that the intervals after it do not wait for it.
     pub fn is_over(&self) -> bool {
-        matches!(self.state, RunState::Succeeded | RunState::Failed)
+        matches!(self.state, RunState::Succeeded | RunState::Failed | RunState::GivenUp)
+    }
+
+    /// No attempt was made before it lay behind the catch-up limit.
+    pub fn is_missed(&self) -> bool {
+        self.state == RunState::Failed && self.attempt == 0
+    }
+
+    /// Whether a claim of that type forgets earlier failures. A failed run that is tried again by itself goes on where it was.
+    pub fn begins_anew(&self, run_type: RunType) -> bool {
+        match self.state {
+            RunState::Succeeded | RunState::GivenUp => true,
+            RunState::Failed => run_type == RunType::Backfill,
+            RunState::Scheduled | RunState::Running | RunState::Retrying => false,
+        }
     }
 
     /// Whether somebody is at it.
@@ -58,13 +75,22 @@ impl Run {
     }
 
     /// Whether another attempt may begin now.
-    fn is_due(&self, now_ms: i64) -> bool {
+    fn is_due(&self, facts: &Facts<'_>) -> bool {
         match self.state {
             RunState::Scheduled => true,
-            RunState::Retrying => self.retry_at_ms <= now_ms,
-            RunState::Running => self.lease_until_ms <= now_ms,
-            RunState::Succeeded | RunState::Failed => false,
+            RunState::Retrying => self.retry_at_ms <= facts.now_ms,
+            RunState::Running => self.lease_until_ms <= facts.now_ms,
+            RunState::Failed => {
+                self.retry_at_ms <= facts.now_ms && self.interval.start_ms >= facts.catch_up_from_ms
+            }
+            RunState::Succeeded | RunState::GivenUp => false,
         }
+    }
+
+    /// When its latest attempt ended, if that failed.
+    fn failed_at_ms(&self) -> Option<i64> {
+        let failed = matches!(self.state, RunState::Retrying | RunState::Failed) && self.attempt > 0;
+        failed.then_some(self.lease_until_ms)
     }
 }
 
@@ -81,6 +107,12 @@ pub struct Facts<'a> {
     pub catch_up_from_ms: i64,
     /// Ledger rows by interval start, complete from `settled_to_ms` on.
     pub runs: &'a BTreeMap<i64, Run>,
+    /// Rows before `settled_to_ms` that have not succeeded, back to `catch_up_from_ms` at least.
+    pub unfinished: &'a [Run],
+    /// End of the latest run that succeeded; 0: not known.
+    pub last_success_ms: i64,
+    /// The stream's pauses.
+    pub retry: &'a RetryPolicy,
     /// Most runs at once.
     pub max_active_runs: u32,
     /// Nothing new may begin.
@@ -102,7 +134,7 @@ pub enum Decision {
         /// Its row as read; the claim is fenced by its epoch.
         run: Run,
     },
-    /// Note an interval as scheduled: there is no room for it now, and it must not be missed for that.
+    /// Note an interval as scheduled: it has waited for room so long that it would be missed before long.
     Schedule {
         /// Which.
         interval: Interval,
@@ -125,39 +157,95 @@ pub struct Plan {
     pub settled_to_ms: i64,
 }
 
+/// Where catching up begins: at the age of the catch-up limit, but at least `catch_up` intervals back.
+pub fn catch_up_from(timeline: &Timeline, settings: &StreamSettings, now_ms: i64) -> i64 {
+    let by_age = timeline.containing(now_ms.saturating_sub(settings.catch_up_limit_ms)).start_ms;
+    by_age.max(timeline.start_ms()).min(timeline.back(now_ms, settings.catch_up))
+}
+
 /// Decides what to do now.
 pub fn plan(facts: &Facts<'_>) -> Plan {
     let settled_to_ms = settled_to(facts);
     if facts.paused {
         return Plan { decisions: vec![], settled_to_ms };
     }
-    let active = facts.runs.values().filter(|run| run.holds_a_lease(facts.now_ms)).count();
-    let room = (facts.max_active_runs as usize).saturating_sub(active);
-    let mut due: Vec<(i64, Decision)> = facts
-        .runs
-        .values()
-        .filter(|run| run.is_due(facts.now_ms))
-        .map(|run| (run.interval.start_ms, Decision::Resume { run: run.clone() }))
-        .collect();
-    let from_ms = settled_to_ms.max(facts.catch_up_from_ms);
-    // Rows that are there take places in the list, but are none of those to note.
-    let candidates = facts.timeline.ended(from_ms, facts.now_ms, facts.runs.len() + MAX_NOTED);
-    due.extend(candidates.into_iter().filter(|i| is_unknown(facts.runs, i)).map(|interval| {
-        let run_type = run_type(facts, &interval);
-        (interval.start_ms, Decision::Begin { interval, run_type })
-    }));
-    due.sort_by_key(|(start_ms, _)| *start_ms);
-    let waiting = due.split_off(room.min(due.len()));
-    let mut decisions: Vec<Decision> = due.into_iter().map(|(_, decision)| decision).collect();
-    decisions.extend(waiting.into_iter().filter_map(|(_, decision)| match decision {
-        Decision::Begin { interval, run_type } => Some(Decision::Schedule { interval, run_type }),
-        // It has a row.
+    let mut due = due(facts, settled_to_ms);
+    let room = room(facts, &mut due);
+    let waiting = due.split_off(room);
+    let mut decisions: Vec<Decision> = due.into_iter().map(|due| due.decision).collect();
+    // Half of the way to the catch-up limit: most backlogs are fetched before that, and need no rows to wait.
+    let note_before_ms = facts.catch_up_from_ms.midpoint(facts.now_ms);
+    decisions.extend(waiting.into_iter().filter_map(|due| match due.decision {
+        Decision::Begin { interval, run_type } if interval.start_ms < note_before_ms => {
+            Some(Decision::Schedule { interval, run_type })
+        }
         _ => None,
     }));
     let behind = facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.now_ms), MAX_NOTED);
     let missed = behind.into_iter().filter(|i| is_unknown(facts.runs, i));
     decisions.extend(missed.map(|interval| Decision::Miss { interval }));
     Plan { decisions, settled_to_ms }
+}
+
+/// An interval that may be run now.
+struct Due {
+    start_ms: i64,
+    /// End of its latest attempt; 0: there was none.
+    tried_ms: i64,
+    decision: Decision,
+}
+
+/// Everything that may be run now, oldest first.
+fn due(facts: &Facts<'_>, settled_to_ms: i64) -> Vec<Due> {
+    let known = facts.runs.values().chain(facts.unfinished).filter(|run| run.is_due(facts));
+    let mut due: Vec<Due> = known
+        .map(|run| Due {
+            start_ms: run.interval.start_ms,
+            tried_ms: run.failed_at_ms().unwrap_or(0),
+            decision: Decision::Resume { run: run.clone() },
+        })
+        .collect();
+    let from_ms = settled_to_ms.max(facts.catch_up_from_ms);
+    // Rows that are there take places in the list, but are none of those to note.
+    let candidates = facts.timeline.ended(from_ms, facts.now_ms, facts.runs.len() + MAX_NOTED);
+    due.extend(candidates.into_iter().filter(|i| is_unknown(facts.runs, i)).map(|interval| {
+        let run_type = run_type(facts, &interval);
+        Due { start_ms: interval.start_ms, tried_ms: 0, decision: Decision::Begin { interval, run_type } }
+    }));
+    due.sort_by_key(|due| due.start_ms);
+    due
+}
+
+/// How many of the due runs begin now; those come first. While the source is away a single one is tried now and then: all that
+/// wait would only ask it in vain. That is the one that was not tried for longest, so that runs which fail for reasons of
+/// their own do not keep the others waiting.
+fn room(facts: &Facts<'_>, due: &mut [Due]) -> usize {
+    let known = facts.runs.values().chain(facts.unfinished);
+    let active = known.filter(|run| run.holds_a_lease(facts.now_ms)).count();
+    let most = match probe_at(facts) {
+        None => facts.max_active_runs as usize,
+        Some(at_ms) if facts.now_ms < at_ms => 0,
+        Some(_) => {
+            due.sort_by_key(|due| (due.tried_ms, due.start_ms));
+            1
+        }
+    };
+    most.saturating_sub(active).min(due.len())
+}
+
+/// When the source is asked next, where it is taken for away: the latest attempts of several runs have failed, and none has
+/// succeeded since. The pause grows with the outage, up to the longest between two attempts of one run.
+fn probe_at(facts: &Facts<'_>) -> Option<i64> {
+    let runs = facts.runs.values().chain(facts.unfinished);
+    let failed: Vec<i64> =
+        runs.filter_map(Run::failed_at_ms).filter(|at| *at > facts.last_success_ms).collect();
+    let (first_ms, last_ms) = (failed.iter().min()?, failed.iter().max()?);
+    if failed.len() < MIN_FAILED {
+        return None;
+    }
+    let RetryPolicy { backoff_ms, max_backoff_ms, .. } = *facts.retry;
+    let pause_ms = ((last_ms - first_ms) / 4).clamp(backoff_ms.min(max_backoff_ms), max_backoff_ms);
+    Some(last_ms + pause_ms)
 }
 
 /// Where to look back to instead of `from_ms`, if the ledger has a gap there: as many intervals back from its far end, the
@@ -199,10 +287,12 @@ pub enum AfterFailure {
         /// Milliseconds.
         pause_ms: i64,
     },
-    /// None; the words say why.
-    GiveUp {
+    /// The run is shown as failed; the words say why. Another attempt follows all the same.
+    Fail {
         /// For the ledger, in brackets behind the cause.
         because: String,
+        /// Milliseconds.
+        pause_ms: i64,
     },
 }
 
@@ -221,21 +311,28 @@ pub struct FailedAttempt {
     pub jitter: f64,
 }
 
-/// Decides about another attempt: exponential pause with half of it jittered, never shorter than the server asked for.
+/// Decides about another attempt. Pauses double up to the longest; those of a failed run are half as long as it has failed
+/// for, within bounds. Half of each is jittered, and none is shorter than the server asked for.
 pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailure {
-    let give_up = |because: String| AfterFailure::GiveUp { because };
+    let jittered = |full: i64| {
+        let pause_ms = full / 2 + (full as f64 / 2.0 * failed.jitter) as i64;
+        pause_ms.max(failed.retry_after_ms.unwrap_or(0))
+    };
+    let fail = |because: String| {
+        let shortest = policy.max_backoff_ms.min(policy.failed_backoff_ms);
+        let full = (failed.elapsed_ms / 2).clamp(shortest, policy.failed_backoff_ms);
+        AfterFailure::Fail { because, pause_ms: jittered(full) }
+    };
     if !failed.retryable {
-        return give_up("final".to_owned());
+        return fail("a quick retry does not help".to_owned());
     }
-    if failed.failures >= policy.attempts {
-        return give_up(format!("attempt {} of {}", failed.failures, policy.attempts));
+    if let Some(attempts) = policy.attempts.filter(|attempts| failed.failures >= *attempts) {
+        return fail(format!("attempt {} of {attempts}", failed.failures));
     }
     let doublings = failed.failures.saturating_sub(1).min(30);
-    let full = policy.backoff_ms.saturating_mul(1 << doublings).min(policy.max_backoff_ms);
-    let jittered = full / 2 + (full as f64 / 2.0 * failed.jitter) as i64;
-    let pause_ms = jittered.max(failed.retry_after_ms.unwrap_or(0));
+    let pause_ms = jittered(policy.backoff_ms.saturating_mul(1 << doublings).min(policy.max_backoff_ms));
     if failed.elapsed_ms.saturating_add(pause_ms) > policy.deadline_ms {
-        return give_up(format!("deadline of {} s", policy.deadline_ms / 1000));
+        return fail(format!("deadline of {} s", policy.deadline_ms / 1000));
     }
     AfterFailure::RetryIn { pause_ms }
 }
@@ -272,6 +369,15 @@ pub(crate) mod tests {
             error: String::new(),
         }
     }
+
+    const RETRY: RetryPolicy = RetryPolicy {
+        attempts: None,
+        backoff_ms: 1000,
+        max_backoff_ms: 60_000,
+        deadline_ms: 3_600_000,
+        failed_backoff_ms: 900_000,
+        attempt_timeout_ms: 900_000,
+    };
 
     struct World {
         timeline: Timeline,
@@ -322,14 +428,28 @@ pub(crate) mod tests {
         }
 
         fn plan(&self, now_ms: i64) -> Plan {
+            self.plan_with(now_ms, false)
+        }
+
+        fn plan_with(&self, now_ms: i64, paused: bool) -> Plan {
+            let succeeded = self.runs.values().filter(|run| run.state == RunState::Succeeded);
+            let unfinished: Vec<Run> = self
+                .runs
+                .range(..self.settled_to_ms)
+                .map(|(_, run)| run.clone())
+                .filter(|run| run.state != RunState::Succeeded)
+                .collect();
             plan(&Facts {
                 now_ms,
                 timeline: &self.timeline,
                 settled_to_ms: self.settled_to_ms,
                 catch_up_from_ms: self.timeline.back(now_ms, self.catch_up),
-                runs: &self.runs,
+                runs: &self.runs.range(self.settled_to_ms..).map(|(at, run)| (*at, run.clone())).collect(),
+                unfinished: &unfinished,
+                last_success_ms: succeeded.map(|run| run.finished_at_ms).max().unwrap_or(0),
+                retry: &RETRY,
                 max_active_runs: self.max_active_runs,
-                paused: false,
+                paused,
             })
         }
     }
@@ -370,19 +490,20 @@ pub(crate) mod tests {
     fn no_more_runs_begin_than_there_is_room_for() {
         let mut world = World::new(5);
         world.max_active_runs = 2;
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-5, -4], 3));
+        // Of those that wait the older half gets rows.
+        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-5, -4], 1));
         world.add(Run { lease_until_ms: T0 + 1, ..run(T0 - 5 * MINUTE, RunState::Running) });
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-4], 3));
+        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-4], 1));
         world.add(Run { lease_until_ms: T0 + 1, ..run(T0 - 4 * MINUTE, RunState::Running) });
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 3));
-        assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![-5, -4], 3), "expired leases are taken over");
+        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 1));
+        assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![-5, -4], 1), "expired leases are taken over");
     }
 
     #[test]
     fn an_interval_that_waited_for_room_is_not_missed() {
         let mut world = World::new(2);
         world.max_active_runs = 0;
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 2));
+        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 1));
         world.add(run(T0 - 2 * MINUTE, RunState::Scheduled));
         world.max_active_runs = 1;
         let found = world.plan(T0 + 9 * MINUTE);
@@ -414,36 +535,108 @@ pub(crate) mod tests {
 
     #[test]
     fn a_paused_stream_begins_nothing() {
-        let world = World::new(3);
-        let facts = Facts {
-            now_ms: T0,
-            timeline: &world.timeline,
-            settled_to_ms: world.settled_to_ms,
-            catch_up_from_ms: 0,
-            runs: &world.runs,
-            max_active_runs: 1,
-            paused: true,
-        };
-        assert_eq!(plan(&facts).decisions, []);
+        assert_eq!(World::new(3).plan_with(T0, true).decisions, []);
     }
 
     #[test]
-    fn pauses_double_up_to_the_longest_and_end_with_the_attempts() {
-        let policy = RetryPolicy { attempts: 5, backoff_ms: 1000, max_backoff_ms: 3000, deadline_ms: 60_000 };
-        let check = |failures, retry_after_ms, elapsed_ms, expected| {
-            let failed = FailedAttempt { retryable: true, failures, elapsed_ms, retry_after_ms, jitter: 0.5 };
-            assert_eq!(after_failure(&policy, &failed), expected, "failure {failures}");
+    fn a_failed_run_is_tried_again_when_due_until_it_lies_behind_the_limit_or_is_given_up() {
+        let mut world = World::new(3);
+        for minute in [-3, -2, -1] {
+            world.add(run(T0 + minute * MINUTE, RunState::Succeeded));
+        }
+        world.add(Run { retry_at_ms: T0 + 5, ..run(T0 - 2 * MINUTE, RunState::Failed) });
+        world.settled_to_ms = world.plan(T0).settled_to_ms;
+        assert_eq!(world.settled_to_ms, T0, "nothing waits for it");
+        assert_eq!(starts(&world.plan(T0)), [] as [i64; 0]);
+        assert_eq!(starts(&world.plan(T0 + 5)), [-2]);
+        world.add(Run { lease_until_ms: T0 + 30_000, ..run(T0 - 2 * MINUTE, RunState::Running) });
+        assert_eq!(starts(&world.plan(T0 + 5)), [] as [i64; 0]);
+        assert_eq!(starts(&world.plan(T0 + 30_000)), [-2], "its producer is gone");
+        world.add(run(T0 - 2 * MINUTE, RunState::GivenUp));
+        assert_eq!(starts(&world.plan(T0 + 30_000)), [] as [i64; 0]);
+        world.add(run(T0 - 2 * MINUTE, RunState::Failed));
+        assert_eq!(starts(&world.plan(T0 + MINUTE)), [-2, 0]);
+        assert_eq!(starts(&world.plan(T0 + 2 * MINUTE)), [0, 1], "behind the limit");
+    }
+
+    #[test]
+    fn while_the_source_is_away_one_run_at_a_time_asks_for_it() {
+        let mut world = World::new(100);
+        let failed = |minute: i64, at_ms: i64| Run {
+            lease_until_ms: at_ms,
+            retry_at_ms: at_ms,
+            ..run(T0 + minute * MINUTE, RunState::Retrying)
         };
-        let give_up = |because: &str| AfterFailure::GiveUp { because: because.to_owned() };
-        check(1, None, 0, AfterFailure::RetryIn { pause_ms: 750 });
-        check(2, None, 0, AfterFailure::RetryIn { pause_ms: 1500 });
-        check(4, None, 0, AfterFailure::RetryIn { pause_ms: 2250 });
-        check(4, Some(9000), 0, AfterFailure::RetryIn { pause_ms: 9000 });
-        check(5, None, 0, give_up("attempt 5 of 5"));
-        check(1, None, 59_500, give_up("deadline of 60 s"));
+        world.settled_to_ms = T0 - 3 * MINUTE;
+        world.add(failed(-3, T0));
+        assert_eq!(starts(&world.plan(T0)), [-3, -2, -1], "one failure may have a reason of its own");
+        world.add(failed(-2, T0 + 1));
+        assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![], 0), "a pause");
+        assert_eq!(begun_and_waiting(world.plan(T0 + 1001)), (vec![-1], 0), "the one that was never tried");
+        world.add(failed(-1, T0 + 1001));
+        assert_eq!(starts(&world.plan(T0 + 2001)), [-3], "the one that was not tried for longest");
+        world.add(Run { lease_until_ms: T0 + 9000, ..run(T0 - 3 * MINUTE, RunState::Running) });
+        assert_eq!(starts(&world.plan(T0 + 4000)), [] as [i64; 0], "one at a time");
+        world.add(Run { finished_at_ms: T0 + 5000, ..run(T0 - 3 * MINUTE, RunState::Succeeded) });
+        assert_eq!(starts(&world.plan(T0 + 5000)), [-2, -1], "it is back");
+    }
+
+    #[test]
+    fn the_pause_between_questions_grows_with_the_outage_up_to_the_longest() {
+        let pause_after = |outage_ms: i64| {
+            let mut world = World::new(1000);
+            world.settled_to_ms = T0 - 2 * MINUTE;
+            for (minute, at_ms) in [(-2, T0), (-1, T0 + outage_ms)] {
+                let run = run(T0 + minute * MINUTE, RunState::Retrying);
+                world.add(Run { lease_until_ms: at_ms, retry_at_ms: at_ms, ..run });
+            }
+            let begins = |pause: &i64| !begun_and_waiting(world.plan(T0 + outage_ms + pause)).0.is_empty();
+            (0..100_000).step_by(500).find(begins)
+        };
+        assert_eq!([0, 4000, 40_000, 10_000_000].map(pause_after), [1000, 1000, 10_000, 60_000].map(Some));
+    }
+
+    #[test]
+    fn catching_up_reaches_back_to_an_age_but_at_least_some_intervals() {
+        let text = include_str!("../../../streams/user_created.toml");
+        let mut settings = common::stream::Definition::parse("users", text).unwrap().stream;
+        (settings.catch_up, settings.catch_up_limit_ms) = (3, 10 * MINUTE);
+        let back = |schedule: &Schedule, start_ms: i64, settings: &StreamSettings| {
+            let timeline = Timeline::first(schedule, Some(start_ms), 100_000, T0).unwrap();
+            T0 - catch_up_from(&timeline, settings, T0)
+        };
+        assert_eq!(back(&Schedule::Every(MINUTE), 0, &settings), 10 * MINUTE);
+        assert_eq!(back(&Schedule::Every(6 * MINUTE), 0, &settings) / MINUTE, 2 + 3 * 6);
+        assert_eq!(
+            back(&Schedule::Every(MINUTE), T0 - 2 * MINUTE, &settings),
+            2 * MINUTE,
+            "not before the start"
+        );
+    }
+
+    #[test]
+    fn pauses_double_up_to_the_longest_until_the_run_has_failed() {
+        let policy = RetryPolicy { max_backoff_ms: 3000, ..RETRY };
+        let few = RetryPolicy { attempts: Some(5), ..policy.clone() };
+        let check = |policy: &RetryPolicy, failures, retry_after_ms, elapsed_ms, expected| {
+            let failed = FailedAttempt { retryable: true, failures, elapsed_ms, retry_after_ms, jitter: 0.5 };
+            assert_eq!(after_failure(policy, &failed), expected, "failure {failures}");
+        };
+        let retry = |pause_ms| AfterFailure::RetryIn { pause_ms };
+        let fail = |because: &str, pause_ms| AfterFailure::Fail { because: because.to_owned(), pause_ms };
+        check(&policy, 1, None, 0, retry(750));
+        check(&policy, 2, None, 0, retry(1500));
+        check(&policy, 4, None, 0, retry(2250));
+        check(&policy, 4, Some(9000), 0, retry(9000));
+        check(&policy, 1000, None, 0, retry(2250));
+        check(&few, 5, None, 0, fail("attempt 5 of 5", 2250));
+        check(&policy, 1, None, 3_599_500, fail("deadline of 3600 s", 675_000));
+        check(&policy, 1, None, 60_000_000, fail("deadline of 3600 s", 675_000));
+        check(&policy, 1, Some(1_000_000), 60_000_000, fail("deadline of 3600 s", 1_000_000));
+        check(&few, 9, None, 40_000, fail("attempt 9 of 5", 15_000));
         let fatal =
             FailedAttempt { retryable: false, failures: 1, elapsed_ms: 0, retry_after_ms: None, jitter: 0.0 };
-        assert_eq!(after_failure(&policy, &fatal), give_up("final"));
+        assert_eq!(after_failure(&policy, &fatal), fail("a quick retry does not help", 1500));
     }
 
     proptest! {
@@ -487,7 +680,7 @@ pub(crate) mod tests {
                 }
             }
             // In the end nothing goes wrong any more.
-            now = latest + 60 * length;
+            now = latest + 60 * length + 2 * RETRY.max_backoff_ms;
             world.settle(now)?;
             let mut at = world.timeline.start_ms();
             for run in world.runs.values() {
@@ -523,8 +716,16 @@ pub(crate) mod tests {
                 (run.interval, fate_of(fate))
             }
         };
-        let row = Run { interval, lease_until_ms: now + 500, retry_at_ms: now + 100, ..run(0, state) };
-        world.add(row);
+        let finished_at_ms = if state == RunState::Succeeded { now } else { 0 };
+        let attempted = matches!(decision, Decision::Begin { .. } | Decision::Resume { .. });
+        world.add(Run {
+            interval,
+            attempt: i32::from(attempted),
+            lease_until_ms: now + 500,
+            retry_at_ms: now + 100,
+            finished_at_ms,
+            ..run(0, state)
+        });
         Ok(())
     }
 

@@ -18,6 +18,9 @@ use crate::source::request::Requests;
 use backon::{ExponentialBuilder, Retryable};
 use common::run_ledger::{Interval, RunState, RunType};
 use common::stream::Definition;
+use futures::FutureExt;
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -68,9 +71,9 @@ pub struct Runner {
 pub enum Ended {
     /// Every record acknowledged.
     Succeeded,
-    /// Another attempt follows.
+    /// Another attempt follows soon.
     Retrying,
-    /// Given up on.
+    /// Shown as failed; another attempt follows now and then.
     Failed,
     /// Somebody else has the lease.
     Lost,
@@ -130,7 +133,7 @@ impl Runner {
         let pauses = ExponentialBuilder::default().with_min_delay(LEDGER_PAUSE).with_max_times(CLAIM_AGAIN);
         let claim = (|| self.ledger.claim(interval, run_type, seen, &lease)).retry(pauses);
         let claimed = claim.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
-        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.is_over())) {
+        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.begins_anew(run_type))) {
             let cause = format!("was {}; run again by a {}", over.state, run_type);
             let cleared = noted(over, claim.attempt - 1, OUTCOME_CLEARED, cause);
             let cleared = Attempt { owner: self.owner.clone(), started_ms: now_ms, ..cleared };
@@ -144,7 +147,7 @@ impl Runner {
 
     /// One attempt, from the first page to the ledger. `stop` interrupts it.
     pub async fn attempt(self: Arc<Self>, claim: Claim, stop: CancellationToken) -> Ended {
-        self.metrics.runs_active.inc();
+        let _active = self.metrics.active_run();
         tracing::info!(
             interval = claim.interval.start_ms,
             run_id = claim.run_id,
@@ -157,11 +160,11 @@ impl Runner {
         // Whatever ends this attempt ends its keeper: a lease that nobody works for must run out.
         let _over = over.clone().drop_guard();
         let keeper = tokio::spawn(self.clone().keep_lease(claim.clone(), lost.clone(), over.clone()));
-        let deadline_ms = claim.first_started_ms + self.definition.stream.retry.deadline_ms;
-        let left = Duration::from_millis((deadline_ms - claim.started_ms).max(0).unsigned_abs());
+        let timeout = Duration::from_millis(self.definition.stream.retry.attempt_timeout_ms.unsigned_abs());
+        let work = AssertUnwindSafe(self.fetch_and_publish(&claim, &progress)).catch_unwind();
         let outcome = tokio::select! {
-            done = self.fetch_and_publish(&claim, &progress) => Outcome::Done(done),
-            () = tokio::time::sleep(left) => Outcome::Done(Err(self.cut_off(progress.counts()))),
+            done = work => Outcome::Done(done.unwrap_or_else(|panic| Err(panicked(&*panic)))),
+            () = tokio::time::sleep(timeout) => Outcome::Done(Err(self.cut_off(progress.counts()))),
             () = lost.cancelled() => Outcome::Lost,
             () = stop.cancelled() => Outcome::Interrupted,
         };
@@ -170,18 +173,16 @@ impl Runner {
         if let Err(e) = keeper.await {
             tracing::error!(error = %e, "the lease's keeper ended badly");
         }
-        let ended = self.conclude(&claim, progress.counts(), outcome, &stop).await;
-        self.metrics.runs_active.dec();
-        ended
+        self.conclude(&claim, progress.counts(), outcome, &stop).await
     }
 
-    /// Why an attempt ends that goes on at its run's deadline.
+    /// Why an attempt that takes too long ends.
     fn cut_off(&self, counts: Counts) -> AttemptError {
-        let seconds = self.definition.stream.retry.deadline_ms as f64 / 1000.0;
+        let seconds = self.definition.stream.retry.attempt_timeout_ms as f64 / 1000.0;
         let Counts { pages, records, acked, .. } = counts;
-        AttemptError::fatal(format!(
-            "cut off by the run's deadline of {seconds} s after {pages} pages, {records} records, {acked} acknowledged; \
-             raise stream.retry.deadline, or choose a shorter schedule"
+        AttemptError::retryable(format!(
+            "not done within {seconds} s: {pages} pages, {records} records, {acked} acknowledged; raise \
+             stream.retry.attempt_timeout, or choose a shorter schedule"
         ))
     }
 
@@ -358,8 +359,9 @@ impl Runner {
             AfterFailure::RetryIn { pause_ms } => {
                 (ending(RunState::Retrying, error.cause, self.now() + pause_ms), Ended::Retrying)
             }
-            AfterFailure::GiveUp { because } => {
-                (ending(RunState::Failed, format!("{} ({because})", error.cause), 0), Ended::Failed)
+            AfterFailure::Fail { because, pause_ms } => {
+                let cause = format!("{} ({because})", error.cause);
+                (ending(RunState::Failed, cause, self.now() + pause_ms), Ended::Failed)
             }
         }
     }
@@ -377,12 +379,13 @@ impl Runner {
                 tracing::info!(interval, run_id, records = ending.counts.records, "run succeeded");
             }
             Ended::Failed => {
-                self.metrics.runs_failed.inc();
+                let (cause, next_attempt) = (&ending.error, ending.retry_at_ms);
                 tracing::error!(
                     interval,
                     run_id,
-                    cause = ending.error,
-                    "run failed; `runs clear` runs it again"
+                    cause,
+                    next_attempt,
+                    "run failed; it is tried again now and then"
                 );
             }
             _ => tracing::warn!(
@@ -448,6 +451,13 @@ impl Batch {
     }
 }
 
+/// An attempt that ended by a fault of this program.
+fn panicked(panic: &(dyn Any + Send)) -> AttemptError {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let words = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no words");
+    AttemptError::retryable(format!("the attempt panicked: {words}"))
+}
+
 /// An attempt number that nobody else has said anything about.
 fn noted(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
     Attempt {
@@ -474,5 +484,4 @@ fn jitter(claim: &Claim) -> f64 {
 }
 
 #[cfg(test)]
-#[path = "run_tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! `runs list | show | clear | mark-failed`: the ledger for people.
+//! `runs list | show | clear | give-up`: the ledger for people.
 
 use crate::Done;
 use crate::config::{ListArgs, ShowArgs, SpanArgs};
@@ -77,10 +77,11 @@ pub async fn clear(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow:
     Ok(Done::text(format!("{cleared} runs cleared")))
 }
 
-/// Gives runs up.
-pub async fn mark_failed(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<Done> {
-    let marked = overrule(ledger, args, RunState::Failed, now_ms).await?;
-    Ok(Done::text(format!("{marked} runs marked failed")))
+/// Gives up what has not succeeded.
+pub async fn give_up(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<Done> {
+    let given_up = overrule(ledger, args, RunState::GivenUp, now_ms).await?;
+    ledger.touch(now_ms).await?;
+    Ok(Done::text(format!("{given_up} runs given up")))
 }
 
 async fn overrule(
@@ -90,12 +91,17 @@ async fn overrule(
     now_ms: i64,
 ) -> anyhow::Result<usize> {
     let (outcome, cause) = match state {
-        RunState::Failed => ("marked_failed", "marked failed by hand"),
+        RunState::GivenUp => ("given_up", "given up by hand"),
         _ => (OUTCOME_CLEARED, ""),
+    };
+    let stays = |run: &Run| {
+        run.state == state
+            || (state == RunState::GivenUp && run.state == RunState::Succeeded)
+            || args.state.is_some_and(|wanted| wanted != run.state)
     };
     let mut changed = 0;
     for run in ledger.runs(args.from, args.to).await? {
-        if args.state.is_some_and(|wanted| wanted != run.state) || run.state == state {
+        if stays(&run) {
             continue;
         }
         if !ledger.overrule(&run, state, cause, now_ms).await? {
@@ -200,7 +206,10 @@ mod tests {
         assert_eq!(states, [RunState::Failed, RunState::Scheduled, RunState::Scheduled]);
         assert_eq!(ledger.stream_state().await.unwrap().updated_at_ms, T0 + 1, "producers look back again");
         assert_eq!(ledger.attempts(T0 + 60_000).await.unwrap()[0].outcome, OUTCOME_CLEARED);
-        assert_eq!(mark_failed(&ledger, &span(0, 3), T0).await.unwrap().text, "2 runs marked failed");
+        assert_eq!(give_up(&ledger, &span(1, 3), T0).await.unwrap().text, "2 runs given up");
+        assert_eq!(give_up(&ledger, &span(1, 3), T0).await.unwrap().text, "0 runs given up");
+        let states: Vec<RunState> = ledger.all().iter().map(|run| run.state).collect();
+        assert_eq!(states, [RunState::Failed, RunState::GivenUp, RunState::GivenUp]);
     }
 
     #[tokio::test]

@@ -1,14 +1,16 @@
 //! `run`: wakes the planner, carries its decisions out through [`Runner`], stops in order. It keeps nothing that is not in
-//! the ledger but a shortcut: up to where every interval is over.
+//! the ledger but shortcuts: up to where every interval is over, and what is left unfinished before that.
 
 use crate::ledger::{LedgerError, Note};
 use crate::planner::{self, Decision, Facts, Run};
 use crate::run::{Ended, Runner};
 use crate::schedule::{ScheduleError, Timeline};
+use crate::unresolved::{Span, Unresolved};
 use common::admin::Health;
 use common::event::floor_to;
 use common::run_ledger::{Interval, RunState, RunType};
 use common::shutdown::Shutdown;
+use common::stream::MAX_CATCH_UP_INTERVALS;
 use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,9 +22,10 @@ use tokio_util::sync::CancellationToken;
 pub const DEPENDENCY: &str = "cassandra";
 /// How often the planner is woken. What is due comes from the ledger: a missed tick changes nothing.
 const TICK: Duration = Duration::from_millis(500);
-/// How many intervals back unfinished runs are looked for after a start, or as far as catching up goes where that is further:
-/// it bounds what one planning holds in memory.
-const LOOK_BACK_INTERVALS: u32 = 50_000;
+/// Rows of one planning that lengthen the pause after it by another [`TICK`]: reading them takes time.
+const ROWS_PER_TICK: u32 = 1000;
+/// How many intervals back unfinished runs are looked for after a start: it bounds what one planning holds in memory.
+const LOOK_BACK_INTERVALS: u32 = MAX_CATCH_UP_INTERVALS as u32;
 /// Rows of the ledger are read in so long pieces while the end of a gap is looked for.
 const DAY_MS: i64 = 86_400_000;
 /// Rows of intervals that are not begun now, written at once.
@@ -48,8 +51,14 @@ pub struct Service {
     timeline: Option<Timeline>,
     /// Every interval that began before this is over.
     settled_to_ms: i64,
+    /// What is left unfinished before that.
+    unresolved: Unresolved,
+    /// End of the latest run that succeeded; 0: not known.
+    last_success_ms: i64,
     /// As last seen; another value means: look back again.
     updated_at_ms: i64,
+    /// Ledger rows of the latest planning.
+    rows: usize,
     active: JoinSet<Ended>,
     stop: CancellationToken,
 }
@@ -62,7 +71,10 @@ impl Service {
             health,
             timeline: None,
             settled_to_ms: 0,
+            unresolved: Unresolved::default(),
+            last_success_ms: 0,
             updated_at_ms: -1,
+            rows: 0,
             active: JoinSet::new(),
             stop: CancellationToken::new(),
         }
@@ -70,8 +82,6 @@ impl Service {
 
     /// Runs until shutdown, then lets what goes on come to an end.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), ServiceError> {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while !shutdown.has_begun() {
             self.health.beat();
             match self.tick().await {
@@ -85,9 +95,14 @@ impl Service {
                     return Err(e);
                 }
             }
+            let pause = TICK * (1 + u32::try_from(self.rows).unwrap_or(u32::MAX) / ROWS_PER_TICK);
             tokio::select! {
-                _ = ticks.tick() => {}
-                Some(_) = self.active.join_next() => {}
+                () = tokio::time::sleep(pause) => {}
+                Some(ended) = self.active.join_next() => {
+                    if let Err(e) = ended {
+                        tracing::error!(error = %e, "an attempt broke off; its interval is due when its lease has run out");
+                    }
+                }
                 () = shutdown.begun() => {}
             }
         }
@@ -107,25 +122,42 @@ impl Service {
             (Some(timeline), Some(stored)) if timeline.to_json() != *stored => Timeline::from_json(stored)?,
             (Some(timeline), _) => timeline.clone(),
         };
-        if state.updated_at_ms != self.updated_at_ms {
+        let looks_back = state.updated_at_ms != self.updated_at_ms;
+        if looks_back {
             self.settled_to_ms = self.look_back(&timeline, now_ms).await?;
             self.updated_at_ms = state.updated_at_ms;
         }
+        let settings = &runner.definition.stream;
+        let catch_up_from_ms = planner::catch_up_from(&timeline, settings, now_ms);
         let found = runner.ledger.runs(self.settled_to_ms, now_ms).await?;
+        self.rows = found.len();
+        let settled_to_ms = self.settled_to_ms;
+        let span = Span { start_ms: timeline.start_ms(), catch_up_from_ms, settled_to_ms };
+        self.unresolved.refresh(&*runner.ledger, span, now_ms, looks_back).await?;
         runner.metrics.ledger(found.iter());
+        runner.metrics.unresolved(self.unresolved.count(&found));
         let present = timeline.containing(now_ms);
         runner.metrics.interval_seconds.set((present.end_ms - present.start_ms) / 1000);
+        let succeeded = found.iter().filter(|run| run.state == RunState::Succeeded);
+        let latest_ms = succeeded.map(|run| run.finished_at_ms).max().unwrap_or(0);
+        self.last_success_ms = self.last_success_ms.max(latest_ms);
         let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
         let plan = planner::plan(&Facts {
             now_ms,
             timeline: &timeline,
             settled_to_ms: self.settled_to_ms,
-            catch_up_from_ms: timeline.back(now_ms, runner.definition.stream.catch_up),
+            catch_up_from_ms,
             runs: &runs,
-            max_active_runs: runner.definition.stream.max_active_runs,
+            unfinished: self.unresolved.recent(),
+            last_success_ms: self.last_success_ms,
+            retry: &settings.retry,
+            max_active_runs: settings.max_active_runs,
             // The ledger answered just now: what is not ready is Kafka, and runs would only fail on it.
             paused: state.paused || self.kafka_is_away(),
         });
+        if runs.range(..plan.settled_to_ms).any(|(_, run)| run.state == RunState::Failed) {
+            self.unresolved.changed();
+        }
         self.settled_to_ms = plan.settled_to_ms;
         self.timeline = Some(timeline);
         runner.metrics.settled.set(plan.settled_to_ms / 1000);
@@ -168,11 +200,10 @@ impl Service {
     /// From where on runs are looked for that are not over or not there. Over a gap it goes on from the gap's far end, so that
     /// an outage of any length is noted to its first interval.
     async fn look_back(&self, timeline: &Timeline, now_ms: i64) -> Result<i64, LedgerError> {
-        let intervals = LOOK_BACK_INTERVALS.max(self.runner.definition.stream.catch_up);
-        let mut from_ms = timeline.back(now_ms, intervals);
+        let mut from_ms = timeline.back(now_ms, LOOK_BACK_INTERVALS);
         loop {
             let last = self.last_before(from_ms, timeline.start_ms()).await?;
-            match planner::behind_gap(timeline, from_ms, last, intervals) {
+            match planner::behind_gap(timeline, from_ms, last, LOOK_BACK_INTERVALS) {
                 Some(further_ms) => from_ms = further_ms,
                 None => return Ok(from_ms),
             }
@@ -197,7 +228,12 @@ impl Service {
         for decision in decisions {
             match decision {
                 Decision::Begin { interval, run_type } => self.start(interval, run_type, None).await?,
-                Decision::Resume { run } => self.start(run.interval, run.run_type, Some(&run)).await?,
+                Decision::Resume { run } => {
+                    // A backfill that failed is tried again as what is caught up: its earlier failures count on.
+                    let run_type =
+                        if run.state == RunState::Failed { RunType::CatchUp } else { run.run_type };
+                    self.start(run.interval, run_type, Some(&run)).await?;
+                }
                 Decision::Schedule { interval, run_type } => {
                     notes.push(Note { interval, run_type, state: RunState::Scheduled, cause: String::new() });
                 }
@@ -208,7 +244,12 @@ impl Service {
         if let Some(first) = missed.next() {
             let to = missed.clone().next_back().unwrap_or(first).interval.end_ms;
             let (from, count) = (first.interval.start_ms, missed.count() + 1);
-            tracing::error!(from, to, count, "intervals lie behind the catch-up limit; a backfill runs them");
+            tracing::error!(
+                from,
+                to,
+                count,
+                "intervals were missed: they lie behind the catch-up limit; a backfill runs them"
+            );
             self.runner.metrics.attempts.with_label_values(&["missed"]).inc_by(count as u64);
         }
         let ledger = &self.runner.ledger;
@@ -224,16 +265,22 @@ impl Service {
         run_type: RunType,
         seen: Option<&Run>,
     ) -> Result<(), LedgerError> {
-        if let Some(claim) = self.runner.claim(interval, run_type, seen).await? {
+        let claim = self.runner.claim(interval, run_type, seen).await?;
+        if seen.is_some() {
+            self.unresolved.changed();
+        }
+        if let Some(claim) = claim {
             self.active.spawn(self.runner.clone().attempt(claim, self.stop.clone()));
         }
         Ok(())
     }
 
     fn missed(&self, interval: Interval) -> Note {
-        let limit = self.runner.definition.stream.catch_up;
-        let cause =
-            format!("missed: more than {limit} intervals ago when a producer came back; `backfill` runs it");
+        let hours = self.runner.definition.stream.catch_up_limit_ms / 3_600_000;
+        let cause = format!(
+            "missed: older than the catch-up limit of {hours} h when a producer came back; `backfill` runs it, \
+             `runs give-up` accepts that it stays without data"
+        );
         Note { interval, run_type: RunType::CatchUp, state: RunState::Failed, cause }
     }
 

@@ -207,17 +207,21 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
             None
         }
     });
+    let default_limit = rules::default_catch_up_limit(&schedule);
     StreamSettings {
         name,
         schedule,
         start_ms,
-        catch_up: s.small("catch_up", 10, 0..=100_000),
+        catch_up: s.small("catch_up", 10, 0..=50_000),
+        catch_up_limit_ms: s.duration("catch_up_limit", default_limit, 0..=366 * DAY),
         max_active_runs: s.small("max_active_runs", 2, 1..=64),
         retry: s.section("retry", |s| RetryPolicy {
-            attempts: s.small("attempts", 5, 1..=100),
+            attempts: s.table.contains_key("attempts").then(|| s.small("attempts", 1, 1..=1000)),
             backoff_ms: s.duration("backoff", SECOND, 1..=HOUR),
             max_backoff_ms: s.duration("max_backoff", MINUTE, 1..=DAY),
-            deadline_ms: s.duration("deadline", 15 * MINUTE, SECOND..=DAY),
+            deadline_ms: s.duration("deadline", 12 * HOUR, SECOND..=31 * DAY),
+            failed_backoff_ms: s.duration("failed_backoff", 15 * MINUTE, 1..=DAY),
+            attempt_timeout_ms: s.duration("attempt_timeout", 15 * MINUTE, SECOND..=DAY),
         }),
     }
 }

@@ -3,12 +3,14 @@
 
 use super::parse::in_words;
 use super::secrets::{has_user, looks_secret, redacted, secret_parameters};
-use super::{Definition, EventTime, Groups, Pagination, Schedule};
+use super::{Definition, EventTime, Groups, MAX_CATCH_UP_INTERVALS, Pagination, Schedule};
 use crate::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
 use std::collections::BTreeSet;
 
 /// Lateness when the file names none: ten minutes.
 const DEFAULT_LATENESS_MS: i64 = 600_000;
+/// How far intervals are caught up when the file does not say: a week, so that nothing is lost over a weekend.
+const DEFAULT_CATCH_UP_LIMIT_MS: i64 = 7 * 86_400_000;
 /// An event may come this many schedule intervals late and still be on time.
 const LATENESS_INTERVALS: i64 = 3;
 /// Rows outlive the log by this much at least (two days), so that a copy is recognised as long as it can be read again.
@@ -38,8 +40,13 @@ pub(super) fn default_lateness(schedule: &Schedule) -> i64 {
     DEFAULT_LATENESS_MS.max(LATENESS_INTERVALS * interval_ms(schedule))
 }
 
+pub(super) fn default_catch_up_limit(schedule: &Schedule) -> i64 {
+    DEFAULT_CATCH_UP_LIMIT_MS.min(MAX_CATCH_UP_INTERVALS.saturating_mul(interval_ms(schedule)))
+}
+
 pub(super) fn check(d: &Definition, problems: &mut Vec<String>) {
     check_names(d, problems);
+    check_catch_up(d, problems);
     check_source(d, problems);
     check_windows(d, problems);
     check_ttl(d, problems);
@@ -75,6 +82,17 @@ fn check_names(d: &Definition, problems: &mut Vec<String>) {
         if !seen.insert(name) {
             problems.push(format!("column `{name}`: declared twice"));
         }
+    }
+}
+
+fn check_catch_up(d: &Definition, problems: &mut Vec<String>) {
+    let (limit_ms, interval_ms) = (d.stream.catch_up_limit_ms, interval_ms(&d.stream.schedule));
+    if limit_ms / interval_ms > MAX_CATCH_UP_INTERVALS {
+        problems.push(format!(
+            "`stream.catch_up_limit`: {} holds more than {MAX_CATCH_UP_INTERVALS} intervals; at most {}",
+            in_words(limit_ms),
+            in_words(MAX_CATCH_UP_INTERVALS * interval_ms)
+        ));
     }
 }
 
@@ -181,7 +199,8 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
 }
 
 fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
-    let catch_up_ms = i64::from(d.stream.catch_up) * interval_ms(&d.stream.schedule);
+    let first_ms = i64::from(d.stream.catch_up) * interval_ms(&d.stream.schedule);
+    let catch_up_ms = first_ms.max(d.stream.catch_up_limit_ms);
     let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms;
     if d.store.ttl_seconds != 0 && d.store.ttl_seconds.saturating_mul(1000) < least {
         problems.push(format!(
@@ -194,7 +213,7 @@ fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Auth, Definition, Pagination};
+    use super::super::{Auth, Definition, Pagination, Schedule};
 
     const GOOD: &str = include_str!("../../../../streams/user_created.toml");
 
@@ -239,6 +258,10 @@ mod tests {
         check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
         check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
         check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
+        check(
+            ("catch_up = 10", "catch_up_limit = \"36d\""),
+            "`stream.catch_up_limit`: 1month 5days 13h 26m 24s holds more than 50000 intervals; at most 1month 4days",
+        );
         check(("ttl = \"365d\"", "ttl = \"3d\""), "shorter than topic retention");
         check(("name = \"email\"", "name = \"event_id\""), "the pipeline's own column");
         check(("measures = [\"age\"]", "measures = [\"email\"]"), "measures are int, bigint or double");
@@ -315,6 +338,26 @@ mod tests {
             "`source.headers`: `Authorization` looks like a secret",
         );
         check(("http://127.0.0.1:8090/api/?", "ftp://h/?token=S3CRET&"), "`ftp://h/?token=…&results=…");
+    }
+
+    #[test]
+    fn what_is_not_said_about_outages_lasts_over_a_night_and_a_weekend() {
+        let stream = |change: (&str, &str)| {
+            assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
+            Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().stream
+        };
+        let shipped = stream(("catch_up = 10", "catch_up = 10"));
+        let Schedule::Every(interval_ms) = shipped.schedule else { panic!("{shipped:?}") };
+        assert!(shipped.catch_up_limit_ms / interval_ms >= 4320, "three days of its intervals");
+        assert!(
+            shipped.retry.deadline_ms >= 8 * 3_600_000 && shipped.retry.attempts.is_none(),
+            "{shipped:?}"
+        );
+        assert_eq!(shipped.catch_up, 10, "a first start does not fetch all that");
+        let often = stream(("every = \"1m\"", "every = \"1s\""));
+        assert_eq!(often.catch_up_limit_ms, 50_000_000, "as many intervals as can be planned");
+        let few = stream(("backoff = \"1s\"", "backoff = \"1s\", attempts = 5"));
+        assert_eq!(few.retry.attempts, Some(5));
     }
 
     #[test]

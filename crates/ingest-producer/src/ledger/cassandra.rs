@@ -1,6 +1,7 @@
 //! The run ledger in Cassandra: `ingest_runs`, `ingest_attempts`, `stream_state`, with lightweight transactions and nothing
 //! else.
 
+use super::rows::{AttemptRow, DAY_MS, NewRun, RunRow, day, ms, set_if};
 use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, taken_up};
 use crate::error::shortened;
 use crate::planner::Run;
@@ -14,11 +15,9 @@ use scylla::serialize::row::SerializeRow;
 use scylla::statement::Consistency;
 use scylla::statement::prepared::PreparedStatement;
 use scylla::value::{CqlTimestamp, CqlValue, MaybeUnset, Row};
-use scylla::{DeserializeRow, SerializeRow};
 use std::sync::Arc;
 use std::time::Duration;
 
-const DAY_MS: i64 = 86_400_000;
 /// How often a read is tried again, and the first pause; each further one is twice as long.
 const READ_AGAIN: usize = 4;
 const READ_PAUSE: Duration = Duration::from_millis(100);
@@ -42,6 +41,7 @@ struct Statements {
     touch: PreparedStatement,
     pause: PreparedStatement,
     runs: PreparedStatement,
+    unfinished: PreparedStatement,
     run: PreparedStatement,
     insert: PreparedStatement,
     claim: PreparedStatement,
@@ -50,70 +50,6 @@ struct Statements {
     overrule: PreparedStatement,
     record: PreparedStatement,
     attempts: PreparedStatement,
-}
-
-#[derive(Debug, DeserializeRow)]
-struct RunRow {
-    interval_start: CqlTimestamp,
-    interval_end: Option<CqlTimestamp>,
-    state: Option<String>,
-    run_type: Option<String>,
-    run_id: Option<String>,
-    attempt: Option<i32>,
-    owner: Option<String>,
-    epoch: Option<i64>,
-    lease_until: Option<CqlTimestamp>,
-    pages: Option<i32>,
-    records: Option<i64>,
-    acked: Option<i64>,
-    bytes: Option<i64>,
-    error: Option<String>,
-    started_at: Option<CqlTimestamp>,
-    finished_at: Option<CqlTimestamp>,
-    retry_at: Option<CqlTimestamp>,
-}
-
-#[derive(Debug, SerializeRow)]
-struct NewRun<'a> {
-    stream: &'a str,
-    day: CqlTimestamp,
-    interval_start: CqlTimestamp,
-    interval_end: CqlTimestamp,
-    state: &'a str,
-    run_type: &'a str,
-    run_id: &'a str,
-    attempt: i32,
-    owner: &'a str,
-    epoch: i64,
-    lease_until: CqlTimestamp,
-    error: &'a str,
-    created_at: CqlTimestamp,
-    started_at: MaybeUnset<CqlTimestamp>,
-    finished_at: MaybeUnset<CqlTimestamp>,
-}
-
-#[derive(Debug, DeserializeRow)]
-struct AttemptRow {
-    interval_start: CqlTimestamp,
-    attempt: i32,
-    run_id: Option<String>,
-    owner: Option<String>,
-    outcome: Option<String>,
-    cause: Option<String>,
-    http_status: Option<i32>,
-    pages: Option<i32>,
-    records: Option<i64>,
-    bytes: Option<i64>,
-    started_at: Option<CqlTimestamp>,
-    milliseconds: Option<i64>,
-}
-
-fn day(start_ms: i64) -> CqlTimestamp {
-    CqlTimestamp(common::event::floor_to(start_ms, DAY_MS))
-}
-
-fn ms(time: Option<CqlTimestamp>) -> i64 {
-    time.map_or(0, |t| t.0)
 }
 
 pub(crate) fn failed(error: &scylla::errors::ExecutionError) -> LedgerError {
@@ -143,35 +79,14 @@ pub(crate) async fn prepare(session: &Session, cql: String) -> Result<PreparedSt
     })
 }
 
-impl RunRow {
-    fn read(self) -> Result<Run, LedgerError> {
-        Ok(Run {
-            interval: Interval { start_ms: self.interval_start.0, end_ms: ms(self.interval_end) },
-            state: self.state.unwrap_or_default().parse().map_err(unreadable)?,
-            run_type: self.run_type.unwrap_or_default().parse().map_err(unreadable)?,
-            run_id: self.run_id.unwrap_or_default(),
-            attempt: self.attempt.unwrap_or(0),
-            owner: self.owner.unwrap_or_default(),
-            epoch: self.epoch.unwrap_or(0),
-            lease_until_ms: ms(self.lease_until),
-            retry_at_ms: ms(self.retry_at),
-            started_at_ms: ms(self.started_at),
-            finished_at_ms: ms(self.finished_at),
-            pages: self.pages.unwrap_or(0),
-            records: self.records.unwrap_or(0),
-            acked: self.acked.unwrap_or(0),
-            bytes: self.bytes.unwrap_or(0),
-            error: self.error.unwrap_or_default(),
-        })
-    }
-}
-
 impl Statements {
     async fn prepare(session: &Session, k: &str) -> Result<Statements, LedgerError> {
         let prepare = async |cql: String| prepare(session, cql).await;
         let mut run = prepare(format!("SELECT {RUN_COLUMNS} FROM {k}.ingest_runs WHERE {RUN_KEY}")).await?;
         run.set_consistency(Consistency::LocalSerial);
         let update = |set: &str| format!("UPDATE {k}.ingest_runs SET {set} WHERE {RUN_KEY} IF epoch = ?");
+        let span = "stream = ? AND day = ? AND interval_start >= ? AND interval_start < ?";
+        let runs = format!("SELECT {RUN_COLUMNS} FROM {k}.ingest_runs WHERE {span}");
         Ok(Statements {
             run,
             state: prepare(format!("SELECT paused, schedules, updated_at FROM {k}.stream_state WHERE stream = ?")).await?,
@@ -185,11 +100,9 @@ impl Statements {
             .await?,
             touch: prepare(format!("UPDATE {k}.stream_state SET updated_at = ? WHERE stream = ? IF EXISTS")).await?,
             pause: prepare(format!("UPDATE {k}.stream_state SET paused = ? WHERE stream = ? IF EXISTS")).await?,
-            runs: prepare(format!(
-                "SELECT {RUN_COLUMNS} FROM {k}.ingest_runs WHERE stream = ? AND day = ? AND interval_start >= ? \
-                 AND interval_start < ?"
-            ))
-            .await?,
+            // Of all states `succeeded` is the last in the alphabet. What is filtered is a part of one partition.
+            unfinished: prepare(format!("{runs} AND state < 'succeeded' ALLOW FILTERING")).await?,
+            runs: prepare(runs).await?,
             insert: prepare(format!(
                 "INSERT INTO {k}.ingest_runs (stream, day, interval_start, interval_end, state, run_type, run_id, attempt, \
                  owner, epoch, lease_until, error, created_at, started_at, finished_at) \
@@ -255,6 +168,26 @@ impl CassandraLedger {
         answer.into_rows_result().map_err(unreadable)
     }
 
+    /// The runs of a span by `statement`, day by day.
+    async fn span(
+        &self,
+        statement: &PreparedStatement,
+        from_ms: i64,
+        to_ms: i64,
+    ) -> Result<Vec<Run>, LedgerError> {
+        let mut found = Vec::new();
+        let mut day_ms = day(from_ms).0;
+        while day_ms < to_ms {
+            let key = (&self.stream, CqlTimestamp(day_ms), CqlTimestamp(from_ms), CqlTimestamp(to_ms));
+            let rows = self.rows(statement, key).await?;
+            for row in rows.rows::<RunRow>().map_err(unreadable)? {
+                found.push(row.map_err(unreadable)?.read()?);
+            }
+            day_ms += DAY_MS;
+        }
+        Ok(found)
+    }
+
     async fn insert(&self, row: NewRun<'_>) -> Result<bool, LedgerError> {
         applied(self.execute(&self.statements.insert, row).await?)
     }
@@ -287,17 +220,11 @@ impl Ledger for CassandraLedger {
     }
 
     async fn runs(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError> {
-        let mut found = Vec::new();
-        let mut day_ms = day(from_ms).0;
-        while day_ms < to_ms {
-            let key = (&self.stream, CqlTimestamp(day_ms), CqlTimestamp(from_ms), CqlTimestamp(to_ms));
-            let rows = self.rows(&self.statements.runs, key).await?;
-            for row in rows.rows::<RunRow>().map_err(unreadable)? {
-                found.push(row.map_err(unreadable)?.read()?);
-            }
-            day_ms += DAY_MS;
-        }
-        Ok(found)
+        self.span(&self.statements.runs, from_ms, to_ms).await
+    }
+
+    async fn unfinished(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError> {
+        self.span(&self.statements.unfinished, from_ms, to_ms).await
     }
 
     async fn run(&self, start_ms: i64) -> Result<Option<Run>, LedgerError> {
@@ -313,16 +240,11 @@ impl Ledger for CassandraLedger {
         seen: Option<&Run>,
         lease: &Lease,
     ) -> Result<Option<Claim>, LedgerError> {
-        let (attempt, epoch, first_started_ms) = taken_up(seen, lease.now_ms);
+        let (attempt, epoch, first_started_ms) = taken_up(seen, run_type, lease.now_ms);
         let until = CqlTimestamp(lease.until_ms);
         let won = match seen {
             None => {
-                let now = CqlTimestamp(lease.now_ms);
                 self.insert(NewRun {
-                    stream: &self.stream,
-                    day: day(interval.start_ms),
-                    interval_start: CqlTimestamp(interval.start_ms),
-                    interval_end: CqlTimestamp(interval.end_ms),
                     state: RunState::Running.name(),
                     run_type: run_type.name(),
                     run_id: &lease.run_id,
@@ -330,10 +252,8 @@ impl Ledger for CassandraLedger {
                     owner: &lease.owner,
                     epoch,
                     lease_until: until,
-                    error: "",
-                    created_at: now,
-                    started_at: MaybeUnset::Set(now),
-                    finished_at: MaybeUnset::Unset,
+                    started_at: MaybeUnset::Set(CqlTimestamp(lease.now_ms)),
+                    ..NewRun::of(&self.stream, interval, lease.now_ms)
                 })
                 .await?
             }
@@ -362,28 +282,12 @@ impl Ledger for CassandraLedger {
     }
 
     async fn note(&self, note: &Note, now_ms: i64) -> Result<(), LedgerError> {
-        let interval = note.interval;
-        let now = CqlTimestamp(now_ms);
         let row = NewRun {
-            stream: &self.stream,
-            day: day(interval.start_ms),
-            interval_start: CqlTimestamp(interval.start_ms),
-            interval_end: CqlTimestamp(interval.end_ms),
             state: note.state.name(),
             run_type: note.run_type.name(),
-            run_id: "",
-            attempt: 0,
-            owner: "",
-            epoch: 1,
-            lease_until: now,
             error: &note.cause,
-            created_at: now,
-            started_at: MaybeUnset::Unset,
-            finished_at: if note.state == RunState::Failed {
-                MaybeUnset::Set(now)
-            } else {
-                MaybeUnset::Unset
-            },
+            finished_at: set_if(note.state == RunState::Failed, CqlTimestamp(now_ms)),
+            ..NewRun::of(&self.stream, note.interval, now_ms)
         };
         self.insert(row).await.map(|_| ())
     }
@@ -396,9 +300,10 @@ impl Ledger for CassandraLedger {
 
     async fn finish(&self, claim: &Claim, ending: &Ending) -> Result<bool, LedgerError> {
         let (start, now) = (claim.interval.start_ms, CqlTimestamp(ending.now_ms));
-        let over = ending.state != RunState::Retrying;
-        let finished = if over { MaybeUnset::Set(now) } else { MaybeUnset::Unset };
-        let retry = if over { MaybeUnset::Unset } else { MaybeUnset::Set(CqlTimestamp(ending.retry_at_ms)) };
+        let set_if =
+            |holds: bool, at: CqlTimestamp| if holds { MaybeUnset::Set(at) } else { MaybeUnset::Unset };
+        let finished = set_if(ending.state != RunState::Retrying, now);
+        let retry = set_if(ending.state != RunState::Succeeded, CqlTimestamp(ending.retry_at_ms));
         let Counts { pages, records, acked, bytes } = ending.counts;
         let (state, error) = (ending.state.name(), &ending.error);
         let (day, start) = (day(start), CqlTimestamp(start));
@@ -447,28 +352,7 @@ impl Ledger for CassandraLedger {
         let key = (&self.stream, day(start_ms), CqlTimestamp(start_ms));
         let rows = self.rows(&self.statements.attempts, key).await?;
         let rows = rows.rows::<AttemptRow>().map_err(unreadable)?;
-        rows.map(|row| {
-            let row = row.map_err(unreadable)?;
-            let start_ms = row.interval_start.0;
-            Ok(Attempt {
-                interval: Interval { start_ms, end_ms: start_ms },
-                number: row.attempt,
-                run_id: row.run_id.unwrap_or_default(),
-                owner: row.owner.unwrap_or_default(),
-                outcome: row.outcome.unwrap_or_default(),
-                cause: row.cause.unwrap_or_default(),
-                http_status: row.http_status,
-                counts: Counts {
-                    pages: row.pages.unwrap_or(0),
-                    records: row.records.unwrap_or(0),
-                    acked: 0,
-                    bytes: row.bytes.unwrap_or(0),
-                },
-                started_ms: ms(row.started_at),
-                milliseconds: row.milliseconds.unwrap_or(0),
-            })
-        })
-        .collect()
+        rows.map(|row| row.map(AttemptRow::read).map_err(unreadable)).collect()
     }
 
     async fn overrule(
@@ -479,7 +363,7 @@ impl Ledger for CassandraLedger {
         now_ms: i64,
     ) -> Result<bool, LedgerError> {
         let (start, now) = (seen.interval.start_ms, CqlTimestamp(now_ms));
-        let finished = if state == RunState::Failed { MaybeUnset::Set(now) } else { MaybeUnset::Unset };
+        let finished = set_if(state == RunState::GivenUp, now);
         let (epoch, attempt) = (seen.epoch + 1, seen.attempt + 1);
         let (day, start) = (day(start), CqlTimestamp(start));
         let values =

@@ -95,6 +95,12 @@ impl Ledger for MemoryLedger {
         self.with(|i| i.runs.range(from_ms..to_ms.max(from_ms)).map(|(_, run)| run.clone()).collect())
     }
 
+    async fn unfinished(&self, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError> {
+        let mut runs = self.runs(from_ms, to_ms).await?;
+        runs.retain(|run| run.state != RunState::Succeeded);
+        Ok(runs)
+    }
+
     async fn run(&self, start_ms: i64) -> Result<Option<Run>, LedgerError> {
         self.with(|i| i.runs.get(&start_ms).cloned())
     }
@@ -107,7 +113,7 @@ impl Ledger for MemoryLedger {
         lease: &Lease,
     ) -> Result<Option<Claim>, LedgerError> {
         self.with(|i| {
-            let (attempt, epoch, first_started_ms) = taken_up(seen, lease.now_ms);
+            let (attempt, epoch, first_started_ms) = taken_up(seen, run_type, lease.now_ms);
             let stored = i.runs.get(&interval.start_ms);
             let unchanged = stored.map(|run| run.epoch) == seen.map(|run| run.epoch);
             // An earlier try of the same claim may have been carried out without an answer.
@@ -165,9 +171,11 @@ impl Ledger for MemoryLedger {
             let Counts { pages, records, acked, bytes } = ending.counts;
             (run.pages, run.records, run.acked, run.bytes) = (pages, records, acked, bytes);
             run.lease_until_ms = ending.now_ms;
-            match ending.state {
-                RunState::Retrying => run.retry_at_ms = ending.retry_at_ms,
-                _ => run.finished_at_ms = ending.now_ms,
+            if ending.state != RunState::Succeeded {
+                run.retry_at_ms = ending.retry_at_ms;
+            }
+            if ending.state != RunState::Retrying {
+                run.finished_at_ms = ending.now_ms;
             }
         })
     }
@@ -198,7 +206,7 @@ impl Ledger for MemoryLedger {
                 run.epoch += 1;
                 run.attempt += 1;
                 run.retry_at_ms = now_ms;
-                if state == RunState::Failed {
+                if state == RunState::GivenUp {
                     run.finished_at_ms = now_ms;
                 }
                 true

@@ -21,6 +21,8 @@ pub async fn all(make: impl AsyncFn(&str) -> Arc<dyn Ledger>) {
     a_lease_that_was_taken_writes_nothing(&*make("fence").await).await;
     a_run_retries_and_succeeds(&*make("retry").await).await;
     a_run_that_is_over_begins_anew(&*make("anew").await).await;
+    a_failed_run_that_is_tried_again_by_itself_goes_on(&*make("goes_on").await).await;
+    unfinished_runs_are_found_by_themselves(&*make("unfinished").await).await;
     idle_time_does_not_count(&*make("idle").await).await;
     notes_change_nothing_that_is_there(&*make("note").await).await;
     the_first_record_of_an_attempt_stays(&*make("record").await).await;
@@ -152,6 +154,41 @@ async fn a_run_that_is_over_begins_anew(ledger: &dyn Ledger) {
     assert_eq!((row.run_type, row.state), (RunType::Backfill, RunState::Running));
 }
 
+async fn a_failed_run_that_is_tried_again_by_itself_goes_on(ledger: &dyn Ledger) {
+    let now = T0 + MINUTE;
+    let first = claim(ledger, None, &lease("first", now)).await.unwrap();
+    ledger.finish(&first, &ending(RunState::Failed, "404", now)).await.unwrap();
+    let failed = row(ledger).await;
+    assert_eq!((failed.retry_at_ms, failed.finished_at_ms), (now + 5000, now));
+    let again = lease("again", now + 6000);
+    let taken = ledger.claim(interval(0), RunType::CatchUp, Some(&failed), &again).await.unwrap().unwrap();
+    assert_eq!((taken.attempt, taken.first_started_ms), (2, now + 1000), "a second late");
+}
+
+async fn unfinished_runs_are_found_by_themselves(ledger: &dyn Ledger) {
+    let now = T0 + MINUTE;
+    let states = [RunState::Succeeded, RunState::Retrying, RunState::Failed];
+    for (n, state) in (0..).zip(states) {
+        let lease = lease("first", now);
+        let claim = ledger.claim(interval(n), RunType::Scheduled, None, &lease).await.unwrap().unwrap();
+        ledger.finish(&claim, &ending(state, "", now)).await.unwrap();
+    }
+    let failed = ledger.run(T0 + 2 * MINUTE).await.unwrap().unwrap();
+    assert!(ledger.overrule(&failed, RunState::GivenUp, "no data", now).await.unwrap());
+    for n in 3..5 {
+        let (state, run_type) = (RunState::Scheduled, RunType::CatchUp);
+        let note = Note { interval: interval(n), state, run_type, cause: String::new() };
+        ledger.note(&note, now).await.unwrap();
+    }
+    ledger.claim(interval(5), RunType::Scheduled, None, &lease("first", now)).await.unwrap().unwrap();
+    let found = ledger.unfinished(T0, T0 + 6 * MINUTE).await.unwrap();
+    let states: Vec<_> = found.iter().map(|run| ((run.interval.start_ms - T0) / MINUTE, run.state)).collect();
+    let (retrying, given_up) = ((1, RunState::Retrying), (2, RunState::GivenUp));
+    let waiting = [(3, RunState::Scheduled), (4, RunState::Scheduled), (5, RunState::Running)];
+    assert_eq!(states, [&[retrying, given_up], &waiting[..]].concat());
+    assert_eq!(ledger.unfinished(T0 + 4 * MINUTE, T0 + 5 * MINUTE).await.unwrap().len(), 1);
+}
+
 async fn idle_time_does_not_count(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
@@ -237,13 +274,13 @@ async fn overruling_is_fenced_and_takes_the_lease(ledger: &dyn Ledger) {
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     let seen = row(ledger).await;
     assert!(ledger.overrule(&seen, RunState::Scheduled, "", now + 1).await.unwrap());
-    assert!(!ledger.overrule(&seen, RunState::Failed, "too late", now + 2).await.unwrap());
+    assert!(!ledger.overrule(&seen, RunState::GivenUp, "too late", now + 2).await.unwrap());
     assert!(!ledger.finish(&first, &ending(RunState::Succeeded, "", now + 3)).await.unwrap());
     let cleared = row(ledger).await;
     assert_eq!((cleared.state, cleared.attempt, cleared.epoch), (RunState::Scheduled, 2, 2));
-    assert!(ledger.overrule(&cleared, RunState::Failed, "by hand", now + 4).await.unwrap());
-    let failed = row(ledger).await;
-    assert_eq!((failed.error.as_str(), failed.finished_at_ms), ("by hand", now + 4));
+    assert!(ledger.overrule(&cleared, RunState::GivenUp, "by hand", now + 4).await.unwrap());
+    let given_up = row(ledger).await;
+    assert_eq!((given_up.error.as_str(), given_up.finished_at_ms), ("by hand", now + 4));
 }
 
 async fn schedules_change_by_compare_and_set_and_a_pause_stays(ledger: &dyn Ledger) {

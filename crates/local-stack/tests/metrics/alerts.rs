@@ -107,7 +107,7 @@ async fn provoked_for_real_each_alert_tells_what_broke() {
     poison(POISON);
     told("poison", since, &["DeadLetters"]).await;
     refuse_all().await;
-    told("source without data", since, &["IngestRunsFailed"]).await;
+    told("source without data", since, &["IngestUnresolvedIntervals"]).await;
     let since = Instant::now();
     signal("source", Signal::KILL);
     told("source stopped", since, &["IngestNoSuccess"]).await;

@@ -1,5 +1,8 @@
 //! Runs and the whole loop on fakes that fail on a seeded schedule.
 
+mod outages;
+mod records;
+
 use super::*;
 use crate::ledger::memory::MemoryLedger;
 use crate::schedule::Timeline;
@@ -119,6 +122,7 @@ struct World {
     luck: Arc<Luck>,
     source_fails: u64,
     schedule: Schedule,
+    catch_up_limit_ms: i64,
 }
 
 impl World {
@@ -140,6 +144,7 @@ impl World {
             luck,
             source_fails,
             schedule: Schedule::Every(MINUTE),
+            catch_up_limit_ms: 0,
         }
     }
 
@@ -148,11 +153,10 @@ impl World {
     }
 
     fn runner(&self, owner: &str) -> Arc<Runner> {
-        let text = include_str!("../../../streams/user_created.toml");
+        let text = include_str!("../../../../streams/user_created.toml");
         let mut definition = Definition::parse("users", text).unwrap();
         definition.stream.schedule = self.schedule.clone();
-        definition.stream.retry.attempts = 50;
-        definition.stream.retry.deadline_ms = 1000 * MINUTE;
+        definition.stream.catch_up_limit_ms = self.catch_up_limit_ms;
         let now = self.now.clone();
         Arc::new(Runner {
             requests: Requests::new(&definition, None).unwrap(),
@@ -327,79 +331,6 @@ async fn a_stop_leaves_the_interval_due() {
     assert_eq!((run.state, run.retry_at_ms), (RunState::Retrying, T0));
 }
 
-/// Gives the same page for whatever is asked.
-struct Fixed(String);
-
-#[async_trait]
-impl FetchPage for Fixed {
-    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
-        Ok(page(&self.0))
-    }
-}
-
-impl World {
-    /// One attempt at the last minute, of a source that gives this page.
-    async fn attempt_at(&self, body: String) -> (Ended, Run) {
-        let runner = Arc::into_inner(self.runner("a")).unwrap();
-        let mut runner = Runner { source: Arc::new(Fixed(body)), ..runner };
-        runner.definition.source.pagination = common::stream::Pagination::None;
-        let runner = Arc::new(runner);
-        let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
-        let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
-        let ended = runner.attempt(claim, CancellationToken::new()).await;
-        (ended, self.ledger.run(interval.start_ms).await.unwrap().unwrap())
-    }
-}
-
-/// A person whose age is written so.
-fn person(id: &str, age: &str) -> String {
-    format!(
-        r#"{{"login": {{"uuid": "{id}"}}, "name": {{"first": "A", "last": "B"}}, "dob": {{"age": {age}}}}}"#
-    )
-}
-
-#[tokio::test]
-async fn a_record_that_cannot_be_read_costs_itself_and_not_its_page() {
-    let world = World::new(13, 0, 0);
-    let people = [person("a", "NaN"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
-    let body = format!("{{\"results\": [{}]}}", people.join(", "));
-    let (ended, run) = world.attempt_at(body).await;
-    assert_eq!((ended, run.records, run.acked), (Ended::Succeeded, 3, 3));
-    let delivered: Vec<String> =
-        world.kafka.delivered.lock().unwrap().keys().map(|(id, _)| id.clone()).collect();
-    assert_eq!(delivered, ["b"]);
-    let refused = world.kafka.refused.lock().unwrap();
-    assert!(refused[0].contains("no JSON") && refused[1].contains("is a float"), "{refused:?}");
-}
-
-#[tokio::test]
-async fn a_page_is_published_while_it_is_read_and_never_held_as_a_whole() {
-    let world = World::new(15, 0, 0);
-    let people: Vec<String> = (0..3 * BATCH_RECORDS).map(|n| person(&format!("id-{n:05}"), "1")).collect();
-    // Two commas: what stands before them has been published by the time they are found.
-    let body = format!("{{\"results\": [{},, {}]}}", people[..2 * BATCH_RECORDS].join(","), people[0]);
-    let (ended, run) = world.attempt_at(body).await;
-    assert_eq!((ended, run.records, run.acked), (Ended::Retrying, 1000, 1000), "{run:?}");
-    assert!(run.error.contains("no JSON at byte") && run.error.contains("a value is missing"), "{run:?}");
-    assert_eq!(world.kafka.largest_batch.load(Ordering::SeqCst), BATCH_RECORDS as u64);
-    let large = format!("\"{}\"", "x".repeat(BATCH_BYTES / 10));
-    let body = format!("{{\"results\": [{}]}}", vec![large; 100].join(","));
-    world.kafka.largest_batch.store(0, Ordering::SeqCst);
-    let other = World { kafka: world.kafka.clone(), ..World::new(15, 0, 0) };
-    assert_eq!(other.attempt_at(body).await.0, Ended::Succeeded);
-    assert_eq!(other.kafka.largest_batch.load(Ordering::SeqCst), 10, "bytes fill a batch too");
-}
-
-#[tokio::test]
-async fn nothing_is_produced_into_a_topic_that_is_not_the_registered_one() {
-    let world = World::new(23, 0, 0);
-    world.topic.0.store(true, Ordering::SeqCst);
-    let (ended, run) = world.attempt_at(format!("{{\"results\": [{}]}}", person("a", "1"))).await;
-    assert_eq!((ended, run.pages, run.acked), (Ended::Failed, 0, 0));
-    assert!(run.error.starts_with("12 partitions, but registered with 6"), "{run:?}");
-    assert!(world.kafka.delivered.lock().unwrap().is_empty());
-}
-
 /// A source that never answers.
 struct Never;
 
@@ -411,30 +342,60 @@ impl FetchPage for Never {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_goes_on_at_its_runs_deadline_is_cut_off() {
+async fn an_attempt_that_takes_too_long_is_cut_off_and_followed_by_another() {
     let world = World::new(9, 0, 0);
     let runner = Arc::into_inner(world.runner("a")).unwrap();
     let mut runner = Runner { source: Arc::new(Never), ..runner };
-    runner.definition.stream.retry.deadline_ms = 90_000;
+    runner.definition.stream.retry.attempt_timeout_ms = 90_000;
     let runner = Arc::new(runner);
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
     let begun = tokio::time::Instant::now();
-    assert_eq!(runner.attempt(claim, CancellationToken::new()).await, Ended::Failed);
+    assert_eq!(runner.attempt(claim, CancellationToken::new()).await, Ended::Retrying);
     assert_eq!(begun.elapsed().as_secs(), 90);
     let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
-    let cause = "cut off by the run's deadline of 90 s after 0 pages, 0 records, 0 acknowledged";
-    assert!(run.state == RunState::Failed && run.error.starts_with(cause), "{run:?}");
+    let cause =
+        "not done within 90 s: 0 pages, 0 records, 0 acknowledged; raise stream.retry.attempt_timeout";
+    assert!(run.error.starts_with(cause), "{run:?}");
     let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
     assert_eq!(attempts[0].outcome, OUTCOME_FAILED);
     assert!(attempts[0].cause.starts_with(cause), "{attempts:?}");
+}
+
+/// A source that is broken in a way that nobody thought of.
+struct Panics;
+
+#[async_trait]
+impl FetchPage for Panics {
+    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+        panic!("a fault of the program");
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_that_panics_is_recorded_and_its_interval_is_due_again() {
+    let world = World::new(17, 0, 0);
+    let healthy = world.runner("a");
+    let broken = Arc::into_inner(world.runner("a")).unwrap();
+    let broken = Runner { source: Arc::new(Panics), metrics: healthy.metrics.clone(), ..broken };
+    let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+    let claim = healthy.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+    assert_eq!(Arc::new(broken).attempt(claim, CancellationToken::new()).await, Ended::Retrying);
+    let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
+    assert_eq!(run.error, "the attempt panicked: a fault of the program");
+    let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
+    assert_eq!((attempts[0].outcome.as_str(), &attempts[0].cause), (OUTCOME_FAILED, &run.error));
+    let active = healthy.metrics.registry.gather().into_iter().find(|f| f.name() == "ingest_runs_active");
+    assert_eq!(active.unwrap().get_metric()[0].get_gauge().get_value(), 0.0);
+    let claim = healthy.claim(interval, RunType::Scheduled, Some(&run)).await.unwrap().unwrap();
+    assert_eq!(healthy.attempt(claim, CancellationToken::new()).await, Ended::Succeeded);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_run_that_is_over_and_run_again_has_all_its_attempts_again() {
     let world = World::new(11, 1, 0);
     let mut runner = Arc::into_inner(world.runner("a")).unwrap();
-    runner.definition.stream.retry.attempts = 2;
+    runner.definition.stream.retry.attempts = Some(2);
     let runner = Arc::new(runner);
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let mut ends = Vec::new();

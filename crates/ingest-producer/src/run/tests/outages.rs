@@ -1,0 +1,93 @@
+//! Sources that refuse for long, and producers that were away for longer: what is unresolved is known until it no longer is.
+
+use super::*;
+
+/// The gauge of intervals without their data, as (failed, missed).
+fn unresolved(runner: &Runner) -> (f64, f64) {
+    let families = runner.metrics.registry.gather();
+    let family = families.iter().find(|family| family.name() == "ingest_unresolved_intervals").unwrap();
+    let of = |state: &str| {
+        let series = family.get_metric().iter().find(|series| series.get_label()[0].value() == state);
+        series.unwrap().get_gauge().get_value()
+    };
+    (of("failed"), of("missed"))
+}
+
+/// A source that refuses whatever is asked, until it is told not to.
+struct Refuses {
+    refuses: std::sync::atomic::AtomicBool,
+    asked: AtomicU64,
+}
+
+#[async_trait]
+impl FetchPage for Refuses {
+    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err(AttemptError::fatal("the source answers 404"));
+        }
+        Ok(page("{\"results\": []}"))
+    }
+}
+
+/// An hour of plannings, one every five seconds.
+async fn an_hour(world: &World, service: &mut Service) {
+    for _ in 0..720 {
+        world.pass(5000);
+        service.tick().await.unwrap();
+        service.wait_for_active().await;
+    }
+}
+
+#[tokio::test]
+async fn failed_intervals_are_counted_and_tried_now_and_then_until_they_succeed_or_are_given_up() {
+    let world = World { catch_up_limit_ms: 2 * DAY, ..World::new(19, 0, 0) };
+    let source = Refuses { refuses: true.into(), asked: AtomicU64::new(0) };
+    let source = Arc::new(source);
+    let runner = Runner { source: source.clone(), ..Arc::into_inner(world.runner("a")).unwrap() };
+    let runner = Arc::new(runner);
+    let service = || Service::new(runner.clone(), Health::new(Duration::from_secs(60), &[]));
+    let mut first = service();
+    an_hour(&world, &mut first).await;
+    let runs = world.ledger.all();
+    let tried: usize = runs.iter().filter(|run| run.state == RunState::Failed).count();
+    assert!(tried > 10 && unresolved(&runner) == (tried as f64, 0.0), "{tried} {:?}", unresolved(&runner));
+    let asked = source.asked.load(Ordering::SeqCst);
+    assert!(asked < 200, "a source that is away is asked seldom, not {asked} times");
+
+    // The first is accepted as lost; a restart knows of all that failed, and forgets none of it.
+    let span = crate::config::SpanArgs {
+        from: runs[0].interval.start_ms,
+        to: runs[1].interval.start_ms,
+        state: None,
+    };
+    crate::runs::give_up(&*world.ledger, &span, world.now.load(Ordering::SeqCst)).await.unwrap();
+    let mut second = service();
+    second.tick().await.unwrap();
+    second.wait_for_active().await;
+    assert!(unresolved(&runner).0 >= tried as f64 - 1.0, "{tried} {:?}", unresolved(&runner));
+    source.refuses.store(false, Ordering::SeqCst);
+    an_hour(&world, &mut second).await;
+    let runs = world.ledger.all();
+    assert_eq!(runs[0].state, RunState::GivenUp);
+    assert!(runs[1..].iter().all(|run| run.state == RunState::Succeeded), "{runs:?}");
+    assert_eq!(unresolved(&runner), (0.0, 0.0));
+}
+
+#[tokio::test]
+async fn missed_intervals_are_counted_until_they_are_given_up() {
+    let world = World { catch_up_limit_ms: 30 * MINUTE, ..World::new(21, 0, 0) };
+    settle(&world).await;
+    world.pass(2 * DAY);
+    let runner = world.runner("d");
+    let mut service = Service::new(runner.clone(), Health::new(Duration::from_secs(60), &[]));
+    an_hour(&world, &mut service).await;
+    let missed = 2 * 1440 - 30;
+    assert_eq!(unresolved(&runner), (0.0, missed as f64));
+    let from = world.ledger.all()[0].interval.start_ms;
+    let span = crate::config::SpanArgs { from, to: from + 3 * DAY, state: Some(RunState::Failed) };
+    let done = crate::runs::give_up(&*world.ledger, &span, 0).await.unwrap();
+    assert_eq!(done.text, format!("{missed} runs given up"));
+    service.tick().await.unwrap();
+    assert_eq!(unresolved(&runner), (0.0, 0.0));
+}

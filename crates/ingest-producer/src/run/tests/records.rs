@@ -1,0 +1,76 @@
+//! Pages of all kinds: what becomes of their records, and how much of a page is held.
+
+use super::*;
+
+/// Gives the same page for whatever is asked.
+struct Fixed(String);
+
+#[async_trait]
+impl FetchPage for Fixed {
+    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+        Ok(page(&self.0))
+    }
+}
+
+impl World {
+    /// One attempt at the last minute, of a source that gives this page.
+    async fn attempt_at(&self, body: String) -> (Ended, Run) {
+        let runner = Arc::into_inner(self.runner("a")).unwrap();
+        let mut runner = Runner { source: Arc::new(Fixed(body)), ..runner };
+        runner.definition.source.pagination = common::stream::Pagination::None;
+        let runner = Arc::new(runner);
+        let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
+        let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
+        let ended = runner.attempt(claim, CancellationToken::new()).await;
+        (ended, self.ledger.run(interval.start_ms).await.unwrap().unwrap())
+    }
+}
+
+/// A person whose age is written so.
+fn person(id: &str, age: &str) -> String {
+    format!(
+        r#"{{"login": {{"uuid": "{id}"}}, "name": {{"first": "A", "last": "B"}}, "dob": {{"age": {age}}}}}"#
+    )
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_costs_itself_and_not_its_page() {
+    let world = World::new(13, 0, 0);
+    let people = [person("a", "NaN"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
+    let body = format!("{{\"results\": [{}]}}", people.join(", "));
+    let (ended, run) = world.attempt_at(body).await;
+    assert_eq!((ended, run.records, run.acked), (Ended::Succeeded, 3, 3));
+    let delivered: Vec<String> =
+        world.kafka.delivered.lock().unwrap().keys().map(|(id, _)| id.clone()).collect();
+    assert_eq!(delivered, ["b"]);
+    let refused = world.kafka.refused.lock().unwrap();
+    assert!(refused[0].contains("no JSON") && refused[1].contains("is a float"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_page_is_published_while_it_is_read_and_never_held_as_a_whole() {
+    let world = World::new(15, 0, 0);
+    let people: Vec<String> = (0..3 * BATCH_RECORDS).map(|n| person(&format!("id-{n:05}"), "1")).collect();
+    // Two commas: what stands before them has been published by the time they are found.
+    let body = format!("{{\"results\": [{},, {}]}}", people[..2 * BATCH_RECORDS].join(","), people[0]);
+    let (ended, run) = world.attempt_at(body).await;
+    assert_eq!((ended, run.records, run.acked), (Ended::Retrying, 1000, 1000), "{run:?}");
+    assert!(run.error.contains("no JSON at byte") && run.error.contains("a value is missing"), "{run:?}");
+    assert_eq!(world.kafka.largest_batch.load(Ordering::SeqCst), BATCH_RECORDS as u64);
+    let large = format!("\"{}\"", "x".repeat(BATCH_BYTES / 10));
+    let body = format!("{{\"results\": [{}]}}", vec![large; 100].join(","));
+    world.kafka.largest_batch.store(0, Ordering::SeqCst);
+    let other = World { kafka: world.kafka.clone(), ..World::new(15, 0, 0) };
+    assert_eq!(other.attempt_at(body).await.0, Ended::Succeeded);
+    assert_eq!(other.kafka.largest_batch.load(Ordering::SeqCst), 10, "bytes fill a batch too");
+}
+
+#[tokio::test]
+async fn nothing_is_produced_into_a_topic_that_is_not_the_registered_one() {
+    let world = World::new(23, 0, 0);
+    world.topic.0.store(true, Ordering::SeqCst);
+    let (ended, run) = world.attempt_at(format!("{{\"results\": [{}]}}", person("a", "1"))).await;
+    assert_eq!((ended, run.pages, run.acked), (Ended::Failed, 0, 0));
+    assert!(run.error.starts_with("12 partitions, but registered with 6"), "{run:?}");
+    assert!(world.kafka.delivered.lock().unwrap().is_empty());
+}
