@@ -120,7 +120,9 @@ async fn verify(
     let store = CassandraStore::new(&common.keyspace, &definition, context).await?;
     let (keyspace, brokers) = (common.keyspace.clone(), common.kafka_brokers.clone());
     let topic = common.topic_of(&definition);
-    Verifier { session, keyspace, definition, brokers, topic, store, partitions }.run(args).await
+    let sources = verify::Sources { session, keyspace, definition, brokers, topic, store };
+    let verifier = Verifier::new(sources, (args.memory_mib as usize) << 20).await?;
+    verify::command::run(&verifier, args, partitions).await
 }
 
 /// The service: until a signal or an error.

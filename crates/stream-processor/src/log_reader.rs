@@ -9,6 +9,8 @@ use std::time::Duration;
 
 /// How long an answer or a record may take.
 const DEADLINE: Duration = Duration::from_secs(20);
+/// Most KiB of records that wait unread in the client; its default is 64 MiB.
+const QUEUED_KIB: &str = "8192";
 
 /// A partition's log as it was when it was opened.
 pub struct LogReader {
@@ -36,6 +38,7 @@ impl LogReader {
         let mut config = client_config(brokers, "stream-processor-reader");
         config.set("group.id", "stream-processor.reader");
         config.set("enable.auto.commit", "false").set("auto.offset.reset", "error");
+        config.set("queued.max.messages.kbytes", QUEUED_KIB);
         let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
         let (low, end) = consumer.fetch_watermarks(topic, partition, DEADLINE).map_err(|e| failed(&e))?;
         let next = from.unwrap_or(low);
