@@ -31,6 +31,7 @@ pub mod source;
 pub mod stress;
 
 use anyhow::Context;
+use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::presence::{self, Instance};
 use common::registry::check_layout;
@@ -215,7 +216,8 @@ async fn produce(
     tracing::info!(settings = %serde_json::to_string(config)?, "configuration");
     let parts = Parts::connect(config, definition, shutdown).await?;
     let registry = &parts.runner.metrics.registry;
-    let router = admin::measured(admin::router(parts.health.clone(), registry.clone()), registry)?;
+    let router = admin::router(parts.health.clone(), registry.clone());
+    let router = admin::guarded(router, &Hosts::new(&config.common.http_hosts), registry)?;
     admin::serve(args.http_listen, router, shutdown.clone()).await?;
     let who = Instance {
         keyspace: config.common.keyspace.clone(),

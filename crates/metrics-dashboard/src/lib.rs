@@ -20,6 +20,7 @@ pub mod rates;
 pub mod store;
 
 use anyhow::Context;
+use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::shutdown::Shutdown;
 use std::sync::Arc;
@@ -42,7 +43,7 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     let board = feed::Board::new(&definition.stream.name);
     let router = api::router(api::Api::new(board.clone(), metrics.clone(), shutdown.clone()))
         .merge(admin::router(health.clone(), metrics.registry().clone()));
-    let router = admin::measured(router, metrics.registry())?;
+    let router = admin::guarded(router, &Hosts::new(&config.common.http_hosts), metrics.registry())?;
     admin::serve(config.http_listen, router, shutdown.clone()).await?;
     let stream = feed::Stream {
         topic: config.common.topic_of(&definition),

@@ -44,6 +44,7 @@ use crate::open::{Opener, Replays};
 use crate::poison_gate::{PoisonLimits, WINDOW_RECORDS};
 use crate::store::cassandra::{CassandraStore, StoreContext};
 use crate::verify::Verifier;
+use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::config::CommonArgs;
 use common::kafka::partition_count;
@@ -143,7 +144,7 @@ async fn process(
         .map_err(|e| ProcessorError::Fatal(format!("metrics: {e}")))?;
     let health = Health::new(STALL_LIMIT, &["kafka", "cassandra"]);
     let router = admin::router(Arc::clone(&health), metrics.registry.clone());
-    let router = admin::measured(router, &metrics.registry)
+    let router = admin::guarded(router, &Hosts::new(&common.http_hosts), &metrics.registry)
         .map_err(|e| ProcessorError::Fatal(format!("metrics: {e}")))?;
     admin::serve(args.http_listen, router, shutdown.clone())
         .await
