@@ -20,59 +20,44 @@ pub const MAX_BATCH_ROWS: usize = 200;
 pub const MAX_BATCH_BYTES: usize = 512 << 10;
 /// Seconds a row of `services` lives after its last heartbeat.
 pub const SERVICE_TTL_SECONDS: i64 = 60;
+/// Seconds a refusal is shown, unless the instance starts again.
+pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
 /// `throughput` resolutions in seconds, the length of their slot (one Cassandra partition) in seconds, and their TTL.
 pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
 
 /// The tables that all streams of a keyspace share, as `(name, CREATE TABLE)`.
 pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
-    let table = |name: &str, columns: &str, options: &str| {
-        (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
-    };
-    let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
+    [processing_tables(keyspace), presence_tables(keyspace), ingestion_tables(keyspace)].concat()
+}
+
+fn table(keyspace: &str, name: &str, columns: &str, options: &str) -> (String, String) {
+    (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
+}
+
+/// Who is alive, and who refused to run.
+fn presence_tables(keyspace: &str) -> Vec<(String, String)> {
     vec![
         table(
-            "streams",
-            "stream text PRIMARY KEY, layout text, cluster_id text, partitions int, partitioner text, created_at timestamp",
-            "",
-        ),
-        table(
-            "stream_state",
-            "stream text PRIMARY KEY, paused boolean, schedules text, updated_at timestamp",
-            "",
-        ),
-        table(
-            "partition_progress",
-            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, late bigint, \
-             dead_letters bigint, seen_to bigint, fingerprint bigint, updated_at timestamp, \
-             PRIMARY KEY ((stream), kafka_partition)",
-            "",
-        ),
-        table(
-            "dead_letters_accepted",
-            "stream text, kafka_partition int, up_to bigint, accepted_at timestamp, \
-             PRIMARY KEY ((stream), kafka_partition)",
-            "",
-        ),
-        table(
-            "throughput",
-            "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint, \
-             PRIMARY KEY ((stream, resolution, slot), at, kafka_partition)",
-            &format!(" WITH default_time_to_live = {longest_throughput}"),
-        ),
-        table(
+            keyspace,
             "services",
             "service text, instance text, version text, started_at timestamp, seen_at timestamp, ready boolean, \
              PRIMARY KEY ((service), instance)",
             &format!(" WITH default_time_to_live = {SERVICE_TTL_SECONDS} AND gc_grace_seconds = 600"),
         ),
         table(
-            "batches",
-            "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \
-             next_offset bigint, rows int, decode_ms double, lookup_ms double, write_ms double, commit_ms double, \
-             PRIMARY KEY ((stream, hour), finished_at, kafka_partition)",
-            " WITH default_time_to_live = 86400",
+            keyspace,
+            "refusals",
+            "service text, instance text, reason text, at timestamp, PRIMARY KEY ((service), instance)",
+            &format!(" WITH default_time_to_live = {REFUSAL_TTL_SECONDS}"),
         ),
+    ]
+}
+
+/// The run ledger and the commands.
+fn ingestion_tables(keyspace: &str) -> Vec<(String, String)> {
+    vec![
         table(
+            keyspace,
             "ingest_runs",
             "stream text, day timestamp, interval_start timestamp, interval_end timestamp, state text, run_type text, \
              run_id text, attempt int, owner text, epoch bigint, lease_until timestamp, pages int, records bigint, \
@@ -81,6 +66,7 @@ pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
             "",
         ),
         table(
+            keyspace,
             "ingest_attempts",
             "stream text, day timestamp, interval_start timestamp, attempt int, run_id text, owner text, \
              outcome text, cause text, http_status int, pages int, records bigint, bytes bigint, \
@@ -88,11 +74,61 @@ pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
             "",
         ),
         table(
+            keyspace,
             "control_log",
             "stream text, day timestamp, issued_at timestamp, command_id text, command text, arguments text, \
              state text, outcome text, handled_by text, handled_at timestamp, \
              PRIMARY KEY ((stream, day), issued_at, command_id)",
             "",
+        ),
+    ]
+}
+
+/// What is known of streams and of their processing.
+fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
+    let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
+    vec![
+        table(
+            keyspace,
+            "streams",
+            "stream text PRIMARY KEY, layout text, cluster_id text, partitions int, partitioner text, created_at timestamp",
+            "",
+        ),
+        table(
+            keyspace,
+            "stream_state",
+            "stream text PRIMARY KEY, paused boolean, schedules text, updated_at timestamp",
+            "",
+        ),
+        table(
+            keyspace,
+            "partition_progress",
+            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, late bigint, \
+             dead_letters bigint, seen_to bigint, fingerprint bigint, updated_at timestamp, \
+             PRIMARY KEY ((stream), kafka_partition)",
+            "",
+        ),
+        table(
+            keyspace,
+            "dead_letters_accepted",
+            "stream text, kafka_partition int, up_to bigint, accepted_at timestamp, \
+             PRIMARY KEY ((stream), kafka_partition)",
+            "",
+        ),
+        table(
+            keyspace,
+            "throughput",
+            "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint, \
+             PRIMARY KEY ((stream, resolution, slot), at, kafka_partition)",
+            &format!(" WITH default_time_to_live = {longest_throughput}"),
+        ),
+        table(
+            keyspace,
+            "batches",
+            "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \
+             next_offset bigint, rows int, decode_ms double, lookup_ms double, write_ms double, commit_ms double, \
+             PRIMARY KEY ((stream, hour), finished_at, kafka_partition)",
+            " WITH default_time_to_live = 86400",
         ),
     ]
 }

@@ -28,6 +28,8 @@ use std::time::Duration;
 
 /// Longest time the feed may stand still before the service counts as dead.
 const STALL_LIMIT: Duration = Duration::from_secs(15);
+/// How long the process may take to end: it holds nothing that has to be brought to an end.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT; the exit code says which.
 ///
@@ -37,7 +39,7 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     let settings = serde_json::to_string(config).context("settings")?;
     tracing::info!(settings, page_built = api::page::is_built(), "settings in force");
     let definition = config.common.definition()?;
-    let shutdown = Shutdown::on_signals().context("signals")?;
+    let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
     let health = Health::new(STALL_LIMIT, &[feed::KAFKA, feed::CASSANDRA]);
     let metrics = metrics::Metrics::new(&definition.stream.name)?;
     let board = feed::Board::new(&definition.stream.name);
@@ -51,6 +53,7 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
         settings: config.common.clone(),
         definition: Arc::new(definition),
     };
+    let _feeding = shutdown.running("feed");
     feed::run(&stream, &board, &metrics, (&health, &shutdown)).await;
     health.stopping();
     tracing::info!("stopped");

@@ -65,10 +65,14 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// Requests of `verify` in flight: it runs beside a processor.
 const VERIFY_IN_FLIGHT: usize = 8;
 const METADATA_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the process may take to end after its partitions had their time to stop.
+const END_SECONDS: u64 = 5;
 
 /// Runs one command to its end; the exit code says how it ended (143 or 130 after a signal).
 pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
-    let shutdown = Shutdown::on_signals().map_err(|e| ProcessorError::Fatal(format!("signals: {e}")))?;
+    let revoke_seconds = if let Command::Run(args) = &cli.command { args.revoke_seconds } else { 0 };
+    let shutdown = Shutdown::on_signals(Duration::from_secs(revoke_seconds + END_SECONDS))
+        .map_err(|e| ProcessorError::Fatal(format!("signals: {e}")))?;
     let definition = || cli.common.definition().map_err(|e| ProcessorError::Fatal(e.to_string()));
     if let Command::Checkpoint(command) = &cli.command {
         checkpoint::run(command, definition)?;
@@ -82,8 +86,11 @@ pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
             Ok(0)
         }
         Command::Run(args) => {
-            process(&cli.common, args, definition, shutdown.clone()).await?;
-            Ok(shutdown.exit_code())
+            let ended = process(&cli.common, args, definition, shutdown.clone()).await;
+            if let Err(ProcessorError::Refused(reason)) = &ended {
+                presence::refuse(&cli.common, "stream-processor", reason).await;
+            }
+            ended.map(|()| shutdown.exit_code())
         }
         Command::Verify(args) => {
             verify(&cli.common, args, definition, &shutdown).await?;
@@ -163,7 +170,9 @@ async fn process(
         tokio::time::sleep(deadline).await;
         abandon.cancel();
     });
+    let running = shutdown.running("consumer group");
     let ended = tokio::task::spawn_blocking(move || group.run(&runtime)).await;
+    drop(running);
     shutdown.begin();
     ended.map_err(|e| ProcessorError::Fatal(format!("group: {e}")))?
 }
