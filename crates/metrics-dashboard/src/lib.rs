@@ -1,8 +1,8 @@
 //! metrics-dashboard: what the pipeline does, as it happens, and nothing that is not so.
 //!
-//! Each second it reads Cassandra ([`store`]) and Kafka ([`kafka_view`]), puts both together ([`overview`], from [`rates`]
-//! and [`lag`], all pure) and hands the result to everybody who watches ([`feed`], the one file that orders effects). The
-//! page, the JSON and the feed of events are [`api`]'s. It holds nothing that matters: it may be killed at any time, and
+//! Each second it reads Cassandra ([`store`]) and Kafka ([`kafka_view`]), puts both together ([`overview`], from [`rates`],
+//! [`lag`] and [`services`], all pure) and hands the result to everybody who watches ([`feed`], the one file that orders
+//! effects). The page, the JSON and the feed of events are [`api`]'s. It holds nothing that matters: it may be killed at any time, and
 //! any number of them may run.
 //!
 //! A server that is down is shown as such: its figures are `null` with a reason, the service is not ready, and goes on by
@@ -17,6 +17,8 @@ pub mod lag;
 pub mod metrics;
 pub mod overview;
 pub mod rates;
+pub mod reason;
+pub mod services;
 pub mod store;
 
 use anyhow::Context;

@@ -158,9 +158,9 @@ pub struct WindowsArgs {
     /// Group-by column
     #[arg(long)]
     pub by: Option<String>,
-    /// How far back from now
-    #[arg(long, default_value = "1h")]
-    pub last: String,
+    /// How far back from now [default: 1h]
+    #[arg(long)]
+    pub last: Option<String>,
     /// As JSON
     #[arg(long)]
     pub json: bool,

@@ -4,6 +4,7 @@
 
 mod checkpoints;
 mod control;
+mod dashboard;
 mod dead_letters;
 mod harness;
 mod ingest;
