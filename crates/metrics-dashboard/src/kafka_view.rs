@@ -10,8 +10,13 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::MetadataPartition;
 use rdkafka::{Message, Offset, TopicPartitionList};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// A client without an answer for so long is replaced by a new one.
+const RENEW_AFTER: Duration = Duration::from_secs(5);
+/// Most replaced clients that are still closing.
+const MAX_CLOSING: usize = 4;
 /// Longest wait for the answer to one question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for the ends of all partitions together: after that their facts would be old.
@@ -35,6 +40,10 @@ pub struct KafkaView {
     topic: String,
     /// Time stamp of the record at an offset, by partition: a position that stands still costs nothing.
     known: BTreeMap<i32, (i64, i64)>,
+    /// Since when no answer comes.
+    unanswered_since: Option<Instant>,
+    /// Shared with the threads that close replaced clients.
+    closing: Arc<()>,
 }
 
 fn consumer(brokers: &str, topic: &str) -> Result<BaseConsumer, Error> {
@@ -62,7 +71,29 @@ impl KafkaView {
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
             known: BTreeMap::new(),
+            unanswered_since: None,
+            closing: Arc::default(),
         })
+    }
+
+    /// Replaces a client that has had no answer for long. A broker that stood still is fenced when it goes on, and answers once with
+    /// the topic and no broker at all; librdkafka 2.12 then forgets every broker it knew and never asks a bootstrap server
+    /// again.
+    fn renew_if_deaf(&mut self) -> Result<(), Error> {
+        let since = *self.unanswered_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < RENEW_AFTER || Arc::strong_count(&self.closing) > MAX_CLOSING {
+            return Ok(());
+        }
+        tracing::info!(seconds = since.elapsed().as_secs(), "kafka does not answer: making a new client");
+        let deaf = std::mem::replace(&mut self.consumer, consumer(&self.brokers, &self.topic)?);
+        self.unanswered_since = None;
+        // Its destructor waits for brokers that may not answer.
+        let closing = self.closing.clone();
+        std::thread::spawn(move || {
+            drop(deaf);
+            drop(closing);
+        });
+        Ok(())
     }
 
     /// Reads everything once. `next_offsets`: where the processor stands, by partition; `None` where that is not known,
@@ -72,7 +103,15 @@ impl KafkaView {
             brokers: self.brokers.clone(),
             cause: cause.to_string(),
         };
-        let metadata = self.consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT).map_err(unreachable)?;
+        let metadata =
+            match self.consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT).map_err(unreachable) {
+                Ok(metadata) => metadata,
+                Err(error) => {
+                    self.renew_if_deaf()?;
+                    return Err(error.into());
+                }
+            };
+        self.unanswered_since = None;
         let topic = metadata.topics().iter().find(|t| t.name() == self.topic && t.error().is_none());
         let described = topic.map(|t| t.partitions()).unwrap_or_default();
         if described.is_empty() {
