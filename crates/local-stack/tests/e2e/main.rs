@@ -16,5 +16,6 @@ mod path;
 mod refusals;
 mod streams;
 mod stress;
+mod supervision;
 mod truth;
 mod verify;
