@@ -1,8 +1,9 @@
 //! The last resort of a process that does not end: this test program starts itself as that process.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
+#![expect(clippy::print_stdout, reason = "the child tells its parent that it listens")]
 
 use common::shutdown::Shutdown;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -14,10 +15,9 @@ fn hang(how: &str) -> ! {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let shutdown = Shutdown::on_signals(Duration::from_millis(50)).unwrap();
-        let _ended = shutdown.running("something that has ended");
-        drop(_ended);
+        drop(shutdown.running("something that has ended"));
         let _hanging = shutdown.running("a client that never closes");
-        writeln!(std::io::stdout(), "listening").unwrap();
+        println!("listening");
         if how == "itself" {
             shutdown.begin();
         }

@@ -51,6 +51,13 @@ fn recorded(folders: &Folders) -> Vec<Record> {
     records.filter(|part| part.down.is_some() || part.is_alive()).collect()
 }
 
+/// Removes the records of what has ended.
+fn forget_all(folders: &Folders) {
+    for name in ORDER.iter().chain([&SUPERVISOR]) {
+        let _ = fs::remove_file(folders.run().join(format!("{name}.json")));
+    }
+}
+
 fn supervisor(folders: &Folders) -> Option<Record> {
     Record::read(&folders.run().join(format!("{SUPERVISOR}.json"))).filter(Record::is_alive)
 }
@@ -72,9 +79,7 @@ pub async fn stop(settings: &Settings, terminal: Terminal) -> Result<()> {
         let how = if gently { "stopped" } else { "killed: it did not stop in time" };
         terminal.done(&part.name, how, since.elapsed());
     }
-    for name in ORDER.iter().chain([&SUPERVISOR]) {
-        let _ = fs::remove_file(settings.folders.run().join(format!("{name}.json")));
-    }
+    forget_all(&settings.folders);
     terminal.progress("nothing of this checkout runs");
     Ok(())
 }

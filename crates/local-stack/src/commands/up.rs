@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{SUPERVISOR, running};
+use super::{SUPERVISOR, forget_all, running};
 use crate::checks;
 use crate::cli::UpArgs;
 use crate::config::{Ports, Settings, loopback};
@@ -42,6 +42,7 @@ pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Resul
     let _lock = lock(settings)?;
     let mut stop = StopSignals::new(args.supervise)?;
     preflight(settings, extent).await?;
+    forget_all(&settings.folders);
     let since = Instant::now();
     let mut record = Record::of_this_process(SUPERVISOR);
     let record_file = record.write(&settings.folders.run())?;

@@ -79,11 +79,15 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::watch;
 
-    /// Serves `/slow`, which answers when `open` becomes true.
-    async fn serve(bounds: Bounds, open: watch::Receiver<bool>, shutdown: &Shutdown) -> SocketAddr {
+    /// Serves `/slow`, which says that it has begun and answers when `open` becomes true.
+    async fn serve(
+        bounds: Bounds,
+        (begun, open): (watch::Sender<bool>, watch::Receiver<bool>),
+        shutdown: &Shutdown,
+    ) -> SocketAddr {
         let slow = async move || {
-            let mut open = open.clone();
-            let _ = open.wait_for(|open| *open).await;
+            begun.send_replace(true);
+            let _ = open.clone().wait_for(|open| *open).await;
             "slow"
         };
         let router = Router::new().route("/slow", get(slow)).layer(from_fn_with_state(bounds, bounded));
@@ -100,14 +104,13 @@ mod tests {
 
     #[tokio::test]
     async fn one_request_too_many_is_refused_at_once_and_a_place_is_given_back() {
-        let (gate, open) = watch::channel(false);
+        let ((gate, open), (begins, mut begun)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { places: Arc::new(Semaphore::new(1)), limit: Duration::from_secs(600) };
         let (places, shutdown) = (bounds.places.clone(), Shutdown::default());
-        let address = serve(bounds, open, &shutdown).await;
+        let address = serve(bounds, (begins, open), &shutdown).await;
         let first = tokio::spawn(ask(address));
-        while places.available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
+        begun.wait_for(|begun| *begun).await.unwrap();
+        assert_eq!(places.available_permits(), 0);
         let second = ask(address).await;
         assert!(second.starts_with("HTTP/1.0 503") && second.contains("retry-after: 1\r\n"), "{second}");
         assert!(second.contains(r#"{"error":{"#) && second.contains(r#""source":"dashboard""#), "{second}");
@@ -119,12 +122,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_request_that_takes_too_long_is_answered_and_keeps_its_place_until_it_is_done() {
-        let (gate, open) = watch::channel(false);
+        let ((gate, open), (begins, mut begun)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { places: Arc::new(Semaphore::new(1)), limit: Duration::from_millis(10) };
         let (places, shutdown) = (bounds.places.clone(), Shutdown::default());
-        let address = serve(bounds, open, &shutdown).await;
+        let address = serve(bounds, (begins, open), &shutdown).await;
         let late = ask(address).await;
         assert!(late.starts_with("HTTP/1.0 504") && late.contains("no answer within 0.01 s"), "{late}");
+        begun.wait_for(|begun| *begun).await.unwrap();
         assert_eq!(places.available_permits(), 0, "it still runs");
         gate.send_replace(true);
         let _freed = places.acquire().await.unwrap();
