@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -86,6 +86,8 @@ pub struct Process {
     spec: Spec,
     child: Child,
     record_file: PathBuf,
+    /// Bytes in its log when it was last started.
+    log_begins: u64,
 }
 
 impl Process {
@@ -107,11 +109,12 @@ impl Process {
             down: None,
         };
         let record_file = record.write(&folders.run())?;
-        Ok(Self { record, spec: spec.clone(), child, record_file })
+        Ok(Self { record, spec: spec.clone(), child, record_file, log_begins: 0 })
     }
 
     /// Starts a process that has ended once more; its log goes on in the same file.
     pub fn spawn_again(&mut self) -> Result<()> {
+        self.log_begins = fs::metadata(&self.record.log).map_or(0, |log| log.len());
         self.child = self.spec.start(&self.record.log)?;
         self.record.pid = self.child.id();
         self.record.started_ticks = Stat::read(self.record.pid).map_or(0, |stat| stat.started_ticks);
@@ -123,7 +126,10 @@ impl Process {
     /// Records how a process ended that should run.
     pub fn went_down(&mut self, status: ExitStatus, refused: bool) -> Result<Down> {
         // A process that was killed has no last words: the end of its log has nothing to do with it.
-        let words = if status.code().is_some() { cause_in_log(&self.record.log) } else { String::new() };
+        let words = match status.code() {
+            Some(_) => cause(&tail(&self.record.log, self.log_begins, CAUSE_LINES)),
+            None => String::new(),
+        };
         let down = Down { ended: describe(status), words, refused };
         self.record.down = Some(down.clone());
         self.record.write_to(&self.record_file)?;
@@ -354,8 +360,11 @@ fn describe(status: ExitStatus) -> String {
 
 /// The line of a log's end that most likely names the cause.
 pub fn cause_in_log(log: &Path) -> String {
-    let lines = last_lines(log, CAUSE_LINES);
-    let cause = in_words(&most_telling(&lines));
+    cause(&last_lines(log, CAUSE_LINES))
+}
+
+fn cause(lines: &[String]) -> String {
+    let cause = in_words(&most_telling(lines));
     if cause.is_empty() {
         "its log is empty".to_owned()
     } else {
@@ -372,7 +381,15 @@ fn in_words(line: &str) -> String {
 
 /// The last lines of a file, fewer where it has fewer, none where it cannot be read.
 pub fn last_lines(file: &Path, count: usize) -> Vec<String> {
-    let Ok(file) = File::open(file) else { return Vec::new() };
+    tail(file, 0, count)
+}
+
+/// The same, of what stands behind the first `skipped` bytes.
+fn tail(file: &Path, skipped: u64, count: usize) -> Vec<String> {
+    let Ok(mut file) = File::open(file) else { return Vec::new() };
+    if file.seek(SeekFrom::Start(skipped)).is_err() {
+        return Vec::new();
+    }
     let mut last = VecDeque::with_capacity(count);
     for line in BufReader::new(file).split(b'\n').map_while(std::result::Result::ok) {
         if last.len() == count {

@@ -187,10 +187,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_part_that_fails_at_once_is_tried_again_and_again() {
-        let (mut part, _folders, _folder) = part("exit 1");
-        for restarts in 1..=3 {
-            assert!(matches!(next_change(&mut part).await, Change::Ended(down, _) if !down.refused));
+    async fn a_part_that_fails_at_once_is_tried_again_and_its_last_words_are_those_of_its_last_life() {
+        let (mut part, _folders, _folder) =
+            part("test -e lived || { touch lived; echo 'ERROR first'; exit 1; }; echo then; exit 1");
+        for (restarts, words) in [(1, "ERROR first"), (2, "then"), (3, "then")] {
+            let Change::Ended(down, _) = next_change(&mut part).await else { panic!("it fails each time") };
+            assert_eq!((down.words.as_str(), down.refused), (words, false));
             assert_eq!(next_change(&mut part).await, Change::Restarted(restarts));
         }
         part.stop().await;
