@@ -1,7 +1,9 @@
-//! `/healthz`, `/readyz` and `/metrics` of every service.
+//! `/healthz`, `/readyz` and `/metrics` of every service, and by which host names a service may be asked ([`hosts`]).
 //!
 //! Healthy: the service's main loop moved within its stall limit. Ready: every dependency it named is up; stopping makes it
 //! not ready first.
+
+pub mod hosts;
 
 use crate::metrics::HttpMetrics;
 use crate::shutdown::Shutdown;
@@ -11,6 +13,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use hosts::Hosts;
 use prometheus::{Encoder, Registry, TextEncoder};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -162,10 +165,11 @@ impl Drop for Asked {
     }
 }
 
-/// The same router, with every request measured into `registry`: by which route it was taken, how it was answered, how long
-/// that took. Once per registry.
-pub fn measured(router: Router, registry: &Registry) -> Result<Router, prometheus::Error> {
-    Ok(router.layer(from_fn_with_state(HttpMetrics::new(registry)?, measure)))
+/// The same router, answering only to the names of `hosts`, with every request measured into `registry`: by which route it
+/// was taken, how it was answered, how long that took. Once per registry.
+pub fn guarded(router: Router, hosts: &Hosts, registry: &Registry) -> Result<Router, prometheus::Error> {
+    let checked = router.layer(from_fn_with_state(hosts.clone(), hosts::check));
+    Ok(checked.layer(from_fn_with_state(HttpMetrics::new(registry)?, measure)))
 }
 
 async fn measure(State(metrics): State<HttpMetrics>, request: Request, next: Next) -> Response {
@@ -229,11 +233,11 @@ mod tests {
     async fn every_request_is_measured_under_the_route_that_took_it() {
         let (registry, shutdown) = (Registry::new(), Shutdown::default());
         let health = Health::new(Duration::from_secs(60), &["kafka"]);
-        let router = measured(router(health, registry.clone()), &registry).unwrap();
+        let router = guarded(router(health, registry.clone()), &Hosts::default(), &registry).unwrap();
         let address = serve("127.0.0.1:0".parse().unwrap(), router, shutdown.clone()).await.unwrap();
         let ask = async |path: &str| {
             let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-            let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n");
+            let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
             tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes()).await.unwrap();
             let mut answer = String::new();
             tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut answer).await.unwrap();

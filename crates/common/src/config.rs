@@ -42,6 +42,9 @@ pub struct CommonArgs {
     /// Name of this instance, unique within its service [default: the host name]
     #[arg(long, global = true, env = "PIPELINE_INSTANCE")]
     pub instance: Option<String>,
+    /// Host names the service answers to besides localhost and IP addresses, comma separated
+    #[arg(long, global = true, env = "PIPELINE_HTTP_HOSTS", default_value = "")]
+    pub http_hosts: String,
     /// Log filter, such as `info` or `info,rdkafka=debug`
     #[arg(long, global = true, env = "PIPELINE_LOG", default_value = "info")]
     pub log: String,

@@ -5,6 +5,8 @@ use prometheus::{
     CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, core::Collector,
 };
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 /// A registry that is being filled.
@@ -64,6 +66,11 @@ impl Maker {
         self.registered(GaugeVec::new(Opts::new(name, help), labels))
     }
 
+    /// A whole number without a series until it has a value.
+    pub fn eventual(&self, name: &str, help: &str) -> Result<Eventual, Error> {
+        Ok(Eventual { series: self.gauges(name, help, &[])?, highest: Arc::default() })
+    }
+
     /// How often what was observed lay below each of `bounds`.
     pub fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, Error> {
         self.registered(Histogram::with_opts(HistogramOpts::new(name, help).buckets(bounds.to_vec())))
@@ -77,6 +84,28 @@ impl Maker {
         bounds: &[f64],
     ) -> Result<HistogramVec, Error> {
         self.registered(HistogramVec::new(HistogramOpts::new(name, help).buckets(bounds.to_vec()), labels))
+    }
+}
+
+/// A gauge without a series until it has a value: a time of something that has never happened would be one in 1970 as 0.
+#[derive(Debug, Clone)]
+pub struct Eventual {
+    series: IntGaugeVec,
+    highest: Arc<AtomicI64>,
+}
+
+impl Eventual {
+    /// Gives it a value.
+    pub fn set(&self, value: i64) {
+        self.series.with_label_values(&[] as &[&str]).set(value);
+    }
+
+    /// Gives it a positive value, unless a higher one was raised before.
+    pub fn raise(&self, value: i64) {
+        let highest = self.highest.fetch_max(value, Ordering::Relaxed).max(value);
+        if highest > 0 {
+            self.set(highest);
+        }
     }
 }
 
@@ -124,5 +153,24 @@ impl HttpMetrics {
         self.active.dec();
         self.requests.with_label_values(&[route, class]).inc();
         self.seconds.with_label_values(&[route]).observe(took.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prometheus::TextEncoder;
+
+    #[test]
+    fn what_has_never_happened_has_no_series_and_the_latest_time_counts() {
+        let make = Maker::default();
+        let success = make.eventual("last_success_timestamp_seconds", "When it last succeeded.").unwrap();
+        let text = || TextEncoder::new().encode_to_string(&make.registry.gather()).unwrap();
+        assert_eq!(text(), "");
+        success.raise(0);
+        assert_eq!(text(), "");
+        success.raise(1_800_000_000);
+        success.raise(1_700_000_000);
+        assert!(text().ends_with("\nlast_success_timestamp_seconds 1800000000\n"), "{}", text());
     }
 }

@@ -1,17 +1,21 @@
 //! Reads pane rows and how far they are settled. What is made of them is [`crate::windows`]'s.
 
+use crate::event::floor_to;
 use crate::schema::panes_table;
 use crate::stream::Definition;
-use crate::windows::{Measure, Panes, Question, Sum};
+use crate::windows::{Asked, Measure, Panes, Question, Sum, Unanswerable};
 use futures::{StreamExt, TryStreamExt};
 use scylla::client::session::Session;
 use scylla::errors::{ExecutionError, IntoRowsResultError, PrepareError, RowsError};
 use scylla::statement::prepared::PreparedStatement;
 use scylla::value::{CqlTimestamp, CqlValue, Row};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Requests in flight for one question.
 const IN_FLIGHT: usize = 8;
+/// Panes asked for in one request.
+const PANES_OF_REQUEST: usize = 200;
 
 /// Panes cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +66,8 @@ impl PaneReader {
         let measures = definition.windows.measures.iter();
         let measures: String = measures.map(|m| format!(", {m}_count, {m}_sum, {m}_min, {m}_max")).collect();
         let panes = format!(
-            "SELECT pane_start, dimension, value, count{measures} FROM {keyspace}.{} \
-             WHERE bucket = ? AND kafka_partition = ? AND pane_start >= ? AND pane_start < ?",
+            "SELECT pane_start, value, count{measures} FROM {keyspace}.{} \
+             WHERE bucket = ? AND kafka_partition = ? AND pane_start IN ? AND dimension = ?",
             panes_table(definition)
         );
         let progress = format!("SELECT seen_to FROM {keyspace}.partition_progress WHERE stream = ?");
@@ -89,45 +93,53 @@ impl PaneReader {
         &self.definition
     }
 
-    /// Every pane that `question` needs.
-    pub async fn panes(&self, question: &Question) -> Result<Panes, PaneReadError> {
-        let (span, bucket) = (question.panes(), self.definition.store.bucket);
-        let mut buckets = Vec::new();
-        let mut start = bucket.start_of(span.start);
-        while start < span.end {
-            buckets.push(start);
-            start += bucket.millis();
-        }
-        let keys = buckets.iter().flat_map(|bucket| (0..self.partitions).map(move |p| (*bucket, p)));
-        let reads: Vec<_> = keys.map(|key| self.of_partition(key, question)).collect();
-        let parts: Vec<Panes> =
-            futures::stream::iter(reads).buffer_unordered(IN_FLIGHT).try_collect().await?;
-        let mut panes = Panes::new();
-        for (key, sum) in parts.into_iter().flatten() {
-            panes.entry(key).or_default().add(&sum);
-        }
-        Ok(panes)
+    /// Checks what is asked against the stream and the bounds of one question.
+    pub fn question(&self, asked: &Asked<'_>, now_ms: i64) -> Result<Question, Unanswerable> {
+        Question::new(&self.definition, self.partitions, asked, now_ms)
     }
 
-    async fn of_partition(
-        &self,
-        (bucket, partition): (i64, i32),
-        question: &Question,
-    ) -> Result<Panes, PaneReadError> {
-        let span = question.panes();
-        let key = (CqlTimestamp(bucket), partition, CqlTimestamp(span.start), CqlTimestamp(span.end));
-        let pages = self.session.execute_iter(self.panes.clone(), key).await;
-        let pages = pages.map_err(|e| PaneReadError::Failed(e.to_string()))?;
-        let mut rows = pages.rows_stream::<Row>().map_err(|e| PaneReadError::Failed(e.to_string()))?;
-        let mut panes = Panes::new();
-        while let Some(row) = rows.try_next().await.map_err(|e| PaneReadError::Failed(e.to_string()))? {
-            let (start, dimension, value, sum) = pane_row(&row)
-                .ok_or_else(|| PaneReadError::Failed("a pane row of another layout".to_owned()))?;
-            if dimension == question.dimension {
-                panes.entry((value, start)).or_default().add(&sum);
+    /// Every pane that `question` needs.
+    pub async fn panes(&self, question: &Question) -> Result<Panes, PaneReadError> {
+        let (span, pane_ms, bucket) =
+            (question.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
+        let mut starts: BTreeMap<i64, Vec<CqlTimestamp>> = BTreeMap::new();
+        let mut start = floor_to(span.start, pane_ms);
+        while start < span.end {
+            starts.entry(bucket.start_of(start)).or_default().push(CqlTimestamp(start));
+            start += pane_ms;
+        }
+        let mut requests = Vec::new();
+        for (bucket, starts) in &starts {
+            for starts in starts.chunks(PANES_OF_REQUEST) {
+                requests.extend((0..self.partitions).map(|partition| (*bucket, partition, starts)));
             }
         }
-        Ok(panes)
+        let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &question.dimension)).collect();
+        // In this order, so that sums of floats come out alike each time.
+        let read = futures::stream::iter(reads).buffered(IN_FLIGHT);
+        read.try_fold(Panes::new(), async |mut panes, rows| {
+            for (start, value, sum) in rows {
+                panes.entry((value, start)).or_default().add(&sum);
+            }
+            Ok(panes)
+        })
+        .await
+    }
+
+    async fn read(
+        &self,
+        (bucket, partition, starts): (i64, i32, &[CqlTimestamp]),
+        dimension: &str,
+    ) -> Result<Vec<(i64, String, Sum)>, PaneReadError> {
+        let failed = |cause: &dyn std::fmt::Display| PaneReadError::Failed(cause.to_string());
+        let key = (CqlTimestamp(bucket), partition, starts, dimension);
+        let pages = self.session.execute_iter(self.panes.clone(), key).await.map_err(|e| failed(&e))?;
+        let mut rows = pages.rows_stream::<Row>().map_err(|e| failed(&e))?;
+        let mut read = Vec::new();
+        while let Some(row) = rows.try_next().await.map_err(|e| failed(&e))? {
+            read.push(pane_row(&row).ok_or_else(|| failed(&"a pane row of another layout"))?);
+        }
+        Ok(read)
     }
 
     /// Until when no event is expected any more, in Unix milliseconds: the slowest partition's highest event time less the allowed
@@ -147,7 +159,8 @@ impl PaneReader {
     }
 }
 
-fn pane_row(row: &Row) -> Option<(i64, String, String, Sum)> {
+/// Pane start, value and what was counted.
+fn pane_row(row: &Row) -> Option<(i64, String, Sum)> {
     let column = |i: usize| row.columns.get(i).and_then(Option::as_ref);
     let measure = |at: usize| {
         let number = |i: usize| column(i).and_then(CqlValue::as_double);
@@ -158,8 +171,7 @@ fn pane_row(row: &Row) -> Option<(i64, String, String, Sum)> {
             max: number(at + 3),
         })
     };
-    let measures = (4..row.columns.len()).step_by(4).map(measure).collect::<Option<_>>()?;
-    let sum = Sum { count: column(3)?.as_bigint()?, measures };
-    let (start, dimension, value) = (column(0)?.as_cql_timestamp()?.0, column(1)?, column(2)?);
-    Some((start, dimension.as_text()?.clone(), value.as_text()?.clone(), sum))
+    let measures = (3..row.columns.len()).step_by(4).map(measure).collect::<Option<_>>()?;
+    let sum = Sum { count: column(2)?.as_bigint()?, measures };
+    Some((column(0)?.as_cql_timestamp()?.0, column(1)?.as_text()?.clone(), sum))
 }

@@ -1,7 +1,9 @@
 //! A row of table `services` each second: which instances are alive, and which partitions each holds. Rows expire by
-//! themselves. Whether the write succeeds is also how a service learns, busy or idle, that Cassandra answers.
+//! themselves. Whether the write succeeds is also how a service learns, busy or idle, that Cassandra answers. A row of table
+//! `refusals` says why an instance ended with exit code 3; the instance empties it when it starts again.
 
 use crate::admin::Health;
+use crate::config::CommonArgs;
 use crate::schema::SERVICE_TTL_SECONDS;
 use crate::shutdown::Shutdown;
 use futures::TryStreamExt;
@@ -18,6 +20,10 @@ const EVERY: Duration = Duration::from_secs(1);
 const FAILURES_TO_UNREADY: u32 = 2;
 /// An instance whose row has not changed for this long is no longer alive.
 pub const ALIVE_FOR: Duration = Duration::from_secs(5);
+/// How long a process that refuses to run may take to leave word.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(3);
+/// Characters of a refusal that are kept.
+const REFUSAL_CHARACTERS: usize = 2000;
 
 /// Who announces itself.
 #[derive(Debug, Clone)]
@@ -37,16 +43,26 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// This process, just started.
-    pub fn new(keyspace: &str, service: &'static str, stream: &str, instance: &str) -> Instance {
+    /// This process, just started, of `service` with these settings.
+    pub fn new(settings: &CommonArgs, service: &'static str, stream: &str) -> Instance {
         Instance {
-            keyspace: keyspace.to_owned(),
+            keyspace: settings.keyspace.clone(),
             service,
             stream: stream.to_owned(),
-            instance: instance.to_owned(),
+            instance: settings.instance_name(),
             life: uuid::Uuid::new_v4().to_string(),
             started_at_ms: chrono::Utc::now().timestamp_millis(),
         }
+    }
+
+    /// Writes why this instance refuses to run; empty: it runs.
+    async fn put_refusal(&self, session: &Session, reason: &str) -> Result<(), String> {
+        let insert = format!(
+            "INSERT INTO {}.refusals (service, instance, reason, at) VALUES (?, ?, ?, ?)",
+            self.keyspace
+        );
+        let values = (self.service, &self.instance, reason, now());
+        session.query_unpaged(insert, values).await.map(drop).map_err(|e| e.to_string())
     }
 }
 
@@ -127,6 +143,10 @@ pub fn partition_dependency(partition: i32) -> String {
     format!("partition {partition}")
 }
 
+fn now() -> CqlTimestamp {
+    CqlTimestamp(chrono::Utc::now().timestamp_millis())
+}
+
 /// Announces `who` until shutdown, and keeps the readiness of `cassandra` true to what it finds.
 pub async fn announce(
     session: Arc<Session>,
@@ -141,9 +161,8 @@ pub async fn announce(
         who.keyspace
     );
     let started_at = CqlTimestamp(who.started_at_ms);
-    let mut failures = 0;
+    let (mut failures, mut refusal_is_empty) = (0, false);
     while !shutdown.has_begun() {
-        let now = CqlTimestamp(chrono::Utc::now().timestamp_millis());
         let version = env!("CARGO_PKG_VERSION");
         let partitions: BTreeMap<i32, String> = holdings
             .all()
@@ -152,20 +171,26 @@ pub async fn announce(
             .collect();
         let Instance { service, instance, stream, life, .. } = &who;
         let values =
-            (service, instance, version, started_at, now, health.is_ready(), stream, life, partitions);
+            (service, instance, version, started_at, now(), health.is_ready(), stream, life, partitions);
+        let write = async {
+            if !refusal_is_empty {
+                who.put_refusal(&session, "").await?;
+            }
+            session.query_unpaged(insert.as_str(), values).await.map(drop).map_err(|e| e.to_string())
+        };
         let written = tokio::select! {
             () = shutdown.begun() => return,
-            written = session.query_unpaged(insert.as_str(), values) => written,
+            written = write => written,
         };
         match written {
-            Ok(_) => {
-                failures = 0;
+            Ok(()) => {
+                (failures, refusal_is_empty) = (0, true);
                 health.set("cassandra", Ok(()));
             }
             Err(error) => {
                 failures += 1;
                 if failures >= FAILURES_TO_UNREADY {
-                    health.set("cassandra", Err(error.to_string()));
+                    health.set("cassandra", Err(error));
                 }
             }
         }
@@ -173,6 +198,24 @@ pub async fn announce(
             () = shutdown.begun() => return,
             () = tokio::time::sleep(EVERY) => {}
         }
+    }
+}
+
+/// Leaves word for the page that this instance ends because it refuses to run, if Cassandra takes it soon.
+pub async fn refuse(settings: &CommonArgs, service: &'static str, reason: &str) {
+    let who = Instance::new(settings, service, "");
+    let reason: String = reason.chars().take(REFUSAL_CHARACTERS).collect();
+    let write = async {
+        let session = crate::cassandra::connect(settings, REFUSAL_LIMIT, &Shutdown::default()).await;
+        who.put_refusal(&*session.map_err(|e| e.to_string())?, &reason).await
+    };
+    let written = tokio::select! {
+        written = write => written,
+        // The process ends: nobody misses the request that is dropped.
+        () = tokio::time::sleep(REFUSAL_LIMIT) => Err("no answer".to_owned()),
+    };
+    if let Err(error) = written {
+        tracing::warn!(error, "the refusal could not be left in table refusals");
     }
 }
 

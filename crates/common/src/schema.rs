@@ -20,21 +20,21 @@ pub const MAX_BATCH_ROWS: usize = 200;
 pub const MAX_BATCH_BYTES: usize = 512 << 10;
 /// Seconds a row of `services` lives after its last heartbeat.
 pub const SERVICE_TTL_SECONDS: i64 = 60;
+/// Seconds a refusal is shown, unless the instance starts again.
+pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
 /// `throughput` resolutions in seconds, the length of their slot (one Cassandra partition) in seconds, and their TTL.
 pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
 
 /// The tables that all streams of a keyspace share, as `(name, CREATE TABLE)`.
 pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
-    let mut tables = processing_tables(keyspace);
-    tables.extend(ingestion_tables(keyspace));
-    tables
+    [processing_tables(keyspace), presence_tables(keyspace), ingestion_tables(keyspace)].concat()
 }
 
 fn table(keyspace: &str, name: &str, columns: &str, options: &str) -> (String, String) {
     (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
 }
 
-/// What the processor writes, and who is alive.
+/// What is known of streams and of their processing.
 fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
     let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
     let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
@@ -75,12 +75,6 @@ fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
             &format!(" WITH default_time_to_live = {longest_throughput}"),
         ),
         table(
-            "services",
-            "service text, instance text, version text, started_at timestamp, seen_at timestamp, ready boolean, \
-             stream text, life text, partitions frozen<map<int, text>>, PRIMARY KEY ((service), instance)",
-            &format!(" WITH default_time_to_live = {SERVICE_TTL_SECONDS} AND gc_grace_seconds = 600"),
-        ),
-        table(
             "batches",
             "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \
              next_offset bigint, rows int, decode_ms double, lookup_ms double, write_ms double, commit_ms double, \
@@ -90,7 +84,25 @@ fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
     ]
 }
 
-/// What the producer writes.
+/// Who is alive, and who refused to run.
+fn presence_tables(keyspace: &str) -> Vec<(String, String)> {
+    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
+    vec![
+        table(
+            "services",
+            "service text, instance text, version text, started_at timestamp, seen_at timestamp, ready boolean, \
+             stream text, life text, partitions frozen<map<int, text>>, PRIMARY KEY ((service), instance)",
+            &format!(" WITH default_time_to_live = {SERVICE_TTL_SECONDS} AND gc_grace_seconds = 600"),
+        ),
+        table(
+            "refusals",
+            "service text, instance text, reason text, at timestamp, PRIMARY KEY ((service), instance)",
+            &format!(" WITH default_time_to_live = {REFUSAL_TTL_SECONDS}"),
+        ),
+    ]
+}
+
+/// The run ledger and the commands.
 fn ingestion_tables(keyspace: &str) -> Vec<(String, String)> {
     let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
     vec![

@@ -1,17 +1,19 @@
 //! Readers' windows: tumbling and sliding ones of any multiple of the pane, each the sum of its panes. Pure; reading pane rows is
-//! [`crate::pane_reader`]'s.
+//! [`crate::pane_reader`]'s. A question is refused when its answer or the rows it reads would be too many.
 
 use crate::event::floor_to;
-use crate::stream::{ALL, Definition};
+use crate::stream::{ALL, Definition, GroupBy};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Most panes one question may cover: a week of minutes.
-pub const MAX_PANES: i64 = 7 * 24 * 60;
-/// Longest length: far more than [`MAX_PANES`] allow, far less than overflows.
+/// Longest length: far more than [`MAX_READ_VALUES`] allow, far less than overflows.
 const MAX_LENGTH_MS: i64 = 366 * 86_400_000;
-/// Most windows one answer may hold, per group.
-pub const MAX_WINDOWS: i64 = 2000;
+/// Most values one answer may hold: a count and each measure of every window and group. About 6 MB of JSON.
+pub const MAX_ANSWERED_VALUES: i64 = 40_000;
+/// Most values one question may read: a count and each measure of every pane, group and Kafka partition.
+pub const MAX_READ_VALUES: i64 = 4_000_000;
+/// What is asked for when no length is given: the last hour.
+const DEFAULT_LAST_MS: i64 = 3_600_000;
 
 /// One measure of a window, or of a pane row.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
@@ -65,6 +67,19 @@ impl Sum {
 /// Panes by group and start, summed over the Kafka partitions.
 pub type Panes = BTreeMap<(String, i64), Sum>;
 
+/// Windows as people ask for them. Lengths are texts such as `5m`.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Asked<'a> {
+    /// Length of a window; `None`: the pane.
+    pub size: Option<&'a str>,
+    /// From one window's start to the next one's; `None`: the size, so windows tumble.
+    pub slide: Option<&'a str>,
+    /// Group-by column; `None`: every event.
+    pub by: Option<&'a str>,
+    /// How far back from now; `None`: an hour.
+    pub last: Option<&'a str>,
+}
+
 /// Which windows are asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
@@ -99,68 +114,151 @@ pub struct Window {
 }
 
 impl Question {
-    /// Checks lengths and column against the stream, and aligns the span `[from_ms, to_ms)` to the slide.
+    /// Checks lengths and column against the stream, and the work against the bounds. `partitions`: Kafka partitions of the
+    /// stream.
     pub fn new(
         definition: &Definition,
-        (size_ms, slide_ms): (i64, i64),
-        by: Option<&str>,
-        (from_ms, to_ms): (i64, i64),
+        partitions: i32,
+        asked: &Asked<'_>,
+        now_ms: i64,
     ) -> Result<Question, Unanswerable> {
-        let pane_ms = definition.windows.pane_ms;
-        let wrong = |text: String| Err(Unanswerable(text));
-        for (name, value) in [("size", size_ms), ("slide", slide_ms)] {
-            if value <= 0 || value % pane_ms != 0 {
-                return wrong(format!("{name} of {value} ms: must be a multiple of the pane, {pane_ms} ms"));
-            }
+        let length = |name: &str, text: Option<&str>, default: i64| {
+            text.map_or(Ok(default), |text| length_ms(name, text))
+        };
+        let size_ms = length("size", asked.size, definition.windows.pane_ms)?;
+        let slide_ms = length("slide", asked.slide, size_ms)?;
+        let last_ms = length("last", asked.last, DEFAULT_LAST_MS)?;
+        check_lengths(definition, size_ms, slide_ms)?;
+        let group_by = &definition.windows.group_by;
+        let groups = match asked.by.filter(|by| !by.is_empty()) {
+            None => 1,
+            Some(by) => group_by.iter().find(|g| g.column == by).map(GroupBy::len).ok_or_else(|| {
+                let known: Vec<&str> = group_by.iter().map(|g| g.column.as_str()).collect();
+                let known = known.join(", ");
+                Unanswerable(format!("by `{by}`: no group-by column of the stream; one of {known}"))
+            })?,
+        };
+        let question = Question {
+            size_ms,
+            slide_ms,
+            dimension: asked.by.unwrap_or(ALL).to_owned(),
+            from_ms: floor_to(now_ms.saturating_sub(last_ms), slide_ms),
+            to_ms: now_ms,
+        };
+        question.check_work(definition, groups as i64, i64::from(partitions))?;
+        Ok(question)
+    }
+
+    fn check_work(&self, definition: &Definition, groups: i64, partitions: i64) -> Result<(), Unanswerable> {
+        let span = self.panes();
+        let windows = (self.to_ms - self.from_ms) / self.slide_ms + 1;
+        let panes = (span.end - span.start) / definition.windows.pane_ms + 1;
+        let values = groups.saturating_mul(1 + definition.windows.measures.len() as i64);
+        let answered = windows.saturating_mul(values);
+        let read = panes.saturating_mul(values).saturating_mul(partitions);
+        if answered <= MAX_ANSWERED_VALUES && read <= MAX_READ_VALUES {
+            return Ok(());
         }
-        if slide_ms > size_ms {
-            return wrong(format!(
-                "slide of {slide_ms} ms: longer than the window's {size_ms} ms, so events between would be in none"
-            ));
-        }
-        let columns: Vec<&str> = definition.windows.group_by.iter().map(|g| g.column.as_str()).collect();
-        if let Some(by) = by.filter(|by| !columns.contains(by)) {
-            let known = columns.join(", ");
-            return wrong(format!("by `{by}`: no group-by column of the stream; one of {known}"));
-        }
-        let (from_ms, to_ms) = (floor_to(from_ms, slide_ms), to_ms.max(from_ms));
-        let (windows, panes) = ((to_ms - from_ms) / slide_ms, (to_ms + size_ms - from_ms) / pane_ms);
-        if windows > MAX_WINDOWS || panes > MAX_PANES {
-            return wrong(format!(
-                "{windows} windows over {panes} panes: at most {MAX_WINDOWS} and {MAX_PANES}; ask for a shorter span or a longer slide"
-            ));
-        }
-        let dimension = by.unwrap_or(ALL).to_owned();
-        Ok(Question { size_ms, slide_ms, dimension, from_ms, to_ms })
+        Err(Unanswerable(format!(
+            "{windows} windows over {panes} panes of {groups} groups would read {read} values and answer with {answered}; at most \
+             {MAX_READ_VALUES} and {MAX_ANSWERED_VALUES}: ask for a shorter span, a longer slide or fewer groups"
+        )))
     }
 
     /// The span of the panes that its windows need.
     pub fn panes(&self) -> std::ops::Range<i64> {
-        self.from_ms..self.to_ms + self.size_ms
+        self.from_ms..self.to_ms.saturating_add(self.size_ms)
     }
 
     /// The windows in which anything happened, by start and group.
     pub fn answer(&self, panes: &Panes) -> Vec<Window> {
-        let mut windows: BTreeMap<(i64, &str), Sum> = BTreeMap::new();
-        for ((value, pane_start), sum) in panes {
-            // The latest window that holds the pane, then each one before it that still does.
-            let mut start = floor_to(*pane_start, self.slide_ms);
-            while start + self.size_ms > *pane_start {
-                if (self.from_ms..self.to_ms).contains(&start) {
-                    windows.entry((start, value)).or_default().add(sum);
-                }
-                start -= self.slide_ms;
-            }
-        }
-        windows
-            .into_iter()
-            .map(|((start_ms, value), sum)| Window {
-                start_ms,
-                end_ms: start_ms + self.size_ms,
-                value: value.to_owned(),
-                sum,
+        let mut windows = Vec::new();
+        let mut panes = panes.iter().peekable();
+        while let Some(((value, _), _)) = panes.peek() {
+            let value = value.as_str();
+            let mut of_group = std::iter::from_fn(|| {
+                panes.next_if(|((of, _), _)| of == value).map(|((_, start_ms), sum)| (*start_ms, sum))
             })
-            .collect()
+            .peekable();
+            let mut sliding = Sliding::default();
+            let mut start_ms = self.from_ms;
+            while start_ms < self.to_ms {
+                let end_ms = start_ms + self.size_ms;
+                while let Some((at, sum)) = of_group.next_if(|(at, _)| *at < end_ms) {
+                    sliding.push(at, sum);
+                }
+                sliding.drop_before(start_ms);
+                if let Some(sum) = sliding.sum() {
+                    windows.push(Window { start_ms, end_ms, value: value.to_owned(), sum });
+                }
+                start_ms += self.slide_ms;
+            }
+            // Panes after the last window.
+            of_group.for_each(drop);
+        }
+        windows.sort_by(|a, b| (a.start_ms, &a.value).cmp(&(b.start_ms, &b.value)));
+        windows
+    }
+}
+
+fn check_lengths(definition: &Definition, size_ms: i64, slide_ms: i64) -> Result<(), Unanswerable> {
+    let pane_ms = definition.windows.pane_ms;
+    for (name, value) in [("size", size_ms), ("slide", slide_ms)] {
+        if value <= 0 || value % pane_ms != 0 {
+            return Err(Unanswerable(format!(
+                "{name} of {value} ms: must be a multiple of the pane, {pane_ms} ms"
+            )));
+        }
+    }
+    if slide_ms > size_ms {
+        return Err(Unanswerable(format!(
+            "slide of {slide_ms} ms: longer than the window's {size_ms} ms, so events between would be in none"
+        )));
+    }
+    Ok(())
+}
+
+/// The sum of the panes in a span that only moves forward. Each pane is added a constant number of times however many windows
+/// it is in, and none is subtracted: floats would lose digits, and extremes cannot be.
+#[derive(Default)]
+struct Sliding<'a> {
+    /// The older panes, the oldest last; each sum is that of its pane and of all newer ones in this list.
+    older: Vec<(i64, Sum)>,
+    newer: Vec<(i64, &'a Sum)>,
+    sum_of_newer: Sum,
+}
+
+impl<'a> Sliding<'a> {
+    fn push(&mut self, start_ms: i64, sum: &'a Sum) {
+        self.sum_of_newer.add(sum);
+        self.newer.push((start_ms, sum));
+    }
+
+    fn drop_before(&mut self, start_ms: i64) {
+        while self.older.pop_if(|(at, _)| *at < start_ms).is_some() {}
+        if !self.older.is_empty() {
+            return;
+        }
+        let kept = self.newer.partition_point(|(at, _)| *at < start_ms);
+        if kept == 0 {
+            return;
+        }
+        let mut sum = Sum::default();
+        for (at, pane) in self.newer.drain(..).skip(kept).rev() {
+            sum.add(pane);
+            self.older.push((at, sum.clone()));
+        }
+        self.sum_of_newer = Sum::default();
+    }
+
+    /// `None`: no pane is in the span.
+    fn sum(&self) -> Option<Sum> {
+        if self.newer.is_empty() {
+            return self.older.last().map(|(_, sum)| sum.clone());
+        }
+        let mut sum = self.older.last().map_or_else(Sum::default, |(_, sum)| sum.clone());
+        sum.add(&self.sum_of_newer);
+        Some(sum)
     }
 }
 
@@ -204,8 +302,14 @@ mod tests {
         Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap()
     }
 
-    fn ask(size: i64, slide: i64, by: Option<&str>, span: (i64, i64)) -> Result<Question, Unanswerable> {
-        Question::new(&definition(), (size, slide), by, span)
+    fn ask(asked: Asked<'_>) -> Result<Question, Unanswerable> {
+        Question::new(&definition(), 6, &asked, 10_000 * MINUTE)
+    }
+
+    fn question(size: i64, slide: i64, from: i64, to: i64) -> Question {
+        let (size_ms, slide_ms) = (size * MINUTE, slide * MINUTE);
+        let dimension = ALL.to_owned();
+        Question { size_ms, slide_ms, dimension, from_ms: from * MINUTE, to_ms: to * MINUTE }
     }
 
     fn sum(values: &[f64]) -> Sum {
@@ -221,23 +325,40 @@ mod tests {
 
     #[test]
     fn what_cannot_be_asked_is_named_with_what_can() {
-        let check = |asked: Result<Question, Unanswerable>, part: &str| {
-            let error = asked.unwrap_err().to_string();
+        let check = |asked: Asked<'_>, part: &str| {
+            let error = ask(asked).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         };
-        check(ask(90_000, 90_000, None, (0, MINUTE)), "multiple of the pane, 60000 ms");
-        check(ask(MINUTE, 0, None, (0, MINUTE)), "slide of 0 ms");
-        check(ask(MINUTE, 2 * MINUTE, None, (0, MINUTE)), "in none");
-        check(ask(MINUTE, MINUTE, Some("shoe_size"), (0, MINUTE)), "nationality");
-        check(ask(MINUTE, MINUTE, None, (0, 3000 * MINUTE)), "3000 windows");
-        assert_eq!(length_ms("size", "90s"), Ok(90_000));
-        assert!(length_ms("size", "a while").unwrap_err().to_string().contains("`a while`"));
-        assert!(length_ms("size", "900y").is_err());
+        let sized = |size, slide| Asked { size: Some(size), slide: Some(slide), ..Asked::default() };
+        check(sized("90s", "90s"), "multiple of the pane, 60000 ms");
+        check(sized("1m", "0s"), "slide of 0 ms");
+        check(sized("1m", "2m"), "in none");
+        check(sized("a while", "1m"), "`a while`");
+        check(sized("900y", "1m"), "`900y`");
+        check(Asked { by: Some("shoe_size"), ..Asked::default() }, "nationality");
+        let by_age = Asked { by: Some("age"), last: Some("5d"), ..Asked::default() };
+        check(by_age, "7201 windows over 7202 panes of 11 groups");
+        check(Asked { size: Some("300d"), slide: Some("1d"), ..Asked::default() }, "shorter span");
+    }
+
+    #[test]
+    fn the_work_of_a_question_is_bounded_by_windows_panes_groups_and_partitions() {
+        let check = |asked: Asked<'_>, partitions: i32, answered: bool| {
+            let question = Question::new(&definition(), partitions, &asked, 10_000 * MINUTE);
+            assert_eq!(question.is_ok(), answered, "{asked:?} {partitions}: {question:?}");
+        };
+        let of = |by, slide, last| Asked { size: Some("1h"), slide: Some(slide), by, last: Some(last) };
+        check(of(None, "1m", "6d"), 6, true);
+        check(of(None, "1m", "6d"), 256, false);
+        check(of(Some("nationality"), "1m", "6d"), 6, false);
+        check(of(Some("nationality"), "1h", "6d"), 6, true);
+        check(of(Some("nationality"), "1h", "6d"), 12, false);
+        check(of(Some("gender"), "1m", "4d"), 6, true);
     }
 
     #[test]
     fn a_sliding_window_is_the_sum_of_its_panes() {
-        let question = ask(3 * MINUTE, MINUTE, None, (5 * MINUTE, 7 * MINUTE)).unwrap();
+        let question = question(3, 1, 5, 7);
         assert_eq!(question.panes(), 5 * MINUTE..10 * MINUTE);
         let panes = (0..12).map(|n| ((String::new(), n * MINUTE), sum(&[n as f64]))).collect();
         let answer = question.answer(&panes);
@@ -255,24 +376,30 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_event_is_in_as_many_windows_as_slides_fit_into_one(
-            events in proptest::collection::vec((0i64..60, 0u8..3), 0..100),
-            slide in 1i64..6, factor in 1i64..4,
+        fn a_window_holds_the_events_of_its_span_and_group_and_nothing_else(
+            events in proptest::collection::vec((0i64..60, 0u8..3, -50i32..50), 0..100),
+            slide in 1i64..6, more in 0i64..12,
         ) {
-            let (slide_ms, size_ms) = (slide * MINUTE, slide * factor * MINUTE);
-            let question = ask(size_ms, slide_ms, None, (-size_ms, 60 * MINUTE)).unwrap();
+            let (size, groups) = (slide + more, ["0", "1", "2"]);
+            let question = question(size, slide, -size, 60);
             let mut panes = Panes::new();
-            for (minute, group) in &events {
-                panes.entry((group.to_string(), minute * MINUTE)).or_default().add(&sum(&[1.0]));
+            for (minute, group, value) in &events {
+                panes.entry((group.to_string(), minute * MINUTE)).or_default().add(&sum(&[f64::from(*value)]));
             }
-            let windows = question.answer(&panes);
-            let counted: i64 = windows.iter().map(|w| w.sum.count).sum();
-            prop_assert_eq!(counted, factor * events.len() as i64);
-            for window in windows {
-                let span = window.start_ms..window.end_ms;
-                let inside = events.iter().filter(|(m, g)| span.contains(&(m * MINUTE)) && g.to_string() == window.value);
-                prop_assert_eq!(window.sum.count, inside.count() as i64);
+            let mut expected = Vec::new();
+            for start in (-size..60).step_by(slide as usize) {
+                for value in groups {
+                    let inside = |(minute, group, _): &&(i64, u8, i32)| {
+                        (start..start + size).contains(minute) && group.to_string() == value
+                    };
+                    let values: Vec<f64> = events.iter().filter(inside).map(|(_, _, v)| f64::from(*v)).collect();
+                    if !values.is_empty() {
+                        let (start_ms, end_ms) = (start * MINUTE, (start + size) * MINUTE);
+                        expected.push(Window { start_ms, end_ms, value: value.to_owned(), sum: sum(&values) });
+                    }
+                }
             }
+            prop_assert_eq!(question.answer(&panes), expected);
         }
     }
 }

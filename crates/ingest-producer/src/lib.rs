@@ -33,9 +33,10 @@ pub mod stress;
 pub mod unresolved;
 
 use anyhow::Context;
+use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::presence::{self, Holdings, Instance};
-use common::registry::check_layout;
+use common::registry::{RegistryError, check_layout};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
@@ -60,6 +61,8 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// How long the last records may take to leave.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the process may take to end: runs have 5 s to drain, records to leave, and then there is some room.
+const GRACE: Duration = Duration::from_secs(15);
 
 /// What a command leaves behind.
 #[derive(Debug, Default)]
@@ -85,9 +88,17 @@ pub fn now_ms() -> i64 {
 /// Carries out the command.
 pub async fn run(config: &Config) -> anyhow::Result<Done> {
     let definition = config.common.definition()?;
-    let shutdown = Shutdown::on_signals().context("signals")?;
+    let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
     match &config.command {
-        Command::Run(args) => produce(config, args, definition, &shutdown).await,
+        Command::Run(args) => {
+            let done = produce(config, args, definition, &shutdown).await;
+            if let Some(refusal @ RegistryError::Another { .. }) =
+                done.as_ref().err().and_then(|e| e.downcast_ref())
+            {
+                presence::refuse(&config.common, "ingest-producer", &refusal.to_string()).await;
+            }
+            done
+        }
         Command::Stress(args) => stress(config, args, definition, shutdown).await,
         Command::Source(SourceCommand::Check(args)) => {
             let requests = Requests::new(&definition, config.source_origin.as_deref())?;
@@ -229,10 +240,11 @@ async fn produce(
     }
     let parts = Parts::connect(config, definition, shutdown).await?;
     let registry = &parts.runner.metrics.registry;
-    let router = admin::measured(admin::router(parts.health.clone(), registry.clone()), registry)?;
+    let router = admin::router(parts.health.clone(), registry.clone());
+    let router = admin::guarded(router, &Hosts::new(&config.common.http_hosts), registry)?;
     admin::serve(args.http_listen, router, shutdown.clone()).await?;
     let stream = &parts.runner.definition.stream.name;
-    let who = Instance::new(&config.common.keyspace, "ingest-producer", stream, &parts.runner.owner);
+    let who = Instance::new(&config.common, "ingest-producer", stream);
     let announcing = presence::announce(
         parts.session.clone(),
         who,
@@ -241,12 +253,17 @@ async fn produce(
         shutdown.clone(),
     );
     tokio::spawn(announcing);
+    let commands_running = shutdown.running("commands");
     let commands = tokio::spawn(parts.commands(config, shutdown).await?);
+    let runs_running = shutdown.running("runs");
     let served = Service::new(parts.runner.clone(), parts.health.clone()).run(shutdown).await;
+    drop(runs_running);
     shutdown.begin();
     if let Err(e) = commands.await.context("commands")? {
         tracing::error!(error = format!("{e:#}"), "commands");
     }
+    drop(commands_running);
+    let _flushing = shutdown.running("flush");
     parts.flush().await;
     served?;
     Ok(Done { text: String::new(), code: shutdown.exit_code() })

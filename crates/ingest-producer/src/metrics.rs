@@ -1,9 +1,10 @@
-//! Every metric of the producer; the only place that names one. All series exist at 0 from the start.
+//! Every metric of the producer; the only place that names one. Series exist at 0 from the start, but for times and lengths: their
+//! first value makes them.
 
 use crate::planner::Run;
 use crate::unresolved::Count;
 use common::control::CommandState;
-use common::metrics::Maker;
+use common::metrics::{Eventual, Maker};
 use common::run_ledger::RunState;
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
@@ -44,7 +45,7 @@ pub struct Metrics {
     /// Intervals without their data that are not about to be fetched, by [`UNRESOLVED`].
     unresolved: IntGaugeVec,
     /// Length of the schedule's present interval in seconds.
-    pub interval_seconds: IntGauge,
+    pub interval_seconds: Eventual,
     /// Requests to the source that failed.
     pub fetches_failed: IntCounter,
     /// Records that wait in Kafka's client or for their acknowledgement.
@@ -53,10 +54,10 @@ pub struct Metrics {
     pub queue_limit: IntGauge,
     /// Pauses because the queue was full.
     pub queue_full: IntCounter,
-    /// When a run last succeeded, Unix seconds; 0: not yet.
-    pub last_success: IntGauge,
-    /// Every interval that began before this is over, Unix seconds.
-    pub settled: IntGauge,
+    /// When a run last succeeded.
+    pub last_success: Eventual,
+    /// Every interval that began before this is over.
+    pub settled: Eventual,
     /// 1 while the stream is paused.
     pub paused: IntGauge,
     /// Seconds of one request.
@@ -82,6 +83,7 @@ impl Metrics {
         let counter = |name: &str, help: &str| make.counter(name, help);
         let gauge = |name: &str, help: &str| make.gauge(name, help);
         let unresolved = "Intervals that failed or were missed, until they succeed or are given up.";
+        let eventual = |name: &str, help: &str| make.eventual(name, help);
         let runs = "Runs the planner still looks at, by state in the ledger.";
         let metrics = Metrics {
             records_fetched: counter("ingest_records_fetched_total", "Records taken out of pages.")?,
@@ -96,9 +98,9 @@ impl Metrics {
             runs: make.gauges("ingest_runs", runs, &["state"])?,
             unresolved: make.gauges("ingest_unresolved_intervals", unresolved, &["state"])?,
             runs_active: gauge("ingest_runs_active", "Runs going on in this process.")?,
-            interval_seconds: gauge("ingest_interval_seconds", "Length of the schedule's interval.")?,
-            last_success: gauge("ingest_last_success_timestamp_seconds", "When a run last succeeded.")?,
-            settled: gauge("ingest_settled_timestamp_seconds", "Intervals begun before are over.")?,
+            interval_seconds: eventual("ingest_interval_seconds", "Length of the schedule's interval.")?,
+            last_success: eventual("ingest_last_success_timestamp_seconds", "When a run last succeeded.")?,
+            settled: eventual("ingest_settled_timestamp_seconds", "Intervals begun before are over.")?,
             paused: gauge("ingest_paused", "1 while the stream is paused.")?,
             fetch_seconds: make.histogram(
                 "ingest_fetch_seconds",
@@ -147,7 +149,7 @@ impl Metrics {
         }
         let succeeded = runs.filter(|run| run.state == RunState::Succeeded);
         if let Some(finished_ms) = succeeded.map(|run| run.finished_at_ms).max() {
-            self.last_success.set(self.last_success.get().max(finished_ms / 1000));
+            self.last_success.raise(finished_ms / 1000);
         }
     }
 
@@ -173,12 +175,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_series_is_there_at_zero_from_the_start() {
+    fn every_count_is_there_at_zero_from_the_start() {
         let metrics = Metrics::new().unwrap();
         let gathered = metrics.registry.gather();
         let names: Vec<&str> =
             gathered.iter().map(|f| f.name()).filter(|n| n.starts_with("ingest_")).collect();
-        assert_eq!(names.len(), 21, "{names:?}");
+        assert_eq!(names.len(), 18, "all but two times and a length: {names:?}");
         let attempts = gathered.iter().find(|f| f.name() == "ingest_attempts_total").unwrap();
         assert_eq!(attempts.get_metric().len(), OUTCOMES.len());
     }

@@ -375,7 +375,7 @@ impl Runner {
         }
         match ended {
             Ended::Succeeded => {
-                self.metrics.last_success.set(self.now() / 1000);
+                self.metrics.last_success.raise(self.now() / 1000);
                 tracing::info!(interval, run_id, records = ending.counts.records, "run succeeded");
             }
             Ended::Failed => {

@@ -160,7 +160,7 @@ impl Service {
         }
         self.settled_to_ms = plan.settled_to_ms;
         self.timeline = Some(timeline);
-        runner.metrics.settled.set(plan.settled_to_ms / 1000);
+        runner.metrics.settled.raise(plan.settled_to_ms / 1000);
         self.carry_out(plan.decisions, now_ms).await
     }
 

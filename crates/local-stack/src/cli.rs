@@ -47,9 +47,12 @@ pub enum Command {
 /// How to start everything.
 #[derive(Args, Clone, Debug)]
 pub struct UpArgs {
-    /// Return when everything is ready; ./run stop ends it
+    /// Return when everything is ready; a supervisor in the background keeps it running until ./run stop
     #[arg(long)]
     pub detach: bool,
+    /// Be that supervisor
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub supervise: bool,
     /// Start Kafka and Cassandra only
     #[arg(long)]
     pub servers_only: bool,
@@ -69,7 +72,7 @@ pub struct StatusArgs {
 /// Which log to print.
 #[derive(Args, Debug)]
 pub struct LogsArgs {
-    /// kafka, cassandra, source, init, ingest-producer, stream-processor, metrics-dashboard or prometheus
+    /// kafka, cassandra, source, init, ingest-producer, stream-processor, metrics-dashboard, prometheus or supervisor
     pub service: String,
     /// Go on printing what is added
     #[arg(short, long)]

@@ -1,5 +1,6 @@
 //! What `./run` offers beside starting: look, stop, print logs, start over.
 
+pub mod detach;
 pub mod up;
 
 use std::fs::{self, File};
@@ -30,10 +31,10 @@ const ORDER: [&str; 8] = [
     "prometheus",
 ];
 
-/// Name of the record of a `./run` in the foreground.
+/// Name of the record of the process that keeps everything running: `./run`, or what `./run --detach` leaves in the background.
 pub(crate) const SUPERVISOR: &str = "supervisor";
 
-/// How long a `./run` in the foreground may take to stop everything.
+/// How long the supervisor may take to stop everything.
 const SUPERVISOR_WITHIN: Duration = Duration::from_secs(180);
 
 /// How often a followed log is read again.
@@ -41,17 +42,30 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
 /// The parts of this checkout that run now, in the order of their start.
 pub(crate) fn running(folders: &Folders) -> Vec<Record> {
-    ORDER
-        .iter()
-        .filter_map(|name| Record::read(&folders.run().join(format!("{name}.json"))))
-        .filter(Record::is_alive)
-        .collect()
+    recorded(folders).into_iter().filter(Record::is_alive).collect()
+}
+
+/// The parts that run and those that are down although they should run, in the order of their start.
+fn recorded(folders: &Folders) -> Vec<Record> {
+    let records = ORDER.iter().filter_map(|name| Record::read(&folders.run().join(format!("{name}.json"))));
+    records.filter(|part| part.down.is_some() || part.is_alive()).collect()
+}
+
+/// Removes the records of what has ended.
+fn forget_all(folders: &Folders) {
+    for name in ORDER.iter().chain([&SUPERVISOR]) {
+        let _ = fs::remove_file(folders.run().join(format!("{name}.json")));
+    }
+}
+
+fn supervisor(folders: &Folders) -> Option<Record> {
+    Record::read(&folders.run().join(format!("{SUPERVISOR}.json"))).filter(Record::is_alive)
 }
 
 /// Stops everything in order, whoever started it.
 pub async fn stop(settings: &Settings, terminal: Terminal) -> Result<()> {
-    let supervisor_file = settings.folders.run().join(format!("{SUPERVISOR}.json"));
-    if let Some(supervisor) = Record::read(&supervisor_file).filter(Record::is_alive) {
+    // First the supervisor: it would start again what is stopped.
+    if let Some(supervisor) = supervisor(&settings.folders) {
         supervisor.signal(Signal::TERM);
         let deadline = Instant::now() + SUPERVISOR_WITHIN;
         while supervisor.is_alive() && Instant::now() < deadline {
@@ -65,27 +79,33 @@ pub async fn stop(settings: &Settings, terminal: Terminal) -> Result<()> {
         let how = if gently { "stopped" } else { "killed: it did not stop in time" };
         terminal.done(&part.name, how, since.elapsed());
     }
-    for name in ORDER.iter().chain([&SUPERVISOR]) {
-        let _ = fs::remove_file(settings.folders.run().join(format!("{name}.json")));
-    }
+    forget_all(&settings.folders);
     terminal.progress("nothing of this checkout runs");
     Ok(())
 }
 
 /// Prints what runs where.
 pub async fn status(settings: &Settings, args: &StatusArgs, terminal: Terminal) {
+    let supervised = supervisor(&settings.folders).is_some();
     let mut rows = Vec::new();
-    for part in running(&settings.folders) {
-        let (mib, seconds) = part.usage().unwrap_or_default();
-        let health = health(&part).await;
-        rows.push((part, mib, seconds, health));
+    for part in recorded(&settings.folders) {
+        let usage = part.usage().unwrap_or_default();
+        let state = match &part.down {
+            None => health(&part).await,
+            Some(down) if down.refused => "refused",
+            Some(_) if supervised => "restarting",
+            Some(_) => "down",
+        };
+        rows.push((part, usage, state));
     }
     if args.json {
         let list: Vec<_> = rows
             .iter()
-            .map(|(part, mib, seconds, health)| {
-                json!({"name": part.name, "pid": part.pid, "address": part.address, "state": health,
-                       "resident_mib": mib, "uptime_seconds": seconds, "log": part.log})
+            .map(|(part, (mib, seconds), state)| {
+                json!({"name": part.name, "pid": part.pid, "address": part.address, "state": state,
+                       "restarts": part.restarts, "resident_mib": mib, "uptime_seconds": seconds, "log": part.log,
+                       "ended": part.down.as_ref().map(|down| &down.ended),
+                       "last_words": part.down.as_ref().map(|down| &down.words)})
             })
             .collect();
         terminal.data(&json!(list).to_string());
@@ -95,14 +115,30 @@ pub async fn status(settings: &Settings, args: &StatusArgs, terminal: Terminal) 
         terminal.data("nothing of this checkout runs; ./run starts everything");
         return;
     }
-    let rows: Vec<[String; 6]> = rows
-        .into_iter()
-        .map(|(part, mib, seconds, health)| {
-            let log = part.log.strip_prefix(&settings.checkout).unwrap_or(&part.log).display().to_string();
-            [part.name, health.to_owned(), part.address, format!("{mib} MiB"), duration(seconds), log]
+    let ends: Vec<String> = rows
+        .iter()
+        .filter_map(|(part, ..)| {
+            part.down.as_ref().map(|down| format!("{}: {}: {}", part.name, down.ended, down.words))
         })
         .collect();
-    terminal.table(["part", "state", "address", "memory", "up", "log"], &rows);
+    let rows: Vec<[String; 7]> = rows
+        .into_iter()
+        .map(|(part, (mib, seconds), state)| {
+            let log = part.log.strip_prefix(&settings.checkout).unwrap_or(&part.log).display().to_string();
+            let (memory, up) = match part.down {
+                None => (format!("{mib} MiB"), duration(seconds)),
+                Some(_) => (String::new(), String::new()),
+            };
+            [part.name, state.to_owned(), part.restarts.to_string(), part.address, memory, up, log]
+        })
+        .collect();
+    terminal.table(["part", "state", "restarts", "address", "memory", "up", "log"], &rows);
+    for line in ends {
+        terminal.data(&line);
+    }
+    if !supervised {
+        terminal.warning("no supervisor runs: what ends stays down; ./run stop and ./run start it again");
+    }
 }
 
 async fn health(part: &Record) -> &'static str {
@@ -125,9 +161,9 @@ fn duration(seconds: u64) -> String {
 /// Prints the end of a part's log, and what is added to it.
 pub async fn logs(settings: &Settings, args: &LogsArgs, terminal: Terminal) -> Result<()> {
     let log = settings.folders.logs().join(format!("{}.log", args.service));
-    if !ORDER.contains(&args.service.as_str()) {
+    if !ORDER.contains(&args.service.as_str()) && args.service != SUPERVISOR {
         return Err(Error::Refused(format!(
-            "no part is called {}; one of {}",
+            "no part is called {}; one of {}, {SUPERVISOR}",
             args.service,
             ORDER.join(", ")
         )));

@@ -85,6 +85,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// A start of what runs already.
+    pub fn already_running() -> Self {
+        Self::Refused("already running; ./run status shows it, ./run stop ends it".to_owned())
+    }
+
     /// Names the path of a failed file operation: `fs::read(&path).map_err(Error::io(&path))`.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();

@@ -4,7 +4,8 @@
 //!
 //! A tour: [`cli`] says what can be asked, [`config`] where everything is, [`checks`] what the machine must offer.
 //! [`install`] brings servers into the cache, [`servers`] and [`services`] know how each part is started,
-//! [`process`] keeps it under control, [`stack`] knows the order, [`commands`] is what `./run` does with all that.
+//! [`process`] keeps it under control, [`supervise`] starts again what ends, [`stack`] knows the order, [`commands`] is what
+//! `./run` does with all that.
 //! [`source`] is the simulated REST API, [`test_parts`] is `./test`, [`bench`] measures, [`soak`] kills under load; these
 //! three have servers of their own from [`private`].
 
@@ -22,6 +23,7 @@ pub mod services;
 pub mod soak;
 pub mod source;
 pub mod stack;
+pub mod supervise;
 pub mod terminal;
 pub mod test_parts;
 
@@ -78,9 +80,14 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 
 async fn up(args: &UpArgs, terminal: Terminal) -> anyhow::Result<ExitCode> {
     let settings = Settings::load(&args.place)?;
-    let outcome = commands::up::up(&settings, args, terminal).await?;
+    let outcome = if args.detach {
+        commands::detach::detach(&settings, args).await?
+    } else {
+        commands::up::up(&settings, args, terminal).await?
+    };
     Ok(match outcome {
-        Outcome::Detached | Outcome::AllEnded => ExitCode::SUCCESS,
+        Outcome::Detached => ExitCode::SUCCESS,
+        Outcome::Failed => ExitCode::FAILURE,
         // Shells report an end by signal N as 128 + N.
         Outcome::Stopped(signal) => ExitCode::from(128 + signal),
     })

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -26,7 +26,7 @@ const CAUSE_LINES: usize = 400;
 const CAUSE_CHARACTERS: usize = 300;
 
 /// A process to start.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Spec {
     /// Name of the part: also of its log and its record.
     pub name: String,
@@ -59,6 +59,23 @@ pub struct Record {
     pub address: String,
     /// Seconds it may take to end.
     pub grace_seconds: u64,
+    /// How often it was started again after it had ended by itself.
+    #[serde(default)]
+    pub restarts: u64,
+    /// How it ended, where it is down although it should run.
+    #[serde(default)]
+    pub down: Option<Down>,
+}
+
+/// The end of a process that should run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Down {
+    /// As `exit code 1` or `signal 9`.
+    pub ended: String,
+    /// The line of its log that says most; empty where a signal ended it.
+    pub words: String,
+    /// It refuses to run and is not started again.
+    pub refused: bool,
 }
 
 /// A process this program started itself.
@@ -66,8 +83,11 @@ pub struct Record {
 pub struct Process {
     /// What others can know of it.
     pub record: Record,
+    spec: Spec,
     child: Child,
     record_file: PathBuf,
+    /// Bytes in its log when it was last started.
+    log_begins: u64,
 }
 
 impl Process {
@@ -77,18 +97,7 @@ impl Process {
         if log.exists() {
             fs::rename(&log, log.with_extension("log.1")).map_err(Error::io(&log))?;
         }
-        let output = File::create(&log).map_err(Error::io(&log))?;
-        let errors = output.try_clone().map_err(Error::io(&log))?;
-        let child = Command::new(&spec.program)
-            .args(&spec.arguments)
-            .envs(spec.environment.iter().map(|(name, value)| (name, value)))
-            .current_dir(&spec.folder)
-            .stdin(Stdio::null())
-            .stdout(output)
-            .stderr(errors)
-            .process_group(0)
-            .spawn()
-            .map_err(Error::io(&spec.program))?;
+        let child = spec.start(&log)?;
         let record = Record {
             name: spec.name.clone(),
             pid: child.id(),
@@ -96,9 +105,40 @@ impl Process {
             log,
             address: spec.address.clone(),
             grace_seconds: spec.grace.as_secs(),
+            restarts: 0,
+            down: None,
         };
         let record_file = record.write(&folders.run())?;
-        Ok(Self { record, child, record_file })
+        Ok(Self { record, spec: spec.clone(), child, record_file, log_begins: 0 })
+    }
+
+    /// Starts a process that has ended once more; its log goes on in the same file.
+    pub fn spawn_again(&mut self) -> Result<()> {
+        self.log_begins = fs::metadata(&self.record.log).map_or(0, |log| log.len());
+        self.child = self.spec.start(&self.record.log)?;
+        self.record.pid = self.child.id();
+        self.record.started_ticks = Stat::read(self.record.pid).map_or(0, |stat| stat.started_ticks);
+        self.record.restarts += 1;
+        self.record.down = None;
+        self.record.write_to(&self.record_file)
+    }
+
+    /// Records how a process ended that should run.
+    pub fn went_down(&mut self, status: ExitStatus, refused: bool) -> Result<Down> {
+        // A process that was killed has no last words: the end of its log has nothing to do with it.
+        let words = match status.code() {
+            Some(_) => cause(&tail(&self.record.log, self.log_begins, CAUSE_LINES)),
+            None => String::new(),
+        };
+        let down = Down { ended: describe(status), words, refused };
+        self.record.down = Some(down.clone());
+        self.record.write_to(&self.record_file)?;
+        Ok(down)
+    }
+
+    /// Removes the record of a process that has ended.
+    pub fn forget(&self) {
+        let _ = fs::remove_file(&self.record_file);
     }
 
     /// How the process ended, once it has.
@@ -170,6 +210,24 @@ impl Process {
     }
 }
 
+impl Spec {
+    /// Starts it; what it prints is added to `log`.
+    fn start(&self, log: &Path) -> Result<Child> {
+        let output = File::options().create(true).append(true).open(log).map_err(Error::io(log))?;
+        let errors = output.try_clone().map_err(Error::io(log))?;
+        Command::new(&self.program)
+            .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .process_group(0)
+            .spawn()
+            .map_err(Error::io(&self.program))
+    }
+}
+
 impl Record {
     /// The record of this very process.
     pub fn of_this_process(name: &str) -> Self {
@@ -181,15 +239,24 @@ impl Record {
             log: PathBuf::new(),
             address: String::new(),
             grace_seconds: 120,
+            restarts: 0,
+            down: None,
         }
     }
 
     /// Keeps the record as `NAME.json`; gives the file.
     pub fn write(&self, run: &Path) -> Result<PathBuf> {
         let file = run.join(format!("{}.json", self.name));
-        let text = serde_json::to_string_pretty(self).unwrap_or_default();
-        fs::write(&file, text).map_err(Error::io(&file))?;
+        self.write_to(&file)?;
         Ok(file)
+    }
+
+    /// Replaces the file at once: others read it meanwhile.
+    fn write_to(&self, file: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).unwrap_or_default();
+        let new = file.with_extension("new");
+        fs::write(&new, text).map_err(Error::io(&new))?;
+        fs::rename(&new, file).map_err(Error::io(file))
     }
 
     /// Reads one record; none when the file is absent or unreadable.
@@ -293,8 +360,11 @@ fn describe(status: ExitStatus) -> String {
 
 /// The line of a log's end that most likely names the cause.
 pub fn cause_in_log(log: &Path) -> String {
-    let lines = last_lines(log, CAUSE_LINES);
-    let cause = most_telling(&lines);
+    cause(&last_lines(log, CAUSE_LINES))
+}
+
+fn cause(lines: &[String]) -> String {
+    let cause = in_words(&most_telling(lines));
     if cause.is_empty() {
         "its log is empty".to_owned()
     } else {
@@ -302,9 +372,24 @@ pub fn cause_in_log(log: &Path) -> String {
     }
 }
 
+/// What a line of a log in JSON says for people.
+fn in_words(line: &str) -> String {
+    let fields: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+    let said = ["error", "cause", "message"].iter().find_map(|field| fields[*field].as_str());
+    said.unwrap_or(line).replace('\n', " ")
+}
+
 /// The last lines of a file, fewer where it has fewer, none where it cannot be read.
 pub fn last_lines(file: &Path, count: usize) -> Vec<String> {
-    let Ok(file) = File::open(file) else { return Vec::new() };
+    tail(file, 0, count)
+}
+
+/// The same, of what stands behind the first `skipped` bytes.
+fn tail(file: &Path, skipped: u64, count: usize) -> Vec<String> {
+    let Ok(mut file) = File::open(file) else { return Vec::new() };
+    if file.seek(SeekFrom::Start(skipped)).is_err() {
+        return Vec::new();
+    }
     let mut last = VecDeque::with_capacity(count);
     for line in BufReader::new(file).split(b'\n').map_while(std::result::Result::ok) {
         if last.len() == count {
@@ -350,6 +435,17 @@ mod tests {
         );
         check("only this\n\n", "only this");
         check("", "");
+    }
+
+    #[test]
+    fn a_line_in_json_is_told_in_words() {
+        let check = |line: &str, words: &str| assert_eq!(in_words(line), words);
+        check(
+            r#"{"level":"ERROR","message":"ended","error":"another layout:\n  now"}"#,
+            "another layout:   now",
+        );
+        check(r#"{"level":"INFO","message":"starting"}"#, "starting");
+        check("ingest-producer: no", "ingest-producer: no");
     }
 
     #[test]

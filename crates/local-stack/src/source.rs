@@ -29,11 +29,14 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Most people of one page, as in the real API.
 const MAX_RESULTS: u64 = 5000;
 /// Orders of a page when the request names no limit.
 const DEFAULT_LIMIT: u64 = 100;
+/// How long the process may take to end: requests under a slow fault may still wait for their answer.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// Settings of `local-stack source`.
 #[derive(Debug, Clone, Args)]
@@ -89,7 +92,7 @@ impl Simulator {
 
 /// Serves until SIGTERM or SIGINT.
 pub async fn serve(args: SourceArgs) -> anyhow::Result<()> {
-    let shutdown = Shutdown::on_signals().context("signals")?;
+    let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
     let listener = tokio::net::TcpListener::bind(args.listen).await.with_context(|| {
         format!("cannot listen on {}; free it or name another with --listen", args.listen)
     })?;

@@ -9,6 +9,7 @@ use crate::install::Installed;
 use crate::process::{Process, Spec};
 use crate::servers::{self, Probe, wait_until_ready};
 use crate::services;
+use crate::supervise::{Change, Supervised};
 use crate::terminal::Terminal;
 
 /// How long a service may take until it is ready: it connects, and the processor may recover its state.
@@ -26,12 +27,12 @@ pub enum Extent {
     All,
 }
 
-/// The running parts, in the order they were started.
+/// The parts that were started, in that order.
 #[derive(Debug)]
 pub struct Stack {
     settings: Settings,
     terminal: Terminal,
-    parts: Vec<Process>,
+    parts: Vec<Supervised>,
 }
 
 impl Stack {
@@ -42,7 +43,10 @@ impl Stack {
 
     /// Starts the parts one after the other; on failure what was started still runs: call [`Stack::stop`].
     pub async fn start(&mut self, installed: &Installed, extent: Extent) -> Result<()> {
-        servers::start_pair(&self.settings, installed, self.terminal, &mut self.parts).await?;
+        let mut servers = Vec::new();
+        let started = servers::start_pair(&self.settings, installed, self.terminal, &mut servers).await;
+        self.parts.extend(servers.into_iter().map(Supervised::new));
+        started?;
         if extent == Extent::Servers {
             return Ok(());
         }
@@ -70,7 +74,7 @@ impl Stack {
         let address = spec.address.clone();
         let mut process = Process::spawn(&spec, &self.settings.folders)?;
         let ready = wait_until_ready(&mut process, &probe, SERVICE_WITHIN).await;
-        self.parts.push(process);
+        self.parts.push(Supervised::new(process));
         ready?;
         self.terminal.done(&spec.name, &address, since.elapsed());
         Ok(())
@@ -84,17 +88,10 @@ impl Stack {
         Ok(())
     }
 
-    /// The parts that ended since the last call, each as the line that says why; they leave the stack.
-    pub fn ended(&mut self) -> Vec<(String, String)> {
-        let mut lines = Vec::new();
-        self.parts.retain_mut(|part| match part.ended() {
-            Some(status) => {
-                lines.push((part.record.name.clone(), part.death(status).to_string()));
-                false
-            }
-            None => true,
-        });
-        lines
+    /// Starts again what has ended; what happened to which part since the last call.
+    pub fn tend(&mut self) -> Vec<(String, Result<Change>)> {
+        let changes = self.parts.iter_mut().map(|part| (part.name().to_owned(), part.tend().transpose()));
+        changes.filter_map(|(name, change)| Some((name, change?))).collect()
     }
 
     /// Stops everything in the reverse order of the start.
@@ -103,16 +100,11 @@ impl Stack {
             let since = Instant::now();
             let gently = part.stop().await;
             let how = if gently { "stopped" } else { "killed: it did not stop in time" };
-            self.terminal.done(&part.record.name, how, since.elapsed());
+            self.terminal.done(part.name(), how, since.elapsed());
         }
     }
 
-    /// How many parts run.
-    pub fn len(&self) -> usize {
-        self.parts.len()
-    }
-
-    /// Whether nothing runs.
+    /// Whether nothing was started.
     pub fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }

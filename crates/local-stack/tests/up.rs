@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use local_stack::config::is_free;
-use local_stack::process::Record;
+use local_stack::process::{Down, Record};
 use tempfile::TempDir;
 
 /// "Within seconds", on a busy machine.
@@ -91,6 +91,36 @@ fn a_server_that_dies_at_start_is_named_with_its_log_and_nothing_is_left_running
     refused(&output, &["ended while starting (exit code 1)", "log: ", ".local/logs/"]);
     assert!(since.elapsed() < SECONDS);
     assert_eq!(checkout.records(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_start_in_the_background_that_fails_says_why_and_leaves_nothing_running() {
+    let checkout = Checkout::hollow();
+    let output = checkout.call(&["up", "--servers-only", "--detach"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.lines().last().is_some_and(|line| line.starts_with("fail ") && line.contains("log: ")),
+        "{said}"
+    );
+    assert_eq!(checkout.records(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_part_that_refused_is_shown_with_its_last_words() {
+    let checkout = Checkout::hollow();
+    let mut record = Record::of_this_process("stream-processor");
+    record.started_ticks += 1;
+    record.restarts = 2;
+    let words = "another layout".to_owned();
+    record.down = Some(Down { ended: "exit code 3".to_owned(), words, refused: true });
+    record.write(&checkout.run_folder()).unwrap();
+    let said = String::from_utf8(checkout.call(&["status"]).stdout).unwrap();
+    let row = said.lines().find(|line| line.trim_start().starts_with("stream-processor ")).unwrap();
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["stream-processor", "refused", "2"], "{said}");
+    assert!(said.contains("stream-processor: exit code 3: another layout"), "{said}");
+    let json = String::from_utf8(checkout.call(&["status", "--json"]).stdout).unwrap();
+    assert!(json.contains(r#""last_words":"another layout""#) && json.contains(r#""restarts":2"#), "{json}");
 }
 
 #[test]

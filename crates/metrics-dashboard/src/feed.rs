@@ -9,7 +9,9 @@ use crate::kafka_view::KafkaView;
 use crate::lag::{LagHistory, LagSample};
 use crate::metrics::Metrics;
 use crate::overview::{Figure, KafkaFacts, Overview, StoreFacts, assemble};
-use crate::store::{Instance, Run, Store};
+use crate::reason::{Reason, Source};
+use crate::services::{Instance, Listening};
+use crate::store::{Run, Store};
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::admin::Health;
 use common::config::CommonArgs;
@@ -31,8 +33,6 @@ pub const CASSANDRA: &str = "cassandra";
 const REFRESH: Duration = Duration::from_secs(1);
 /// Age from which an answer counts as none.
 const STALE_AFTER: Duration = Duration::from_secs(5);
-/// Runs and services change seldom: they are read every so many refreshes.
-const ACTIVITY_EVERY: u32 = 3;
 /// After this long without an answer the session is made anew: the nodes may have new addresses.
 const REOPEN_AFTER: Duration = Duration::from_secs(30);
 
@@ -43,8 +43,6 @@ pub struct Stream {
     pub definition: Arc<Definition>,
     /// Its events topic.
     pub topic: String,
-    /// This instance's name, for table `services`.
-    pub instance: String,
     /// How to reach the servers.
     pub settings: CommonArgs,
 }
@@ -60,11 +58,9 @@ pub struct Shown {
 
 /// Runs and services as last read.
 #[derive(Debug, Clone)]
-pub struct Activity {
-    /// Latest ingest runs, newest first.
-    pub runs: Figure<Vec<Run>>,
-    /// Instances alive.
-    pub services: Figure<Vec<Instance>>,
+struct Activity {
+    runs: Reading<Vec<Run>>,
+    services: Reading<Vec<Instance>>,
 }
 
 /// Where the feed writes and the API reads.
@@ -78,11 +74,10 @@ pub struct Board {
 impl Board {
     /// Nothing known yet.
     pub fn new(stream: &str) -> Arc<Board> {
-        let nothing = || "not asked yet: the service has just started".to_owned();
-        let overview = assemble(stream, now(), &Err(nothing()), &Err(nothing()));
+        let overview = assemble(stream, now(), &Err(not_asked()), &Err(not_asked()));
         Arc::new(Board {
             shown: watch::Sender::new(Arc::new(shown(overview))),
-            activity: RwLock::new(Activity { runs: Err(nothing()), services: Err(nothing()) }),
+            activity: RwLock::new(Activity { runs: Reading::none(), services: Reading::none() }),
             lag: Mutex::new(LagHistory::default()),
             store: RwLock::new(None),
         })
@@ -93,9 +88,14 @@ impl Board {
         self.shown.subscribe()
     }
 
-    /// Runs and services as last read.
-    pub fn activity(&self) -> Activity {
-        self.activity.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Latest ingest runs, newest first.
+    pub fn runs(&self) -> Figure<Vec<Run>> {
+        self.activity.read().unwrap_or_else(PoisonError::into_inner).runs.fresh(Source::Cassandra)
+    }
+
+    /// The instances of the services.
+    pub fn services(&self) -> Figure<Vec<Instance>> {
+        self.activity.read().unwrap_or_else(PoisonError::into_inner).services.fresh(Source::Cassandra)
     }
 
     /// The session with Cassandra, where there is one.
@@ -112,8 +112,8 @@ impl Board {
         *self.store.write().unwrap_or_else(PoisonError::into_inner) = store;
     }
 
-    fn set_activity(&self, activity: Activity) {
-        *self.activity.write().unwrap_or_else(PoisonError::into_inner) = activity;
+    fn with_activity(&self, act: impl FnOnce(&mut Activity)) {
+        act(&mut self.activity.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn show(&self, overview: Overview) {
@@ -133,14 +133,20 @@ struct Reading<T> {
 
 impl<T: Clone> Reading<T> {
     fn none() -> Reading<T> {
-        Reading { answered: None, facts: Err("not asked yet: the service has just started".to_owned()) }
+        Reading { answered: None, facts: Err(not_asked()) }
     }
 
-    /// The facts, unless they are too old to be true now.
-    fn fresh(&self, source: &str) -> Figure<T> {
+    fn now(facts: Figure<T>) -> Reading<T> {
+        Reading { answered: Some(Instant::now()), facts }
+    }
+
+    /// The facts, unless they are too old to be true now. A reason does not age: it stands until the next answer.
+    fn fresh(&self, source: Source) -> Figure<T> {
         match self.answered {
-            Some(at) if at.elapsed() > STALE_AFTER => {
-                Err(format!("{source} has not answered for over {} s", STALE_AFTER.as_secs()))
+            Some(at) if self.facts.is_ok() && at.elapsed() > STALE_AFTER => {
+                let name = if source == Source::Kafka { KAFKA } else { CASSANDRA };
+                let message = format!("{name} has not answered for over {} s", STALE_AFTER.as_secs());
+                Err(Reason::new(source, message))
             }
             _ => self.facts.clone(),
         }
@@ -161,6 +167,8 @@ pub async fn run(
         board: board.clone(),
         metrics: metrics.clone(),
         health: health.clone(),
+        listening: Listening::default(),
+        looked_at: None,
     };
     tokio::spawn(cassandra.run(store_answers, shutdown.clone()));
     tokio::spawn(read_kafka(
@@ -176,12 +184,12 @@ pub async fn run(
             () = shutdown.begun() => break,
             _ = ticks.tick() => {}
         }
-        let store = store_facts.borrow().fresh(CASSANDRA);
-        let kafka = kafka_facts.borrow().fresh(KAFKA);
+        let store = store_facts.borrow().fresh(Source::Cassandra);
+        let kafka = kafka_facts.borrow().fresh(Source::Kafka);
         let overview = assemble(&stream.definition.stream.name, now(), &store, &kafka);
         for (source, state) in [(CASSANDRA, store.map(drop)), (KAFKA, kafka.map(drop))] {
             metrics.source(source, state.is_ok());
-            health.set(source, state);
+            health.set(source, state.map_err(|reason| reason.to_string()));
         }
         metrics.overview(&overview);
         board.show(overview);
@@ -194,15 +202,18 @@ struct CassandraReader {
     board: Arc<Board>,
     metrics: Metrics,
     health: Arc<Health>,
+    listening: Listening,
+    /// When the services were last read.
+    looked_at: Option<Instant>,
 }
 
 impl CassandraReader {
-    async fn run(self, answers: watch::Sender<Reading<StoreFacts>>, shutdown: Shutdown) {
+    async fn run(mut self, answers: watch::Sender<Reading<StoreFacts>>, shutdown: Shutdown) {
         let mut ticks = tokio::time::interval(REFRESH);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failing_since: Option<Instant> = None;
         let mut announcing: Option<AbortOnDropHandle<()>> = None;
-        for turn in 0u32.. {
+        loop {
             tokio::select! {
                 () = shutdown.begun() => break,
                 _ = ticks.tick() => {}
@@ -210,7 +221,7 @@ impl CassandraReader {
             let started = Instant::now();
             let outcome = tokio::select! {
                 () = shutdown.begun() => break,
-                outcome = self.read(turn.is_multiple_of(ACTIVITY_EVERY), &shutdown) => outcome,
+                outcome = self.read(&shutdown) => outcome,
             };
             self.metrics.read(CASSANDRA, started.elapsed(), outcome.is_ok());
             failing_since = outcome.is_err().then(|| failing_since.unwrap_or(started));
@@ -225,20 +236,21 @@ impl CassandraReader {
             if matches!(&outcome, Err(e) if e.kind() == Kind::Fatal) {
                 shutdown.begin();
             }
-            let facts = outcome.map_err(|e| e.to_string());
+            let facts = outcome.map_err(|e| e.reason());
             if let Err(reason) = &facts {
-                self.board
-                    .set_activity(Activity { runs: Err(reason.clone()), services: Err(reason.clone()) });
+                self.board.with_activity(|activity| {
+                    activity.runs = Reading::now(Err(reason.clone()));
+                    activity.services = Reading::now(Err(reason.clone()));
+                });
             }
-            answers.send_replace(Reading { answered: Some(Instant::now()), facts });
+            answers.send_replace(Reading::now(facts));
         }
     }
 
     /// Says each second that this instance is alive, as long as the session is in use.
     fn announce(&self, store: &Store, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
-        let (keyspace, instance) = (&self.stream.settings.keyspace, &self.stream.instance);
         let stream = &self.stream.definition.stream.name;
-        let who = presence::Instance::new(keyspace, "metrics-dashboard", stream, instance);
+        let who = presence::Instance::new(&self.stream.settings, "metrics-dashboard", stream);
         let announcing = presence::announce(
             store.session(),
             who,
@@ -249,7 +261,7 @@ impl CassandraReader {
         AbortOnDropHandle::new(tokio::spawn(announcing))
     }
 
-    async fn read(&self, with_activity: bool, shutdown: &Shutdown) -> Result<StoreFacts, Error> {
+    async fn read(&mut self, shutdown: &Shutdown) -> Result<StoreFacts, Error> {
         let now = now_ms();
         let store = match self.board.store() {
             Some(store) => store,
@@ -266,11 +278,16 @@ impl CassandraReader {
             }
         };
         let facts = store.read(now.div_euclid(1000)).await?;
-        if with_activity {
-            let (runs, services) = futures::join!(store.runs(now), store.services());
-            let (runs, services) = (runs.map_err(|e| e.to_string()), services.map_err(|e| e.to_string()));
-            self.board.set_activity(Activity { runs, services });
-        }
+        let (services, runs) = futures::join!(store.services(), store.runs(now));
+        let services = services.map(|(alive, refused)| {
+            let since_last = self.looked_at.map_or(Duration::ZERO, |at| at.elapsed());
+            self.looked_at = Some(Instant::now());
+            self.listening.look(alive, refused, (now_ms(), since_last))
+        });
+        self.board.with_activity(|activity| {
+            activity.services = Reading::now(services.map_err(|e| e.reason()));
+            activity.runs = Reading::now(runs.map_err(|e| e.reason()));
+        });
         Ok(facts)
     }
 }
@@ -289,9 +306,14 @@ async fn read_kafka(
             () = shutdown.begun() => break,
             _ = ticks.tick() => {}
         }
-        let next_offsets: Option<BTreeMap<i32, i64>> = progress.borrow().fresh(CASSANDRA).ok().map(|facts| {
-            facts.progress.iter().map(|(partition, progress)| (*partition, progress.next_offset)).collect()
-        });
+        let next_offsets: Option<BTreeMap<i32, i64>> =
+            progress.borrow().fresh(Source::Cassandra).ok().map(|facts| {
+                facts
+                    .progress
+                    .iter()
+                    .map(|(partition, progress)| (*partition, progress.next_offset))
+                    .collect()
+            });
         let started = Instant::now();
         let (brokers, topic) = (stream.settings.kafka_brokers.clone(), stream.topic.clone());
         let reading = tokio::task::spawn_blocking(move || {
@@ -304,21 +326,25 @@ async fn read_kafka(
             read = reading => match read {
                 Ok(Ok((used, facts))) => {
                     view = Some(used);
-                    facts.map_err(|e| e.to_string())
+                    facts.map_err(|e| e.reason())
                 }
                 Ok(Err(error)) => {
                     view = None;
-                    Err(error.to_string())
+                    Err(error.reason())
                 }
                 Err(panicked) => {
                     view = None;
-                    Err(format!("kafka: the reader failed: {panicked}"))
+                    Err(Reason::new(Source::Dashboard, format!("the reader of kafka failed: {panicked}")))
                 }
             },
         };
         metrics.read(KAFKA, started.elapsed(), facts.is_ok());
-        answers.send_replace(Reading { answered: Some(Instant::now()), facts });
+        answers.send_replace(Reading::now(facts));
     }
+}
+
+fn not_asked() -> Reason {
+    Reason::new(Source::Dashboard, "not asked yet: the service has just started")
 }
 
 fn shown(overview: Overview) -> Shown {
@@ -344,15 +370,18 @@ mod tests {
     fn an_old_answer_is_none() {
         let at = Instant::now().checked_sub(STALE_AFTER + Duration::from_secs(1)).unwrap();
         let old = Reading { answered: Some(at), facts: Ok(1) };
-        assert_eq!(old.fresh("kafka"), Err("kafka has not answered for over 5 s".to_owned()));
-        assert_eq!(Reading { answered: Some(Instant::now()), facts: Ok(1) }.fresh("kafka"), Ok(1));
+        let silent = Reason::new(Source::Kafka, "kafka has not answered for over 5 s");
+        assert_eq!(old.fresh(Source::Kafka), Err(silent));
+        let down = Err::<i32, _>(Reason::new(Source::Kafka, "down"));
+        assert_eq!(Reading { facts: down.clone(), ..old }.fresh(Source::Kafka), down);
+        assert_eq!(Reading { answered: Some(Instant::now()), facts: Ok(1) }.fresh(Source::Kafka), Ok(1));
     }
 
     #[test]
     fn before_the_first_answer_every_figure_is_unknown_with_its_reason() {
         let shown = Board::new("s").watch().borrow().clone();
         assert_eq!(shown.overview.events_produced, None);
-        assert!(shown.overview.reasons["events_produced"].contains("just started"));
+        assert!(shown.overview.reasons["events_produced"].message.contains("just started"));
         assert!(shown.json.contains("\"rows_written\":null"));
     }
 }

@@ -4,15 +4,23 @@
 use crate::error::Error;
 use crate::lag::{self, Watermarks};
 use crate::overview::{Figure, KafkaFacts, PartitionFacts};
+use crate::reason::{Reason, Source};
 use common::kafka::{KafkaError, client_config};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::MetadataPartition;
 use rdkafka::{Message, Offset, TopicPartitionList};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// A client without an answer for so long is replaced by a new one.
+const RENEW_AFTER: Duration = Duration::from_secs(5);
+/// Most replaced clients that are still closing.
+const MAX_CLOSING: usize = 4;
 /// Longest wait for the answer to one question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// Longest wait for the ends of all partitions together: after that their facts would be old.
+const ENDS_LIMIT: Duration = Duration::from_secs(3);
 /// Longest wait for the first waiting records of all partitions together.
 const RECORDS_LIMIT: Duration = Duration::from_millis(800);
 /// How long one poll waits; it returns as soon as a record is there.
@@ -32,31 +40,60 @@ pub struct KafkaView {
     topic: String,
     /// Time stamp of the record at an offset, by partition: a position that stands still costs nothing.
     known: BTreeMap<i32, (i64, i64)>,
+    /// Since when no answer comes.
+    unanswered_since: Option<Instant>,
+    /// Shared with the threads that close replaced clients.
+    closing: Arc<()>,
+}
+
+fn consumer(brokers: &str, topic: &str) -> Result<BaseConsumer, Error> {
+    let made = client_config(brokers, "metrics-dashboard")
+        // The client insists on a group's name to read by assignment; it never joins one.
+        .set("group.id", format!("metrics-dashboard.{topic}"))
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("isolation.level", "read_uncommitted")
+        .set("queued.min.messages", "1")
+        .set("queued.max.messages.kbytes", QUEUED_KIB)
+        .set("fetch.queue.backoff.ms", QUEUE_BACKOFF_MS)
+        .set("fetch.message.max.bytes", FETCH_BYTES)
+        .set("fetch.wait.max.ms", "10")
+        .create();
+    made.map_err(|e| KafkaError::Client(e.to_string()).into())
 }
 
 impl KafkaView {
     /// Makes the client; nothing is sent yet.
     pub fn new(brokers: &str, topic: &str) -> Result<KafkaView, Error> {
-        let consumer = client_config(brokers, "metrics-dashboard")
-            // The client insists on a group's name to read by assignment; it never joins one.
-            .set("group.id", format!("metrics-dashboard.{topic}"))
-            .set("enable.auto.commit", "false")
-            .set("enable.auto.offset.store", "false")
-            .set("auto.offset.reset", "error")
-            .set("isolation.level", "read_uncommitted")
-            .set("queued.min.messages", "1")
-            .set("queued.max.messages.kbytes", QUEUED_KIB)
-            .set("fetch.queue.backoff.ms", QUEUE_BACKOFF_MS)
-            .set("fetch.message.max.bytes", FETCH_BYTES)
-            .set("fetch.wait.max.ms", "10")
-            .create()
-            .map_err(|e| KafkaError::Client(e.to_string()))?;
         Ok(KafkaView {
-            consumer,
+            consumer: consumer(brokers, topic)?,
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
             known: BTreeMap::new(),
+            unanswered_since: None,
+            closing: Arc::default(),
         })
+    }
+
+    /// Replaces a client that has had no answer for long. A broker that stood still is fenced when it goes on, and answers once with
+    /// the topic and no broker at all; librdkafka 2.12 then forgets every broker it knew and never asks a bootstrap server
+    /// again.
+    fn renew_if_deaf(&mut self) -> Result<(), Error> {
+        let since = *self.unanswered_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < RENEW_AFTER || Arc::strong_count(&self.closing) > MAX_CLOSING {
+            return Ok(());
+        }
+        tracing::info!(seconds = since.elapsed().as_secs(), "kafka does not answer: making a new client");
+        let deaf = std::mem::replace(&mut self.consumer, consumer(&self.brokers, &self.topic)?);
+        self.unanswered_since = None;
+        // Its destructor waits for brokers that may not answer.
+        let closing = self.closing.clone();
+        std::thread::spawn(move || {
+            drop(deaf);
+            drop(closing);
+        });
+        Ok(())
     }
 
     /// Reads everything once. `next_offsets`: where the processor stands, by partition; `None` where that is not known,
@@ -66,30 +103,52 @@ impl KafkaView {
             brokers: self.brokers.clone(),
             cause: cause.to_string(),
         };
-        let metadata = self.consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT).map_err(unreachable)?;
+        let metadata =
+            match self.consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT).map_err(unreachable) {
+                Ok(metadata) => metadata,
+                Err(error) => {
+                    self.renew_if_deaf()?;
+                    return Err(error.into());
+                }
+            };
+        self.unanswered_since = None;
         let topic = metadata.topics().iter().find(|t| t.name() == self.topic && t.error().is_none());
         let described = topic.map(|t| t.partitions()).unwrap_or_default();
         if described.is_empty() {
             return Err(KafkaError::NoTopic { topic: self.topic.clone() }.into());
         }
+        let until = Instant::now() + ENDS_LIMIT;
         let mut partitions: BTreeMap<i32, PartitionFacts> =
-            described.iter().map(|p| (p.id(), self.partition(p))).collect();
+            described.iter().map(|p| (p.id(), self.partition(p, until))).collect();
         if let Some(next_offsets) = next_offsets {
             self.add_record_times(&mut partitions, next_offsets);
         }
         Ok(KafkaFacts { partitions })
     }
 
-    fn partition(&self, described: &MetadataPartition) -> PartitionFacts {
+    fn partition(&self, described: &MetadataPartition, until: Instant) -> PartitionFacts {
         let id = described.id();
         let leader = Some(described.leader()).filter(|leader| *leader >= 0);
         let log = match leader {
-            None => Err(format!("kafka: partition {id} of `{}` has no leader", self.topic)),
+            _ if Instant::now() >= until => Err(Reason::new(
+                Source::Kafka,
+                format!(
+                    "partition {id} of `{}` was not asked for its end: kafka answers too slowly",
+                    self.topic
+                ),
+            )),
+            None => Err(Reason::new(
+                Source::Kafka,
+                format!("partition {id} of `{}` has no leader: is its broker down?", self.topic),
+            )),
             Some(_) => self
                 .consumer
                 .fetch_watermarks(&self.topic, id, ANSWER_LIMIT)
                 .map(|(low, high)| Watermarks { low, high })
-                .map_err(|e| format!("kafka: end of partition {id} of `{}`: {e}", self.topic)),
+                .map_err(|e| {
+                    let message = format!("kafka does not say where partition {id} of `{}` ends", self.topic);
+                    Reason::new(Source::Kafka, message).with_detail(e.to_string())
+                }),
         };
         let (replicas, in_sync) = (described.replicas().len(), described.isr().len());
         PartitionFacts { log, leader, replicas, in_sync, record_time: None }
@@ -121,12 +180,15 @@ impl KafkaView {
         let missing: BTreeMap<i32, i64> =
             wanted.iter().filter(|(id, _)| !self.known.contains_key(id)).map(|(id, o)| (*id, *o)).collect();
         let trouble = if missing.is_empty() { None } else { self.fetch_times(&missing).err() };
-        let cause = trouble.map_or_else(String::new, |e| format!(" ({e})"));
         let time = |id: &i32, offset: &i64| {
             let known = self.known.get(id).map(|(_, time)| *time);
-            known.ok_or_else(|| {
-                let limit = RECORDS_LIMIT.as_millis();
-                format!("kafka: the record at offset {offset} of partition {id} was not read within {limit} ms{cause}")
+            known.ok_or_else(|| Reason {
+                source: Source::Kafka,
+                message: format!(
+                    "the record at offset {offset} of partition {id} was not read within {} ms",
+                    RECORDS_LIMIT.as_millis()
+                ),
+                detail: trouble.as_ref().map(ToString::to_string),
             })
         };
         wanted.iter().map(|(id, offset)| (*id, time(id, offset))).collect()

@@ -143,6 +143,7 @@ mod tests {
     use super::*;
     use crate::overview::{KafkaFacts, Progress, StoreFacts, assemble};
     use crate::rates::Rates;
+    use crate::reason::{Reason, Source};
     use prometheus::TextEncoder;
 
     #[test]
@@ -152,11 +153,12 @@ mod tests {
         let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };
         let rates = Rates { now: 1.0, average: 1.0, peak: 1.0 };
         let store = Ok(StoreFacts { progress: [(0, progress)].into(), rates });
-        let down = || Err::<KafkaFacts, _>("down".to_owned());
+        let reason = || Reason::new(Source::Kafka, "down");
+        let down = || Err::<KafkaFacts, _>(reason());
         metrics.overview(&assemble("s", (0, String::new()), &store, &down()));
         assert!(text().contains("dashboard_cassandra_rows{stream=\"s\"} 7"), "{}", text());
         assert!(!text().contains("dashboard_lag_messages{"), "{}", text());
-        metrics.overview(&assemble("s", (0, String::new()), &Err("down".to_owned()), &down()));
+        metrics.overview(&assemble("s", (0, String::new()), &Err(reason()), &down()));
         assert!(!text().contains("dashboard_cassandra_rows{"), "{}", text());
         assert!(text().contains("dashboard_source_up{source=\"kafka\"} 0"), "{}", text());
     }

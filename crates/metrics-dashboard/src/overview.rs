@@ -3,11 +3,12 @@
 
 use crate::lag::{self, Standing, Watermarks};
 use crate::rates::Rates;
+use crate::reason::{Reason, Source};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A figure, or why it cannot be known.
-pub type Figure<T> = Result<T, String>;
+pub type Figure<T> = Result<T, Reason>;
 
 /// One row of table `partition_progress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -113,7 +114,7 @@ pub struct PartitionOverview {
     /// The position against the log.
     pub standing: Option<Standing>,
     /// Why a figure is null.
-    pub reasons: BTreeMap<&'static str, String>,
+    pub reasons: BTreeMap<&'static str, Reason>,
 }
 
 /// What `GET /api/v1/overview` answers and the feed sends each second.
@@ -150,7 +151,7 @@ pub struct Overview {
     /// By Kafka partition; null where neither Kafka nor Cassandra answers.
     pub partitions: Option<Vec<PartitionOverview>>,
     /// Why a figure is null.
-    pub reasons: BTreeMap<&'static str, String>,
+    pub reasons: BTreeMap<&'static str, Reason>,
 }
 
 /// Puts the overview of `stream` together as of `now_ms`, which `as_of` spells.
@@ -192,7 +193,7 @@ pub fn assemble(
 }
 
 /// Collects the reasons of figures that are not known.
-struct Notes<'a>(&'a mut BTreeMap<&'static str, String>);
+struct Notes<'a>(&'a mut BTreeMap<&'static str, Reason>);
 
 impl Notes<'_> {
     fn take<T>(&mut self, name: &'static str, figure: Figure<T>) -> Option<T> {
@@ -230,8 +231,9 @@ fn all_lag<T: Copy>(
     name: &'static str,
     of: fn(&PartitionOverview) -> Option<T>,
 ) -> Figure<Vec<T>> {
-    let unknown =
-        |p: &PartitionOverview| p.reasons.get(name).cloned().unwrap_or_else(|| "not known".to_owned());
+    let unknown = |p: &PartitionOverview| {
+        p.reasons.get(name).cloned().unwrap_or_else(|| Reason::new(Source::Dashboard, "not known"))
+    };
     let one = |p: &PartitionOverview| of(p).ok_or_else(|| unknown(p));
     partitions.as_ref().map_err(Clone::clone)?.iter().map(one).collect()
 }
@@ -248,8 +250,8 @@ fn partitions(
     if let Ok(facts) = kafka {
         ids.extend(facts.partitions.keys().copied());
     }
-    if let (Err(store), Err(kafka)) = (store, kafka) {
-        return Err(format!("{kafka}; {store}"));
+    if let (Err(_), Err(kafka)) = (store, kafka) {
+        return Err(kafka.clone());
     }
     Ok(ids.into_iter().map(|id| partition(id, now_ms, store, kafka)).collect())
 }
@@ -263,9 +265,12 @@ fn partition(
     let progress =
         store.as_ref().map(|s| s.progress.get(&id).copied().unwrap_or_default()).map_err(Clone::clone);
     let facts = kafka.as_ref().map_err(Clone::clone).and_then(|k| {
-        k.partitions
-            .get(&id)
-            .ok_or_else(|| format!("the topic has no partition {id}, but progress of one is stored"))
+        k.partitions.get(&id).ok_or_else(|| {
+            Reason::new(
+                Source::Kafka,
+                format!("the topic has no partition {id}, but progress of one is stored"),
+            )
+        })
     });
     let log = facts.clone().and_then(|p| p.log.clone());
     let both = log.clone().and_then(|log| progress.clone().map(|p| (log, p.next_offset)));
@@ -302,7 +307,9 @@ fn lag_seconds(
     match facts.and_then(|f| f.record_time.as_ref()) {
         Some((_, Ok(time))) => Ok(lag::seconds(now_ms, *time)),
         Some((_, Err(reason))) => Err(reason.clone()),
-        None => Err(format!("kafka: the record at offset {first} has not been read yet")),
+        None => {
+            Err(Reason::new(Source::Kafka, format!("the record at offset {first} has not been read yet")))
+        }
     }
 }
 
@@ -334,6 +341,10 @@ mod tests {
         }
     }
 
+    fn down(source: Source) -> Reason {
+        Reason::new(source, "down")
+    }
+
     fn overview(store: Figure<StoreFacts>, kafka: Figure<KafkaFacts>) -> Overview {
         assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &store, &kafka)
     }
@@ -345,32 +356,32 @@ mod tests {
 
     #[test]
     fn without_kafka_what_cassandra_knows_is_still_shown_and_lag_is_not() {
-        let o = overview(Ok(store()), Err("kafka: down".into()));
+        let o = overview(Ok(store()), Err(down(Source::Kafka)));
         assert_eq!(
             (o.events_produced, o.lag_messages, o.lag_seconds, o.replication),
             (None, None, None, None)
         );
         assert_eq!((o.events_processed, o.rows_written), (Some(90), Some(86)));
         for name in ["events_produced", "lag_messages", "lag_seconds", "replication"] {
-            assert_eq!(o.reasons.get(name).map(String::as_str), Some("kafka: down"), "{name}");
+            assert_eq!(o.reasons.get(name), Some(&down(Source::Kafka)), "{name}");
         }
         assert_eq!(o.partitions.unwrap().len(), 2);
     }
 
     #[test]
     fn without_cassandra_nothing_processed_is_claimed() {
-        let o = overview(Err("cassandra: down".into()), Ok(kafka()));
+        let o = overview(Err(down(Source::Cassandra)), Ok(kafka()));
         assert_eq!(o.events_produced, Some(150));
         assert_eq!(
             (o.events_processed, o.rows_written, o.rate_now, o.lag_messages),
             (None, None, None, None)
         );
-        assert_eq!(o.reasons["lag_messages"], "cassandra: down");
+        assert_eq!(o.reasons["lag_messages"], down(Source::Cassandra));
     }
 
     #[test]
     fn without_either_only_reasons_are_left() {
-        let o = overview(Err("cassandra: down".into()), Err("kafka: down".into()));
+        let o = overview(Err(down(Source::Cassandra)), Err(down(Source::Kafka)));
         let json = serde_json::to_value(&o).unwrap();
         for (name, value) in json.as_object().unwrap() {
             let known = ["stream", "as_of", "reasons"].contains(&name.as_str());
@@ -386,7 +397,7 @@ mod tests {
         let o = overview(Ok(facts), Ok(kafka()));
         assert_eq!(o.lag_messages, Some(110));
         assert_eq!(o.lag_seconds, None);
-        assert!(o.reasons["lag_seconds"].contains("offset 0 has not been read"), "{:?}", o.reasons);
+        assert!(o.reasons["lag_seconds"].message.contains("offset 0 has not been read"), "{:?}", o.reasons);
     }
 
     #[test]

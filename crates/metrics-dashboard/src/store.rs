@@ -4,6 +4,7 @@
 use crate::error::Error;
 use crate::overview::{Progress, StoreFacts};
 use crate::rates::{History, Sample, WINDOW_SECONDS};
+use crate::services::{RefusalRow, ServiceRow};
 use common::config::CommonArgs;
 use common::event::floor_to;
 use common::pane_reader::PaneReader;
@@ -60,23 +61,6 @@ pub struct Run {
     pub error: Option<String>,
 }
 
-/// A row of `services`: an instance seen within the last minute.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Instance {
-    /// Name of the service.
-    pub service: String,
-    /// Name of the instance.
-    pub instance: String,
-    /// Its version.
-    pub version: Option<String>,
-    /// Since when it runs, in Unix milliseconds.
-    pub started_at: Option<i64>,
-    /// When it last said so, in Unix milliseconds.
-    pub seen_at: Option<i64>,
-    /// Whether it is ready.
-    pub ready: Option<bool>,
-}
-
 /// A session with its prepared statements, and the last hour's throughput.
 pub struct Store {
     session: Arc<Session>,
@@ -97,6 +81,7 @@ struct Statements {
     progress: PreparedStatement,
     throughput: PreparedStatement,
     services: PreparedStatement,
+    refusals: PreparedStatement,
     runs: PreparedStatement,
 }
 
@@ -154,9 +139,9 @@ impl Store {
         Ok(StoreFacts { progress, rates })
     }
 
-    /// The last hour in steps of a second, as last read.
-    pub fn last_hour(&self) -> History {
-        self.with_seconds(|s| s.history.clone())
+    /// The last hour in steps of a second, and up to which Unix second it has been read.
+    pub fn last_hour(&self) -> (History, i64) {
+        self.with_seconds(|s| (s.history.clone(), s.read_until))
     }
 
     /// Steps of a minute in `[from, to)`, in Unix seconds.
@@ -179,28 +164,31 @@ impl Store {
         Ok(runs)
     }
 
-    /// All instances seen within the last minute.
-    pub async fn services(&self) -> Result<Vec<Instance>, Error> {
-        let mut all = Vec::new();
-        for service in SERVICES {
-            let found =
-                self.session.execute_unpaged(&self.statements.services, (service,)).await.map_err(failed)?;
-            let found = found.into_rows_result().map_err(failed)?;
-            type Row = (String, Option<String>, Option<CqlTimestamp>, Option<CqlTimestamp>, Option<bool>);
-            for row in found.rows::<Row>().map_err(failed)? {
-                let (instance, version, started_at, seen_at, ready) = row.map_err(failed)?;
-                let (started_at, seen_at) = (started_at.map(|t| t.0), seen_at.map(|t| t.0));
-                all.push(Instance {
-                    service: service.to_owned(),
-                    instance,
-                    version,
-                    started_at,
-                    seen_at,
-                    ready,
-                });
-            }
+    /// The row of every instance seen within the last minute, and of every one that refused to run.
+    pub async fn services(&self) -> Result<(Vec<ServiceRow>, Vec<RefusalRow>), Error> {
+        let (session, asked) = (&self.session, (&SERVICES[..],));
+        let (alive, refused) = futures::try_join!(
+            session.execute_unpaged(&self.statements.services, asked),
+            session.execute_unpaged(&self.statements.refusals, asked)
+        )
+        .map_err(failed)?;
+        let (alive, refused) =
+            (alive.into_rows_result().map_err(failed)?, refused.into_rows_result().map_err(failed)?);
+        type At = Option<CqlTimestamp>;
+        let mut rows = Vec::new();
+        for row in alive.rows::<(String, String, Option<String>, At, At, Option<bool>)>().map_err(failed)? {
+            let (service, instance, version, started_at, seen_at, ready) = row.map_err(failed)?;
+            let (started_at, seen_at) = (started_at.map(|t| t.0), seen_at.map(|t| t.0));
+            let ready = ready.unwrap_or(false);
+            rows.push(ServiceRow { service, instance, version, started_at, seen_at, ready });
         }
-        Ok(all)
+        let mut refusals = Vec::new();
+        for row in refused.rows::<(String, String, Option<String>, At)>().map_err(failed)? {
+            let (service, instance, reason, at) = row.map_err(failed)?;
+            let (reason, at) = (reason.unwrap_or_default(), at.map_or(0, |t| t.0));
+            refusals.push(RefusalRow { service, instance, reason, at });
+        }
+        Ok((rows, refusals))
     }
 
     /// Pane rows, for windows.
@@ -315,7 +303,12 @@ impl Statements {
             ))
             .await?,
             services: prepare(format!(
-                "SELECT instance, version, started_at, seen_at, ready FROM {keyspace}.services WHERE service = ?"
+                "SELECT service, instance, version, started_at, seen_at, ready FROM {keyspace}.services \
+                 WHERE service IN ?"
+            ))
+            .await?,
+            refusals: prepare(format!(
+                "SELECT service, instance, reason, at FROM {keyspace}.refusals WHERE service IN ?"
             ))
             .await?,
             runs: prepare(format!(

@@ -1,10 +1,13 @@
 //! The processor's command line and settings.
 
 use crate::start::RecoverPolicy;
+use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use common::config::CommonArgs;
+use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
 use serde::Serialize;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 
 /// Counts every event of a stream once: from Kafka into Cassandra, with windows, totals and a checkpoint.
@@ -124,7 +127,7 @@ pub struct RunArgs {
 }
 
 /// Settings of `verify`.
-#[derive(Debug, Clone, Args, Serialize)]
+#[derive(Debug, Clone, Default, Args, Serialize)]
 pub struct VerifyArgs {
     /// Only this Kafka partition
     #[arg(long)]
@@ -135,9 +138,31 @@ pub struct VerifyArgs {
     /// Write what the rows say, after TRUNCATE of the pane table; the processor must be stopped
     #[arg(long)]
     pub rebuild: bool,
+    /// Only panes of events from this time on, such as 2026-11-01T00:00:00Z
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["kafka", "rebuild"])]
+    pub from: Option<DateTime<Utc>>,
+    /// Only panes of events before this time
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["kafka", "rebuild"])]
+    pub to: Option<DateTime<Utc>>,
+    /// MiB for event rows or keys; a pane or a log that needs more is read in several passes
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub memory_mib: u32,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
     /// Folder of the state files
     #[arg(long, env = "PIPELINE_CHECKPOINTS", default_value = "checkpoints")]
     pub checkpoints: PathBuf,
+}
+
+impl VerifyArgs {
+    /// The event times asked for, in Unix milliseconds; `None`: all.
+    pub fn span(&self) -> Option<Range<i64>> {
+        (self.from.is_some() || self.to.is_some()).then(|| {
+            let from = self.from.map_or(MIN_EVENT_TIME_MS, |at| at.timestamp_millis());
+            from..self.to.map_or(MAX_EVENT_TIME_MS + 1, |at| at.timestamp_millis())
+        })
+    }
 }
 
 /// What `windows` prints.
@@ -152,9 +177,9 @@ pub struct WindowsArgs {
     /// Group-by column
     #[arg(long)]
     pub by: Option<String>,
-    /// How far back from now
-    #[arg(long, default_value = "1h")]
-    pub last: String,
+    /// How far back from now [default: 1h]
+    #[arg(long)]
+    pub last: Option<String>,
     /// As JSON
     #[arg(long)]
     pub json: bool,
@@ -227,7 +252,8 @@ mod tests {
         let lines = [
             "stream-processor init --partitions 12",
             "stream-processor run --replay --recover refuse",
-            "stream-processor verify --kafka --partition 2 --log debug",
+            "stream-processor verify --kafka --partition 2 --memory-mib 64 --json --log debug",
+            "stream-processor verify --from 2026-11-01T00:00:00Z --to 2026-11-02T00:00:00Z",
             "stream-processor windows --size 5m --slide 1m --by age --last 2h --json",
             "stream-processor dlq accept --partition 1 --up-to 7",
             "stream-processor checkpoint check --checkpoints here",

@@ -225,7 +225,7 @@ fn event_time(text: &[u8]) -> Result<i64, Reason> {
 }
 
 /// The number in a CQL cell, for measures and steps.
-fn number(cql_type: CqlType, cell: &[u8]) -> Option<f64> {
+pub(crate) fn number(cql_type: CqlType, cell: &[u8]) -> Option<f64> {
     match cql_type {
         CqlType::Int => Some(f64::from(i32::from_be_bytes(cell.try_into().ok()?))),
         CqlType::Bigint => Some(i64::from_be_bytes(cell.try_into().ok()?) as f64),

@@ -44,16 +44,22 @@ use crate::store::cassandra::CassandraStore;
 use crate::store::requests::StoreContext;
 use crate::verify::Verifier;
 use common::config::CommonArgs;
+use common::presence;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Requests of `verify` in flight: it runs beside a processor.
 const VERIFY_IN_FLIGHT: usize = 8;
+/// How long the process may take to end after its partitions had their time to stop.
+const END_SECONDS: u64 = 5;
 
 /// Runs one command to its end; the exit code says how it ended (143 or 130 after a signal).
 pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
-    let shutdown = Shutdown::on_signals().map_err(|e| ProcessorError::Fatal(format!("signals: {e}")))?;
+    let revoke_seconds = if let Command::Run(args) = &cli.command { args.revoke_seconds } else { 0 };
+    let shutdown = Shutdown::on_signals(Duration::from_secs(revoke_seconds + END_SECONDS))
+        .map_err(|e| ProcessorError::Fatal(format!("signals: {e}")))?;
     let definition = || cli.common.definition().map_err(|e| ProcessorError::Fatal(e.to_string()));
     if let Command::Checkpoint(command) = &cli.command {
         checkpoint::run(command, definition)?;
@@ -67,8 +73,11 @@ pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
             Ok(0)
         }
         Command::Run(args) => {
-            service::run(&cli.common, args, definition, shutdown.clone()).await?;
-            Ok(shutdown.exit_code())
+            let ended = service::run(&cli.common, args, definition, shutdown.clone()).await;
+            if let Err(ProcessorError::Refused(reason)) = &ended {
+                presence::refuse(&cli.common, "stream-processor", reason).await;
+            }
+            ended.map(|()| shutdown.exit_code())
         }
         Command::Verify(args) => {
             verify(&cli.common, args, definition, &shutdown).await?;
@@ -111,7 +120,9 @@ async fn verify(
     let store = CassandraStore::new(&common.keyspace, &definition, context).await?;
     let (keyspace, brokers) = (common.keyspace.clone(), common.kafka_brokers.clone());
     let topic = common.topic_of(&definition);
-    Verifier { session, keyspace, definition, brokers, topic, store, partitions }.run(args).await
+    let sources = verify::Sources { session, keyspace, definition, brokers, topic, store };
+    let verifier = Verifier::new(sources, (args.memory_mib as usize) << 20).await?;
+    verify::command::run(&verifier, args, partitions).await
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 const DEADLINE: Duration = Duration::from_secs(20);
 /// How long one look for a readable record may take.
 const PROBE_DEADLINE: Duration = Duration::from_secs(2);
+/// Most KiB of records that wait unread in the client; its default is 64 MiB.
+const QUEUED_KIB: &str = "8192";
 
 /// A partition's log as it was when it was opened.
 pub struct LogReader {
@@ -40,6 +42,7 @@ impl LogReader {
         config.set("group.id", "stream-processor.reader");
         config.set("enable.auto.commit", "false").set("auto.offset.reset", "error");
         config.set("enable.partition.eof", "true").set("check.crcs", "true");
+        config.set("queued.max.messages.kbytes", QUEUED_KIB);
         let consumer: BaseConsumer = config.create().map_err(|e| failed(&e))?;
         let (low, end) = consumer.fetch_watermarks(topic, partition, DEADLINE).map_err(|e| failed(&e))?;
         let next = from.unwrap_or(low);
@@ -70,7 +73,8 @@ impl LogReader {
             Err(e) => return Err(failed(&format!("offset {} of {}: {e}", self.next, self.topic))),
         };
         self.next = message.offset() + 1;
-        Ok(Some(message))
+        // Where the last offsets below the end are transaction markers, the next record lies above it.
+        Ok(Some(message).filter(|message| message.offset() < self.end))
     }
 }
 

@@ -7,7 +7,7 @@ use common::config::CommonArgs;
 use common::pane_reader::PaneReader;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
-use common::windows::{Question, Window, length_ms, to_json};
+use common::windows::{Asked, Window, to_json};
 use std::io::Write;
 use std::time::Duration;
 
@@ -20,11 +20,17 @@ pub async fn windows(
     args: &WindowsArgs,
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
-    let question = question(definition, args, chrono::Utc::now().timestamp_millis());
-    let question = question.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
     let retryable = |e: &dyn std::fmt::Display| ProcessorError::Retryable(e.to_string());
     let session = connect(common, CONNECT_DEADLINE, shutdown).await.map_err(|e| retryable(&e))?;
     let reader = PaneReader::new(session, &common.keyspace, definition).await.map_err(|e| retryable(&e))?;
+    let asked = Asked {
+        size: args.size.as_deref(),
+        slide: args.slide.as_deref(),
+        by: args.by.as_deref(),
+        last: args.last.as_deref(),
+    };
+    let question = reader.question(&asked, chrono::Utc::now().timestamp_millis());
+    let question = question.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
     let read = futures::try_join!(reader.panes(&question), reader.settled_ms());
     let (panes, settled_ms) = read.map_err(|e| retryable(&e))?;
     let windows = question.answer(&panes);
@@ -34,17 +40,6 @@ pub async fn windows(
         table(&windows, definition, settled_ms)
     };
     writeln!(std::io::stdout(), "{text}").map_err(|e| retryable(&format!("stdout: {e}")))
-}
-
-fn question(
-    definition: &Definition,
-    args: &WindowsArgs,
-    now_ms: i64,
-) -> Result<Question, common::windows::Unanswerable> {
-    let size = args.size.as_deref().map_or(Ok(definition.windows.pane_ms), |size| length_ms("size", size))?;
-    let slide = args.slide.as_deref().map_or(Ok(size), |slide| length_ms("slide", slide))?;
-    let last = length_ms("last", &args.last)?;
-    Question::new(definition, (size, slide), args.by.as_deref(), (now_ms.saturating_sub(last), now_ms))
 }
 
 fn table(windows: &[Window], definition: &Definition, settled_ms: Option<i64>) -> String {

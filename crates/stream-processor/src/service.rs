@@ -16,6 +16,7 @@ use crate::poison_gate::{PoisonLimits, WINDOW_RECORDS};
 use crate::store::cassandra::CassandraStore;
 use crate::store::requests::StoreContext;
 use crate::windows::pane::{Pane, PaneShape};
+use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::config::CommonArgs;
 use common::kafka::{client_config, partition_count};
@@ -83,7 +84,9 @@ pub async fn run(
     let parts = Arc::new(service.connect().await?);
     service.abandon_after_deadline();
     let runtime = tokio::runtime::Handle::current();
+    let running = service.shutdown.running("consumer group");
     let ended = tokio::task::spawn_blocking(move || group::run(&parts, &runtime)).await;
+    drop(running);
     service.shutdown.begin();
     ended.map_err(|e| fatal("group")(&e))?
 }
@@ -96,7 +99,8 @@ impl Service<'_> {
             .watch_checkpoints(self.args.checkpoints.clone(), &self.definition.stream.name)
             .map_err(|e| fatal("metrics")(&e))?;
         let router = admin::router(Arc::clone(&self.health), metrics.registry.clone());
-        let router = admin::measured(router, &metrics.registry).map_err(|e| fatal("metrics")(&e))?;
+        let router = admin::guarded(router, &Hosts::new(&self.common.http_hosts), &metrics.registry);
+        let router = router.map_err(|e| fatal("metrics")(&e))?;
         let served = admin::serve(self.args.http_listen, router, self.shutdown.clone()).await;
         served.map(drop).map_err(|e| ProcessorError::Fatal(e.to_string()))
     }
@@ -141,7 +145,7 @@ impl Service<'_> {
         let dead_letters =
             DeadLetterTopic::new(brokers, &self.topic, Arc::clone(&self.health), self.abandon.clone());
         let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);
-        let who = Instance::new(&common.keyspace, "stream-processor", stream, &self.instance);
+        let who = Instance::new(common, "stream-processor", stream);
         let holdings = Holdings::default();
         let ownership = self.observe(&session, &who, partitions, &holdings);
         Ok(Parts {

@@ -1,11 +1,12 @@
-//! `./run`: checks the machine, starts everything, says what runs where, and stays until it is told to stop.
+//! `./run`: checks the machine, starts everything, says what runs where, and stays until it is told to stop; meanwhile it starts
+//! again what ends.
 
 use std::fs::{self, File, TryLockError};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{SUPERVISOR, running};
+use super::{SUPERVISOR, forget_all, running};
 use crate::checks;
 use crate::cli::UpArgs;
 use crate::config::{Ports, Settings, loopback};
@@ -14,10 +15,11 @@ use crate::install::Installed;
 use crate::process::{LOOK_AGAIN, Record};
 use crate::services;
 use crate::stack::{Extent, Stack};
+use crate::supervise::Change;
 use crate::terminal::Terminal;
 
-/// How often a running stack is looked at for parts that ended.
-const WATCH_EVERY: Duration = Duration::from_millis(500);
+/// How often a running stack is looked at for parts that ended or are to start again.
+const WATCH_EVERY: Duration = Duration::from_millis(100);
 
 /// How long ports may stay taken after a stop.
 const PORTS_WITHIN: Duration = Duration::from_secs(1);
@@ -25,23 +27,25 @@ const PORTS_WITHIN: Duration = Duration::from_secs(1);
 /// How a start ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Everything runs on without this process.
+    /// Everything runs on under a supervisor in the background.
     Detached,
+    /// The supervisor in the background has ended, and said why.
+    Failed,
     /// Everything was stopped on SIGHUP, SIGINT or SIGTERM, whose number is given.
     Stopped(u8),
-    /// Everything that was started has ended by itself or was stopped from outside.
-    AllEnded,
 }
 
-/// Starts everything; in the foreground it also stops everything.
+/// Starts everything, keeps it running until a signal comes, and stops everything.
 pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Result<Outcome> {
     let extent = if args.servers_only { Extent::Servers } else { Extent::All };
     settings.folders.create()?;
     let _lock = lock(settings)?;
-    let mut stop = StopSignals::new()?;
+    let mut stop = StopSignals::new(args.supervise)?;
     preflight(settings, extent).await?;
+    forget_all(&settings.folders);
     let since = Instant::now();
-    let supervisor = Record::of_this_process(SUPERVISOR).write(&settings.folders.run())?;
+    let mut record = Record::of_this_process(SUPERVISOR);
+    let record_file = record.write(&settings.folders.run())?;
     let mut stack = Stack::new(settings.clone(), terminal);
     let started = tokio::select! {
         started = fetch_and_start(&mut stack, settings, extent, terminal) => started.map(|()| None),
@@ -50,23 +54,25 @@ pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Resul
     let outcome = match started {
         Ok(None) => {
             report(settings, extent, terminal, since.elapsed());
-            if args.detach {
-                terminal.progress("running in the background: ./run status, ./run logs SERVICE, ./run stop");
-                Ok(Outcome::Detached)
+            terminal.progress(if args.supervise {
+                "running in the background: ./run status, ./run logs SERVICE, ./run stop"
             } else {
-                terminal.progress("Ctrl-C stops everything");
-                Ok(watch(&mut stack, &mut stop, terminal).await)
-            }
+                "Ctrl-C stops everything"
+            });
+            // The address tells whoever waits that everything is ready.
+            record.address = format!("http://{}", loopback(settings.ports.dashboard));
+            record.write(&settings.folders.run())?;
+            Ok(watch(&mut stack, &mut stop, terminal).await)
         }
-        Ok(Some(number)) => Ok(Outcome::Stopped(number)),
+        Ok(Some(number)) => Ok(number),
         Err(error) => Err(error),
     };
-    if !matches!(outcome, Ok(Outcome::Detached)) && !stack.is_empty() {
+    if !stack.is_empty() {
         terminal.progress("stopping everything in order");
         stack.stop().await;
     }
-    let _ = fs::remove_file(supervisor);
-    outcome
+    let _ = fs::remove_file(record_file);
+    outcome.map(Outcome::Stopped)
 }
 
 async fn fetch_and_start(
@@ -81,15 +87,14 @@ async fn fetch_and_start(
 
 /// Two starts of one checkout at once would both find the ports free.
 fn lock(settings: &Settings) -> Result<File> {
-    let already = || Error::Refused("already running; ./run status shows it, ./run stop ends it".to_owned());
     let path = settings.folders.run().join("lock");
     let file = File::create(&path).map_err(Error::io(&path))?;
     match file.try_lock() {
-        Err(TryLockError::WouldBlock) => return Err(already()),
+        Err(TryLockError::WouldBlock) => return Err(Error::already_running()),
         Err(TryLockError::Error(error)) => return Err(Error::io(path)(error)),
         Ok(()) => {}
     }
-    if running(&settings.folders).is_empty() { Ok(file) } else { Err(already()) }
+    if running(&settings.folders).is_empty() { Ok(file) } else { Err(Error::already_running()) }
 }
 
 async fn preflight(settings: &Settings, extent: Extent) -> Result<()> {
@@ -113,21 +118,38 @@ async fn preflight(settings: &Settings, extent: Extent) -> Result<()> {
     }
 }
 
-/// Stays until a signal comes or nothing runs any more.
-async fn watch(stack: &mut Stack, stop: &mut StopSignals, terminal: Terminal) -> Outcome {
+/// Keeps everything running until a signal comes; gives its number.
+async fn watch(stack: &mut Stack, stop: &mut StopSignals, terminal: Terminal) -> u8 {
     loop {
         tokio::select! {
-            number = stop.received() => return Outcome::Stopped(number),
+            number = stop.received() => return number,
             () = tokio::time::sleep(WATCH_EVERY) => {
-                for (name, line) in stack.ended() {
-                    terminal.failure(&line.replace(" while starting", ""));
-                    terminal.progress(&format!("everything but {name} runs on; ./run stop and ./run start it again"));
-                }
-                if stack.is_empty() {
-                    return Outcome::AllEnded;
+                for (name, change) in stack.tend() {
+                    tell(terminal, &name, change);
                 }
             }
         }
+    }
+}
+
+fn tell(terminal: Terminal, name: &str, change: Result<Change>) {
+    let at = chrono::Utc::now().format("%H:%M:%SZ");
+    let said = |words: &str| if words.is_empty() { String::new() } else { format!(": {words}") };
+    match change {
+        Ok(Change::Ended(down, pause)) => {
+            let (ended, words, pause) = (&down.ended, said(&down.words), pause.as_secs_f64());
+            terminal.failure(&format!("{at} {name} ended ({ended}){words}; it starts again in {pause:.1} s"));
+        }
+        Ok(Change::Refused(down)) => {
+            let words = said(&down.words);
+            terminal.failure(&format!(
+                "{at} {name} refuses to run{words}; it stays down: see ./run logs {name}, then ./run stop and ./run"
+            ));
+        }
+        Ok(Change::Restarted(count)) => {
+            terminal.warning(&format!("{at} {name} was started again, restart {count}"));
+        }
+        Err(error) => terminal.failure(&format!("{at} {name} cannot be started again yet: {error}")),
     }
 }
 
@@ -173,20 +195,24 @@ fn try_next(settings: &Settings, terminal: Terminal) {
     let producer = producer.strip_prefix(&settings.checkout).unwrap_or(&producer).display();
     terminal.data(&format!("  {brokers}{producer} stress --messages 100000"));
     terminal
-        .data("  ./run stop and ./run again: everything goes on where it was, nothing is counted twice\n");
+        .data("  kill -9 $(pgrep -f 'stream-processor run'): it starts again, nothing is counted twice\n");
 }
 
-struct StopSignals {
+/// The signals on which everything stops.
+pub(super) struct StopSignals {
+    background: bool,
     hangup: Signal,
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl StopSignals {
-    fn new() -> Result<Self> {
+    /// Listens from now on. In the background a closed terminal is no reason to stop.
+    pub(super) fn new(background: bool) -> Result<Self> {
         let listen = |kind| signal(kind).map_err(Error::io("signal handler"));
         Ok(Self {
-            // The terminal was closed: nobody could press Ctrl-C any more.
+            background,
+            // In the foreground nobody could press Ctrl-C any more.
             hangup: listen(SignalKind::hangup())?,
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
@@ -194,11 +220,13 @@ impl StopSignals {
     }
 
     /// The number of the signal that came.
-    async fn received(&mut self) -> u8 {
-        tokio::select! {
-            _ = self.hangup.recv() => 1,
-            _ = self.interrupt.recv() => 2,
-            _ = self.terminate.recv() => 15,
+    pub(super) async fn received(&mut self) -> u8 {
+        loop {
+            tokio::select! {
+                _ = self.hangup.recv() => if !self.background { return 1 },
+                _ = self.interrupt.recv() => return 2,
+                _ = self.terminate.recv() => return 15,
+            }
         }
     }
 }

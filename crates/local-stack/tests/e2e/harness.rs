@@ -261,7 +261,12 @@ impl Pipeline {
 
     /// `metrics-dashboard`.
     pub fn dashboard(&self) -> Service {
-        self.service("metrics-dashboard", "metrics-dashboard", &[], &[])
+        self.dashboard_with(&[])
+    }
+
+    /// `metrics-dashboard` with further settings.
+    pub fn dashboard_with(&self, more: &[(&str, String)]) -> Service {
+        self.service("metrics-dashboard", "metrics-dashboard", &[], more)
     }
 
     /// `ingest-producer stress`, which must deliver every message.

@@ -4,6 +4,7 @@
 
 mod checkpoints;
 mod control;
+mod dashboard;
 mod dead_letters;
 mod harness;
 mod ingest;
@@ -19,6 +20,7 @@ mod refusals;
 mod restored;
 mod streams;
 mod stress;
+mod supervision;
 mod topics;
 mod truth;
 mod verify;

@@ -22,10 +22,12 @@ const BATCH: u8 = 13;
 const ERROR: u8 = 0;
 const OVERLOADED: u32 = 0x1001;
 
-/// A way to Cassandra that can be cut or made to answer as an overloaded node does, so that the other tests keep theirs.
+/// A way to Cassandra that can be cut, made to stand still, or made to answer as an overloaded node does, so that the other tests keep theirs.
 pub struct Way {
     pub address: String,
     pub open: Arc<watch::Sender<bool>>,
+    /// Nothing is carried, and no connection ends, as when Cassandra's process stands still.
+    pub halted: Arc<watch::Sender<bool>>,
     /// Every second batch is carried out and answered with an error.
     overloaded: Arc<AtomicBool>,
 }
@@ -35,28 +37,34 @@ impl Way {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (open, overloaded) = (Arc::new(watch::Sender::new(true)), Arc::new(AtomicBool::new(false)));
-        let (gate, overload) = (open.clone(), overloaded.clone());
+        let halted = Arc::new(watch::Sender::new(false));
+        let (gate, halt, overload) = (open.clone(), halted.clone(), overloaded.clone());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let (server, mut gate, overload) = (server.clone(), gate.subscribe(), overload.clone());
+                let halt = halt.subscribe();
                 tokio::spawn(async move {
                     if !*gate.borrow() {
                         return;
                     }
                     let Ok(server) = TcpStream::connect(server).await else { return };
                     tokio::select! {
-                        _ = carry(client, server, &overload) => {}
+                        _ = carry(client, server, (halt, &overload)) => {}
                         _ = gate.wait_for(|open| !open) => {}
                     }
                 });
             }
         });
-        Self { address, open, overloaded }
+        Self { address, open, halted, overloaded }
     }
 }
 
 /// Carries frames both ways until one side ends.
-async fn carry(client: TcpStream, server: TcpStream, overloaded: &AtomicBool) -> io::Result<()> {
+async fn carry(
+    client: TcpStream,
+    server: TcpStream,
+    (mut halted, overloaded): (watch::Receiver<bool>, &AtomicBool),
+) -> io::Result<()> {
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
     let refused = Mutex::new(BTreeSet::new());
@@ -76,6 +84,7 @@ async fn carry(client: TcpStream, server: TcpStream, overloaded: &AtomicBool) ->
     let answers = async {
         loop {
             let mut frame = frame(&mut from_server).await?;
+            let _ = halted.wait_for(|halted| !halted).await;
             if refused.lock().unwrap().remove(&[frame[2], frame[3]]) {
                 let words = b"too much";
                 let body =

@@ -140,6 +140,7 @@ async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skip
     assert_eq!(pipeline.skipped().await, BTreeMap::from([(DAMAGED, 10)]));
     let metric = format!("processor_committed_skipped_offsets_total{{partition=\"{DAMAGED}\"}}");
     assert_eq!(processor.metric(&metric).await, Some(10.0));
+    pipeline.verify().await;
     processor.stop().await;
 
     // A replay meets the same damage, and skips it again without counting it twice.

@@ -1,9 +1,12 @@
-//! `verify` finds what is wrong in Cassandra, and `--rebuild` mends what can be mended.
+//! `verify` finds what is wrong in Cassandra, in as little memory as it is given, and `--rebuild` mends what can be mended.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
 
-use crate::harness::{PATIENT, Pipeline, text, wait_until};
+use chrono::{DateTime, SecondsFormat};
+use serde_json::Value;
+
+use crate::harness::{PATIENT, Pipeline, now_ms, text, wait_until};
 
 const EVENTS: i64 = 20_000;
 
@@ -40,7 +43,81 @@ async fn lost_panes_are_found_and_rebuilt_and_lost_rows_are_found_and_refused() 
     assert!(text(&refused.stderr).contains("cannot be rebuilt from rows"), "{refused:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_larger_than_the_given_memory_is_verified_in_parts() {
+    const EVENTS: i64 = 60_000;
+    let pipeline = Pipeline::new("verify_parts").await;
+    let made = pipeline.ask(&["init", "--partitions", "1"]).await;
+    assert!(made.status.success(), "{made:?}");
+    pipeline.stress_with(&["--messages", "60000", "--duplicates", "5"]).await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.next_offsets == EVENTS })
+        .await;
+    processor.stop().await;
+    let outcome = pipeline.verify_as_json(&["--kafka", "--memory-mib", "1"], 0).await;
+    assert_eq!(outcome["rows"], pipeline.progress().await.events, "{outcome}");
+    assert_eq!((&outcome["records"], &outcome["differences"]), (&EVENTS.into(), &0.into()), "{outcome}");
+    assert!(outcome["log_passes"].as_i64() > Some(1), "{outcome}");
+    assert!(outcome["panes_in_parts"].as_i64() > Some(0), "{outcome}");
+
+    // What is found in parts is what is found at once.
+    pipeline.lose_a_row().await;
+    for memory in ["1", "256"] {
+        let outcome = pipeline.verify_as_json(&["--kafka", "--memory-mib", memory], 1).await;
+        let shown = outcome["shown"].to_string();
+        assert!(shown.contains("=: stored ") && shown.contains("is not in the table"), "{outcome}");
+        assert!(shown.contains("the progress row counts"), "{outcome}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_have_expired_is_no_difference_and_lost_buckets_are() {
+    const HOUR: i64 = 3_600_000;
+    const DAY: i64 = 24 * HOUR;
+    let pipeline = Pipeline::initialised("verify_expired").await;
+    let pane = async |age_ms: i64| {
+        let bucket = (now_ms() - age_ms).div_euclid(HOUR) * HOUR;
+        let insert = format!(
+            "INSERT INTO {}.user_created_panes (bucket, kafka_partition, pane_start, dimension, value, count, upto, age_count, \
+             age_sum) VALUES ({bucket}, 2, {bucket}, '', '', 7, 9, 0, 0)",
+            pipeline.keyspace
+        );
+        pipeline.cql(&insert).await;
+        bucket
+    };
+    // The stream's TTL is a year.
+    pane(366 * DAY).await;
+    let outcome = pipeline.verify_as_json(&[], 0).await;
+    assert_eq!(outcome["not_compared"]["panes"], 1, "{outcome}");
+    let lost = pane(300 * DAY).await;
+    let outcome = pipeline.verify_as_json(&[], 1).await;
+    assert_eq!(
+        (&outcome["differences"], &outcome["not_compared"]["panes"]),
+        (&1.into(), &1.into()),
+        "{outcome}"
+    );
+    assert!(outcome["shown"][0].as_str().unwrap().contains("stored 7"), "{outcome}");
+
+    let at =
+        |ms: i64| DateTime::from_timestamp_millis(ms).unwrap().to_rfc3339_opts(SecondsFormat::Secs, true);
+    let (from, to) = (at(lost), at(lost + 1000));
+    let outcome = pipeline.verify_as_json(&["--from", &from, "--to", &to], 1).await;
+    assert_eq!((&outcome["from"], &outcome["to"]), (&from.into(), &at(lost + 60_000).into()), "{outcome}");
+    let outcome = pipeline.verify_as_json(&["--from", &to], 1).await;
+    assert_eq!(outcome["differences"], 1, "the pane that holds the time is looked at: {outcome}");
+    let outcome = pipeline.verify_as_json(&["--from", &at(lost + 60_000)], 0).await;
+    assert_eq!(outcome["differences"], 0, "{outcome}");
+}
+
 impl Pipeline {
+    /// `verify --json`, which must end with this code.
+    async fn verify_as_json(&self, arguments: &[&str], code: i32) -> Value {
+        let output = self.ask(&[&["verify", "--json"], arguments].concat()).await;
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+    }
+
     async fn ask(&self, arguments: &[&str]) -> Output {
         self.run("stream-processor", arguments, &[]).await
     }

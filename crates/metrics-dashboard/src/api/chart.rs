@@ -1,10 +1,10 @@
 //! `GET /api/v1/throughput?minutes=M`: events per second, and lag where it is remembered, in at most 2,000 points.
 
-use super::{Api, Refusal};
+use super::{Api, Refusal, bad, unknown};
 use crate::rates::{self, History, Point, SETTLE_SECONDS, WINDOW_SECONDS};
 use axum::Json;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
 
@@ -35,22 +35,20 @@ struct ChartPoint {
 
 pub(super) async fn throughput(
     State(api): State<Api>,
-    asked: Result<Query<Asked>, axum::extract::rejection::QueryRejection>,
+    asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Json<Chart>, Refusal> {
-    let bad = |text: String| Refusal(StatusCode::BAD_REQUEST, text);
     let Query(asked) = asked.map_err(|e| bad(format!("{e}; the one parameter is `minutes`")))?;
     let seconds = 60 * minutes(asked.minutes.as_deref()).map_err(bad)?;
-    let unknown = |reason: String| Refusal(StatusCode::SERVICE_UNAVAILABLE, reason);
-    let store = api.connected_store().map_err(unknown)?;
+    let store = api.connected_store()?;
     let now = Utc::now().timestamp();
-    let history = if seconds <= WINDOW_SECONDS {
-        store.last_hour()
-    } else {
-        let _place = api.chart_reads.acquire().await.map_err(|e| unknown(e.to_string()))?;
-        store.minutes(now - seconds, now).await.map_err(|e| unknown(e.to_string()))?
-    };
-    let step = if seconds <= WINDOW_SECONDS { 1 } else { 60 };
-    Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, step))))
+    if seconds <= WINDOW_SECONDS {
+        let (history, read_until) = store.last_hour();
+        // Seconds that could not be read are unknown, not idle: the chart ends before them.
+        return Ok(Json(chart(&api, &history, (now.min(read_until) - SETTLE_SECONDS, seconds, 1))));
+    }
+    let _place = api.place_to_read()?;
+    let history = store.minutes(now - seconds, now).await.map_err(|e| unknown(e.reason()))?;
+    Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, 60))))
 }
 
 fn chart(api: &Api, history: &History, (now, seconds, step): (i64, i64, i64)) -> Chart {

@@ -1,8 +1,7 @@
 //! `GET /api/v1/stream`: the overview as server-sent events, one a second, the first at once.
 
-use super::{Api, MAX_WATCHERS, Refusal};
+use super::{Api, MAX_WATCHERS, Refusal, bounds};
 use axum::extract::State;
-use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures::{Stream, StreamExt};
 use prometheus::IntGauge;
@@ -30,10 +29,7 @@ impl Drop for Watcher {
 pub(super) async fn stream(
     State(api): State<Api>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
-    let place = api.watchers.try_acquire_owned().map_err(|_| {
-        let text = format!("{MAX_WATCHERS} feeds are open already; poll /api/v1/overview instead");
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, text)
-    })?;
+    let place = bounds::place(&api.watchers, MAX_WATCHERS, "feeds")?;
     api.metrics.watchers().inc();
     let watcher = Watcher { gauge: api.metrics.watchers().clone(), _place: place };
     let shutdown = api.shutdown.clone();

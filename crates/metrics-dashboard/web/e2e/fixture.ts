@@ -8,7 +8,7 @@ import { type AddressInfo, createServer as createSocket } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { type BrowserContext, chromium } from "playwright-core";
-import type { Overview, Partition } from "../src/api";
+import type { Instance, Overview, Partition } from "../src/api";
 
 /** `web/`: tests run in `.build/e2e`. */
 const WEB = resolve(process.cwd(), "../..");
@@ -174,8 +174,11 @@ export class ScriptedService {
       return { runs: [run(1, "running", null), run(2, "succeeded", null), failed, run(4, "succeeded", null)], reason: null };
     }
     if (path === "/api/v1/services") {
-      const one = { instance: "host-1", version: "0.1.0", started_at: now - 3_700_000, seen_at: now, ready: true };
-      const services = ["ingest-producer", "stream-processor", "metrics-dashboard"].map((service) => ({ service, ...one }));
+      const one: Omit<Instance, "service"> = {
+        instance: "host-1", version: "0.1.0", started_at: now - 3_700_000, seen_at: now, state: "ready", reason: null,
+      };
+      const services: Instance[] = ["ingest-producer", "metrics-dashboard"].map((service) => ({ service, ...one }));
+      services.push({ ...one, service: "stream-processor", state: "refused", reason: "the stream is registered in another shape" });
       return { services, reason: null };
     }
     return undefined;

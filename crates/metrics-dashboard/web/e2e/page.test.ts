@@ -7,6 +7,7 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import type { Page } from "playwright-core";
+import type { Reason } from "../src/api";
 import { type Browser, ScriptedService, openBrowser, partition, startRealService, until } from "./fixture";
 
 const axeFile = createRequire(join(process.cwd(), "anchor.js")).resolve("axe-core/axe.min.js");
@@ -87,6 +88,8 @@ test("every figure of the overview is shown, live", async () => {
     assert.equal(await page.locator("#partitions tr").count(), 2);
     await until("runs are listed", async () => (await page.locator("#runs tr").count()) === 4);
     await until("services are listed", async () => (await page.locator("#services tr").count()) === 3);
+    const refused = page.locator("#services tr", { hasText: "stream-processor" });
+    assert.match(await refused.innerText(), /refused.*registered in another shape/s);
     await until("the chart is told in words", async () => /on average/.test(await page.locator("#chart-words").innerText()));
     assert.equal(await page.locator("#chart canvas").count(), 1);
     await shoot(page, "live-light");
@@ -96,7 +99,8 @@ test("every figure of the overview is shown, live", async () => {
 });
 
 test("what is null is unknown, with its reason, and never 0", async () => {
-  const reason = "kafka at 127.0.0.1:9092 does not answer";
+  const said = "kafka at 127.0.0.1:9092 does not answer; is it running?";
+  const reason: Reason = { source: "kafka", message: said, detail: "Local: Broker transport failure" };
   const names = ["events_produced", "lag_messages", "lag_seconds", "replication"] as const;
   const reasons = Object.fromEntries(names.map((name) => [name, reason]));
   const unknown = { high_offset: null, lag_messages: null, lag_seconds: null, standing: null };
@@ -106,9 +110,11 @@ test("what is null is unknown, with its reason, and never 0", async () => {
     await live(page);
     for (const name of names) {
       assert.equal(await figure(page, name).innerText(), "unknown", name);
-      assert.equal(await page.locator(`[data-why="${name}"]`).innerText(), `unknown: ${reason}`, name);
+      assert.equal(await page.locator(`[data-why="${name}"]`).innerText(), `unknown: ${said}`, name);
     }
-    assert.equal(await page.locator("#partitions td.unknown").first().getAttribute("title"), `unknown: ${reason}`);
+    const inFull = `${said} (Local: Broker transport failure)`;
+    assert.equal(await page.locator("#partitions td.unknown").first().getAttribute("title"), `unknown: ${inFull}`);
+    assert.deepEqual(await page.locator("#reasons li").allInnerTexts(), [inFull], "one cause is told once");
     assert.equal(await figure(page, "rows_written").innerText(), "1,233,000");
     await shoot(page, "unknown");
     service.show({});

@@ -1,6 +1,13 @@
 // The shapes of the service's JSON (GET /api/v1/…). A figure that cannot be known is null; `reasons` says why.
 
-export type Reasons = Record<string, string>;
+/** Why something is not known: one line for people, and the client library's own words. */
+export interface Reason {
+  source: "kafka" | "cassandra" | "dashboard" | "request";
+  message: string;
+  detail: string | null;
+}
+
+export type Reasons = Record<string, Reason>;
 
 export interface Partition {
   partition: number;
@@ -73,18 +80,36 @@ export interface Instance {
   version: string | null;
   started_at: number | null;
   seen_at: number | null;
-  ready: boolean | null;
+  state: "ready" | "not_ready" | "silent" | "refused";
+  reason: string | null;
 }
 
-export type Listed<T> = { list: T[]; reason: null } | { list: null; reason: string };
+export type Listed<T> = { list: T[]; reason: null } | { list: null; reason: Reason };
 
-/** Fetches JSON from the service; the error says what the service said. */
+/** An answer that is not the one asked for. */
+export class Refusal extends Error {
+  constructor(readonly reason: Reason) {
+    super(reason.message);
+  }
+}
+
+function dashboard(message: string): Reason {
+  return { source: "dashboard", message, detail: null };
+}
+
+/** Why `error` was thrown. */
+export function reasonOf(error: unknown): Reason {
+  if (error instanceof Refusal) return error.reason;
+  return dashboard(error instanceof Error ? error.message : String(error));
+}
+
+/** Fetches JSON from the service; throws what the service said instead. */
 export async function fetchJson(path: string): Promise<unknown> {
   const answer = await fetch(path, { headers: { accept: "application/json" } });
   const body: unknown = await answer.json().catch(() => null);
   if (answer.ok) return body;
-  const said = body !== null && typeof body === "object" && "error" in body ? String(body.error) : `HTTP ${answer.status}`;
-  throw new Error(said);
+  if (body !== null && typeof body === "object" && "error" in body) throw new Refusal(body.error as Reason);
+  throw new Refusal(dashboard(`the service answered with HTTP ${answer.status}`));
 }
 
 /** Fetches one of the lists, whose name is also its key. */
@@ -93,8 +118,8 @@ export async function fetchList<T>(name: string): Promise<Listed<T>> {
     const body = (await fetchJson(`/api/v1/${name}`)) as Record<string, unknown>;
     const list = body[name];
     if (Array.isArray(list)) return { list: list as T[], reason: null };
-    return { list: null, reason: String(body["reason"] ?? "no reason given") };
+    return { list: null, reason: (body["reason"] as Reason | null) ?? dashboard("no reason given") };
   } catch (error) {
-    return { list: null, reason: error instanceof Error ? error.message : String(error) };
+    return { list: null, reason: reasonOf(error) };
   }
 }

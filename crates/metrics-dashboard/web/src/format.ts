@@ -48,8 +48,3 @@ export function clock(ms: number, nowMs: number): string {
 export function words(name: string): string {
   return name.replaceAll("_", " ");
 }
-
-/** The gist of a reason, for a narrow place: without what is in brackets, and without advice. */
-export function gist(reason: string): string {
-  return (reason.split(";")[0] ?? reason).replace(/ \(.*$/s, "").trim();
-}

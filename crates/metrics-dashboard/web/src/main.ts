@@ -2,7 +2,7 @@
 
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
-import { fetchJson, fetchList, type Chart, type Instance, type Overview, type Run } from "./api";
+import { fetchJson, fetchList, reasonOf, type Chart, type Instance, type Overview, type Run } from "./api";
 import { ThroughputChart } from "./chart";
 import { Connection } from "./connection";
 import { inWords } from "./series";
@@ -10,7 +10,7 @@ import { showChart, showConnection, showOverview, showRuns, showServices } from 
 
 /** The browser reconnects by itself, except after an answer that is no feed: then the page does, after this long. */
 const REOPEN_MS = 5_000;
-const LISTS_MS = 3_000;
+const LISTS_MS = 1_000;
 /** An hour or less is live; more moves slowly. */
 const CHART_MS = 2_000;
 const LONG_CHART_MS = 30_000;
@@ -69,7 +69,7 @@ function startChart(): ThroughputChart {
       showChart(inWords(answer.points, minutes), null);
     } catch (error) {
       chart.show([]);
-      showChart("", error instanceof Error ? error.message : String(error));
+      showChart("", reasonOf(error));
     }
   };
   const again = repeat(refresh, () => (minutesChosen() <= LIVE_MINUTES ? CHART_MS : LONG_CHART_MS));

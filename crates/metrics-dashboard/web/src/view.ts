@@ -1,8 +1,8 @@
 // Puts figures into the elements of index.html. What is null is shown as unknown, with its reason.
 
-import type { Instance, Listed, Overview, Partition, Replication, Run } from "./api";
+import type { Instance, Listed, Overview, Partition, Reason, Replication, Run } from "./api";
 import type { Standing } from "./connection";
-import { clock, count, gist, rate, span, words } from "./format";
+import { clock, count, rate, span, words } from "./format";
 
 type Figures = { [K in keyof Overview]?: (value: NonNullable<Overview[K]>) => string };
 
@@ -60,11 +60,11 @@ export function showOverview(overview: Overview): void {
       node.classList.toggle("unknown", value === null);
       setText(node, value === null ? "unknown" : format(value));
     }
-    const why = value === null ? (overview.reasons[name] ?? "no reason given") : "";
+    const reason = value === null ? overview.reasons[name] : undefined;
     for (const node of document.querySelectorAll<HTMLElement>(`[data-why="${name}"]`)) {
-      setText(node, why === "" ? "" : `unknown: ${gist(why)}`);
-      node.title = why;
-      node.hidden = why === "";
+      setText(node, value === null ? `unknown: ${message(reason)}` : "");
+      node.title = value === null ? whole(reason) : "";
+      node.hidden = value !== null;
     }
   }
   showReasons(overview);
@@ -74,14 +74,23 @@ export function showOverview(overview: Overview): void {
   mark("dead_letters", overview.dead_letters !== null && overview.dead_letters > 0 ? "bad" : "");
 }
 
+/** A reason in one line. */
+function message(reason: Reason | undefined): string {
+  return reason?.message ?? "no reason given";
+}
+
+/** A reason with its detail. */
+function whole(reason: Reason | undefined): string {
+  return reason?.detail ? `${reason.message} (${reason.detail})` : message(reason);
+}
+
 /** Every reason once, in full. */
 function showReasons(overview: Overview): void {
   const all = [overview, ...(overview.partitions ?? [])].flatMap((part) => Object.values(part.reasons));
-  const whole = [...new Set(all.flatMap((reason) => reason.split("; cassandra ").map((r, i) => (i > 0 ? `cassandra ${r}` : r))))];
   const box = element("reasons");
-  box.hidden = whole.length === 0;
+  box.hidden = all.length === 0;
   const list = box.querySelector("ul");
-  const wanted = whole.slice(0, 8);
+  const wanted = [...new Set(all.map(whole))].slice(0, 8);
   if (list === null || box.dataset["shown"] === wanted.join("\n")) return;
   box.dataset["shown"] = wanted.join("\n");
   list.replaceChildren(
@@ -111,12 +120,12 @@ interface Cell {
   badge?: string;
 }
 
-function number(value: number | null, reason: string | undefined, format = count): Cell {
+function number(value: number | null, reason: Reason | undefined, format = count): Cell {
   return value === null ? unknown(reason) : { text: format(value), kind: "number" };
 }
 
-function unknown(reason: string | undefined): Cell {
-  return { text: "unknown", title: `unknown: ${reason ?? "no reason given"}`, kind: "unknown" };
+function unknown(reason: Reason | undefined): Cell {
+  return { text: "unknown", title: `unknown: ${whole(reason)}`, kind: "unknown" };
 }
 
 function fillTable(id: string, rows: Cell[][], empty: string): void {
@@ -175,7 +184,8 @@ function showPartitions(overview: Overview): void {
       number(p.dead_letters, why["dead_letters"]),
     ];
   });
-  fillTable("partitions", rows, `unknown: ${gist(overview.reasons["partitions"] ?? "no partition yet")}`);
+  const none = overview.partitions === null ? `unknown: ${message(overview.reasons["partitions"])}` : "No partition yet.";
+  fillTable("partitions", rows, none);
 }
 
 export function showRuns(runs: Listed<Run>, nowMs: number): void {
@@ -193,20 +203,24 @@ export function showRuns(runs: Listed<Run>, nowMs: number): void {
       { text: run.error ?? "" },
     ];
   });
-  fillTable("runs", rows, runs.list === null ? `unknown: ${gist(runs.reason)}` : "No run yet: the producer has not begun an interval.");
+  fillTable("runs", rows, runs.list === null ? `unknown: ${message(runs.reason)}` : "No run yet: the producer has not begun an interval.");
 }
 
 export function showServices(services: Listed<Instance>, nowMs: number): void {
-  const rows = (services.list ?? []).map((one): Cell[] => [
-    { text: one.service },
-    { text: one.instance },
-    { text: one.ready === true ? "ready" : "not ready", badge: one.ready === true ? "succeeded" : "failed" },
-    { text: one.version ?? "–" },
-    { text: one.started_at === null ? "–" : span(Math.max(0, (nowMs - one.started_at) / 1000)), kind: "number" },
-  ]);
-  fillTable("services", rows, services.list === null ? `unknown: ${gist(services.reason)}` : "No service has been seen in the last minute.");
+  const rows = (services.list ?? []).map((one): Cell[] => {
+    const alive = one.state === "ready" || one.state === "not_ready";
+    return [
+      { text: one.service },
+      { text: one.instance },
+      { text: words(one.state), badge: one.state === "ready" ? "succeeded" : "failed" },
+      { text: one.version ?? "–" },
+      { text: alive && one.started_at !== null ? span(Math.max(0, (nowMs - one.started_at) / 1000)) : "–", kind: "number" },
+      { text: one.reason ?? "" },
+    ];
+  });
+  fillTable("services", rows, services.list === null ? `unknown: ${message(services.reason)}` : "No service has been seen in the last minute.");
 }
 
-export function showChart(words: string, reason: string | null): void {
-  setText(element("chart-words"), reason === null ? words : `unknown: ${gist(reason)}`);
+export function showChart(words: string, reason: Reason | null): void {
+  setText(element("chart-words"), reason === null ? words : `unknown: ${reason.message}`);
 }

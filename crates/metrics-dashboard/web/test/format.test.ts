@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { clock, count, gist, rate, span, words } from "../src/format";
+import { clock, count, rate, span, words } from "../src/format";
 
 test("counts have thousands separators", () => {
   assert.equal(count(0), "0");
@@ -37,9 +37,4 @@ test("times of another day carry their date", () => {
 
 test("stored words read as words", () => {
   assert.equal(words("catch_up"), "catch up");
-});
-
-test("the gist of a reason is what it says before its brackets and its advice", () => {
-  assert.equal(gist("kafka at k:9092 does not answer (Meta data: Broker (Local) failure); is it running?"), "kafka at k:9092 does not answer");
-  assert.equal(gist("plain"), "plain");
 });

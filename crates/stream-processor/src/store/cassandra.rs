@@ -259,7 +259,7 @@ fn unreadable(cause: impl std::fmt::Display) -> ProcessorError {
 }
 
 /// A row of the pane table → (pane start, row number, count, upto, measures).
-fn pane_row(
+pub(crate) fn pane_row(
     shape: &PaneShape,
     columns: &[Option<scylla::value::CqlValue>],
 ) -> Option<(i64, usize, i64, i64, Vec<Measure>)> {

@@ -59,6 +59,12 @@ impl PaneShape {
         KEYS_AND_COUNTS + MEASURE * self.measures
     }
 
+    /// Numbers of the rows in which an event of these groups counts.
+    pub fn rows_of<'a>(&'a self, groups: &'a [u16]) -> impl Iterator<Item = usize> + use<'a> {
+        let grouped = self.first_rows.iter().zip(groups).map(|(first, group)| first + usize::from(*group));
+        std::iter::once(0).chain(grouped)
+    }
+
     /// Number of the row with these names.
     pub fn row_of(&self, dimension: &str, value: &str) -> Option<usize> {
         self.names.iter().position(|(d, v)| d == dimension && v == value)
@@ -100,18 +106,21 @@ impl Pane {
 
     /// Adds a first copy to its rows, each where the offset is not counted there yet.
     pub fn add(&mut self, shape: &PaneShape, offset: i64, groups: &[u16], measures: &[f64]) {
-        let grouped = shape.first_rows.iter().zip(groups).map(|(first, group)| first + usize::from(*group));
-        for index in std::iter::once(0).chain(grouped) {
-            let row = &mut self.rows[index];
-            if offset < row.upto {
-                continue;
+        for index in shape.rows_of(groups) {
+            if offset >= self.rows[index].upto {
+                self.count(index, measures);
             }
-            row.count += 1;
-            row.touched = true;
-            self.any_touched = true;
-            for (measure, value) in self.measures[index * shape.measures..].iter_mut().zip(measures) {
-                measure.add(*value);
-            }
+        }
+    }
+
+    /// Counts an event in one row.
+    pub fn count(&mut self, index: usize, measures: &[f64]) {
+        let row = &mut self.rows[index];
+        row.count += 1;
+        row.touched = true;
+        self.any_touched = true;
+        for (measure, value) in self.measures[index * measures.len()..].iter_mut().zip(measures) {
+            measure.add(*value);
         }
     }
 
