@@ -357,12 +357,15 @@ mod tests {
 
     #[test]
     fn what_is_left_of_a_log_without_its_skipped_ranges() {
-        let check = |skips: &[Range<i64>], left: &[Range<i64>]| assert_eq!(unskipped(10..50, skips), left);
-        check(&[], &[10..50]);
-        check(&[20..25, 0..12, 22..30], &[12..20, 30..50]);
-        check(&[40..60], &[10..40]);
-        check(&[60..70], &[10..50]);
-        check(&[0..50], &[]);
+        let ranges = |ends: &[(i64, i64)]| ends.iter().map(|(from, to)| *from..*to).collect::<Vec<_>>();
+        let check = |skips: &[(i64, i64)], left: &[(i64, i64)]| {
+            assert_eq!(unskipped(10..50, &ranges(skips)), ranges(left));
+        };
+        check(&[], &[(10, 50)]);
+        check(&[(20, 25), (0, 12), (22, 30)], &[(12, 20), (30, 50)]);
+        check(&[(40, 60)], &[(10, 40)]);
+        check(&[(60, 70)], &[(10, 50)]);
+        check(&[(0, 50)], &[]);
     }
 
     proptest! {
