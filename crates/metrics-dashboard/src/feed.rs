@@ -8,9 +8,9 @@ use crate::error::{Error, Kind};
 use crate::kafka_view::KafkaView;
 use crate::lag::{LagHistory, LagSample};
 use crate::metrics::Metrics;
-use crate::overview::{Figure, KafkaFacts, Overview, StoreFacts, assemble};
+use crate::overview::{Figure, KafkaFacts, Known, Overview, StoreFacts, assemble};
 use crate::reason::{Reason, Source};
-use crate::services::{Instance, Listening};
+use crate::services::{Instance, Listening, holders};
 use crate::store::{Run, Store};
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::admin::Health;
@@ -74,7 +74,11 @@ pub struct Board {
 impl Board {
     /// Nothing known yet.
     pub fn new(stream: &str) -> Arc<Board> {
-        let overview = assemble(stream, now(), &Err(not_asked()), &Err(not_asked()));
+        let overview = assemble(
+            stream,
+            now(),
+            &Known { store: Err(not_asked()), kafka: Err(not_asked()), holders: Err(not_asked()) },
+        );
         Arc::new(Board {
             shown: watch::Sender::new(Arc::new(shown(overview))),
             activity: RwLock::new(Activity { runs: Reading::none(), services: Reading::none() }),
@@ -186,8 +190,10 @@ pub async fn run(
         }
         let store = store_facts.borrow().fresh(Source::Cassandra);
         let kafka = kafka_facts.borrow().fresh(Source::Kafka);
-        let overview = assemble(&stream.definition.stream.name, now(), &store, &kafka);
-        for (source, state) in [(CASSANDRA, store.map(drop)), (KAFKA, kafka.map(drop))] {
+        let holders = board.services().map(|instances| holders(&instances));
+        let known = Known { store, kafka, holders };
+        let overview = assemble(&stream.definition.stream.name, now(), &known);
+        for (source, state) in [(CASSANDRA, known.store.map(drop)), (KAFKA, known.kafka.map(drop))] {
             metrics.source(source, state.is_ok());
             health.set(source, state.map_err(|reason| reason.to_string()));
         }

@@ -141,7 +141,7 @@ fn set_float(gauge: &GaugeVec, labels: &[&str], value: Option<f64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overview::{KafkaFacts, Progress, StoreFacts, assemble};
+    use crate::overview::{Known, Progress, StoreFacts, assemble};
     use crate::rates::Rates;
     use crate::reason::{Reason, Source};
     use prometheus::TextEncoder;
@@ -152,13 +152,16 @@ mod tests {
         let text = || TextEncoder::new().encode_to_string(&metrics.registry().gather()).unwrap();
         let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };
         let rates = Rates { now: 1.0, average: 1.0, peak: 1.0 };
-        let store = Ok(StoreFacts { progress: [(0, progress)].into(), rates });
+        let store = StoreFacts { progress: [(0, progress)].into(), rates };
         let reason = || Reason::new(Source::Kafka, "down");
-        let down = || Err::<KafkaFacts, _>(reason());
-        metrics.overview(&assemble("s", (0, String::new()), &store, &down()));
+        let show = |store| {
+            let known = Known { store, kafka: Err(reason()), holders: Err(reason()) };
+            metrics.overview(&assemble("s", (0, String::new()), &known));
+        };
+        show(Ok(store));
         assert!(text().contains("dashboard_cassandra_rows{stream=\"s\"} 7"), "{}", text());
         assert!(!text().contains("dashboard_lag_messages{"), "{}", text());
-        metrics.overview(&assemble("s", (0, String::new()), &Err(reason()), &down()));
+        show(Err(reason()));
         assert!(!text().contains("dashboard_cassandra_rows{"), "{}", text());
         assert!(text().contains("dashboard_source_up{source=\"kafka\"} 0"), "{}", text());
     }

@@ -4,6 +4,7 @@
 use crate::lag::{self, Standing, Watermarks};
 use crate::rates::Rates;
 use crate::reason::{Reason, Source};
+use crate::services::Holder;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -113,6 +114,8 @@ pub struct PartitionOverview {
     pub lag_seconds: Option<f64>,
     /// The position against the log.
     pub standing: Option<Standing>,
+    /// The processor that holds it; null with a reason where none does.
+    pub holder: Option<Holder>,
     /// Why a figure is null.
     pub reasons: BTreeMap<&'static str, Reason>,
 }
@@ -154,15 +157,22 @@ pub struct Overview {
     pub reasons: BTreeMap<&'static str, Reason>,
 }
 
+/// What is known at one moment.
+#[derive(Debug)]
+pub struct Known {
+    /// From Cassandra.
+    pub store: Figure<StoreFacts>,
+    /// From Kafka.
+    pub kafka: Figure<KafkaFacts>,
+    /// Who holds each partition, from Cassandra.
+    pub holders: Figure<BTreeMap<i32, Holder>>,
+}
+
 /// Puts the overview of `stream` together as of `now_ms`, which `as_of` spells.
-pub fn assemble(
-    stream: &str,
-    (now_ms, as_of): (i64, String),
-    store: &Figure<StoreFacts>,
-    kafka: &Figure<KafkaFacts>,
-) -> Overview {
+pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> Overview {
+    let Known { store, kafka, .. } = known;
     let mut reasons = BTreeMap::new();
-    let partitions = partitions(now_ms, store, kafka);
+    let partitions = partitions(now_ms, known);
     let sum = |of: fn(&Progress) -> i64| total(store, of);
     let rate = |of: fn(&Rates) -> f64| store.as_ref().map(|s| of(&s.rates)).map_err(Clone::clone);
     let mut note = Notes(&mut reasons);
@@ -238,11 +248,8 @@ fn all_lag<T: Copy>(
     partitions.as_ref().map_err(Clone::clone)?.iter().map(one).collect()
 }
 
-fn partitions(
-    now_ms: i64,
-    store: &Figure<StoreFacts>,
-    kafka: &Figure<KafkaFacts>,
-) -> Figure<Vec<PartitionOverview>> {
+fn partitions(now_ms: i64, known: &Known) -> Figure<Vec<PartitionOverview>> {
+    let Known { store, kafka, .. } = known;
     let mut ids = BTreeSet::new();
     if let Ok(facts) = store {
         ids.extend(facts.progress.keys().copied());
@@ -253,15 +260,16 @@ fn partitions(
     if let (Err(_), Err(kafka)) = (store, kafka) {
         return Err(kafka.clone());
     }
-    Ok(ids.into_iter().map(|id| partition(id, now_ms, store, kafka)).collect())
+    Ok(ids.into_iter().map(|id| partition(id, now_ms, known)).collect())
 }
 
-fn partition(
-    id: i32,
-    now_ms: i64,
-    store: &Figure<StoreFacts>,
-    kafka: &Figure<KafkaFacts>,
-) -> PartitionOverview {
+fn holder(id: i32, holders: &Figure<BTreeMap<i32, Holder>>) -> Figure<Holder> {
+    let nobody = || Reason::new(Source::Dashboard, format!("no processor holds partition {id}"));
+    holders.as_ref().map_err(Clone::clone)?.get(&id).cloned().ok_or_else(nobody)
+}
+
+fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
+    let Known { store, kafka, holders } = known;
     let progress =
         store.as_ref().map(|s| s.progress.get(&id).copied().unwrap_or_default()).map_err(Clone::clone);
     let facts = kafka.as_ref().map_err(Clone::clone).and_then(|k| {
@@ -291,6 +299,7 @@ fn partition(
         lag_messages: note.take("lag_messages", both.clone().map(|(log, next)| lag::messages(log, next))),
         lag_seconds: note.take("lag_seconds", seconds),
         standing: note.take("standing", both.map(|(log, next)| lag::standing(log, next))),
+        holder: note.take("holder", holder(id, holders)),
         reasons,
     }
 }
@@ -346,7 +355,22 @@ mod tests {
     }
 
     fn overview(store: Figure<StoreFacts>, kafka: Figure<KafkaFacts>) -> Overview {
-        assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &store, &kafka)
+        let holder = |does: &str| Holder { instance: "one".into(), does: does.into() };
+        let holders = Ok([(0, holder("running")), (1, holder("halted: damaged"))].into());
+        let known = Known { store, kafka, holders };
+        assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &known)
+    }
+
+    #[test]
+    fn a_partition_that_no_processor_holds_says_so() {
+        let known = Known { store: Ok(store()), kafka: Ok(kafka()), holders: Ok(BTreeMap::new()) };
+        let o = assemble("user_created", (10_000, String::new()), &known);
+        let partitions = o.partitions.unwrap();
+        assert_eq!(partitions[1].holder, None);
+        assert_eq!(partitions[1].reasons["holder"].message, "no processor holds partition 1");
+        let known = Known { holders: Err(down(Source::Cassandra)), ..known };
+        let o = assemble("user_created", (10_000, String::new()), &known);
+        assert_eq!(o.partitions.unwrap()[1].reasons["holder"], down(Source::Cassandra));
     }
 
     #[test]

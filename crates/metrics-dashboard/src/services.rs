@@ -11,6 +11,9 @@ const SILENT_AFTER: Duration = Duration::from_secs(3);
 /// Two looks further apart than this had an outage between them, of which nothing is known.
 const LOOK_AT_MOST: Duration = Duration::from_secs(2);
 
+/// What a processor does with a partition as a rule.
+const RUNNING: &str = "running";
+
 /// Service and instance.
 type Name = (String, String);
 
@@ -29,6 +32,8 @@ pub struct ServiceRow {
     pub seen_at: Option<i64>,
     /// Whether it is ready.
     pub ready: bool,
+    /// The partitions of the stream that it holds, with what it does with each.
+    pub partitions: BTreeMap<i32, String>,
 }
 
 /// A row of table `refusals`.
@@ -75,6 +80,31 @@ pub struct Instance {
     pub state: State,
     /// Why it refused.
     pub reason: Option<String>,
+    /// The partitions of the stream that it holds, with what it does with each (and why, where it does not process).
+    pub partitions: BTreeMap<i32, String>,
+}
+
+/// Who holds a partition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// Name of the processor's instance.
+    pub instance: String,
+    /// What it does with the partition: `running`, or another word and the reason.
+    pub does: String,
+}
+
+/// By partition, the processor that holds it. Where two rows claim one, as for a moment during a rebalance, the one that processes
+/// it counts.
+pub fn holders(instances: &[Instance]) -> BTreeMap<i32, Holder> {
+    let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
+    for one in instances.iter().filter(|one| matches!(one.state, State::Ready | State::NotReady)) {
+        for (partition, does) in &one.partitions {
+            if does == RUNNING || !holders.contains_key(partition) {
+                holders.insert(*partition, Holder { instance: one.instance.clone(), does: does.clone() });
+            }
+        }
+    }
+    holders
 }
 
 /// How long each instance has been quiet.
@@ -116,8 +146,9 @@ impl Listening {
                 true => State::Ready,
                 false => State::NotReady,
             };
-            let ServiceRow { service, instance, version, started_at, seen_at, .. } = row;
-            let one = Instance { service, instance, version, started_at, seen_at, state, reason: None };
+            let ServiceRow { service, instance, version, started_at, seen_at, partitions, .. } = row;
+            let reason = None;
+            let one = Instance { service, instance, version, started_at, seen_at, state, reason, partitions };
             instances.insert(name, one);
         }
         self.heard = heard;
@@ -132,6 +163,7 @@ impl Listening {
                 seen_at: Some(at),
                 state: State::Refused,
                 reason: None,
+                partitions: BTreeMap::new(),
             });
             if one.started_at.is_none_or(|started_at| started_at <= at) {
                 (one.state, one.reason) = (State::Refused, Some(reason));
@@ -186,6 +218,23 @@ mod tests {
         assert_eq!(look(skewed + 1_000, 1), [State::Ready]);
         assert_eq!(look(skewed + 1_000, 90), [State::Ready], "Cassandra was away");
         assert_eq!(look(skewed + 2_000, 1), [State::Ready]);
+    }
+
+    #[test]
+    fn a_partition_is_held_by_an_instance_that_is_not_silent_and_rather_by_the_one_that_processes_it() {
+        let holding = |name: &str, age_ms, held: &[(i32, &str)]| ServiceRow {
+            partitions: held.iter().map(|(partition, does)| (*partition, (*does).to_owned())).collect(),
+            ..row(name, NOW - age_ms)
+        };
+        let rows = vec![
+            holding("a", 0, &[(0, "running"), (1, "opening")]),
+            holding("b", 0, &[(1, "running"), (2, "halted: damaged")]),
+            holding("c", 9_000, &[(2, "running"), (3, "running")]),
+        ];
+        let found = holders(&Listening::default().look(rows, vec![], (NOW, SECOND)));
+        let found: Vec<(i32, &str, &str)> =
+            found.iter().map(|(p, holder)| (*p, holder.instance.as_str(), holder.does.as_str())).collect();
+        assert_eq!(found, [(0, "a", "running"), (1, "b", "running"), (2, "b", "halted: damaged")]);
     }
 
     #[test]

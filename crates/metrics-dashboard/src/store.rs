@@ -176,11 +176,15 @@ impl Store {
             (alive.into_rows_result().map_err(failed)?, refused.into_rows_result().map_err(failed)?);
         type At = Option<CqlTimestamp>;
         let mut rows = Vec::new();
-        for row in alive.rows::<(String, String, Option<String>, At, At, Option<bool>)>().map_err(failed)? {
-            let (service, instance, version, started_at, seen_at, ready) = row.map_err(failed)?;
+        type Held = Option<BTreeMap<i32, String>>;
+        type Alive = (String, String, Option<String>, At, At, Option<bool>, Option<String>, Held);
+        for row in alive.rows::<Alive>().map_err(failed)? {
+            let (service, instance, version, started_at, seen_at, ready, stream, partitions) =
+                row.map_err(failed)?;
             let (started_at, seen_at) = (started_at.map(|t| t.0), seen_at.map(|t| t.0));
             let ready = ready.unwrap_or(false);
-            rows.push(ServiceRow { service, instance, version, started_at, seen_at, ready });
+            let partitions = partitions.filter(|_| stream.as_ref() == Some(&self.stream)).unwrap_or_default();
+            rows.push(ServiceRow { service, instance, version, started_at, seen_at, ready, partitions });
         }
         let mut refusals = Vec::new();
         for row in refused.rows::<(String, String, Option<String>, At)>().map_err(failed)? {
@@ -303,7 +307,7 @@ impl Statements {
             ))
             .await?,
             services: prepare(format!(
-                "SELECT service, instance, version, started_at, seen_at, ready FROM {keyspace}.services \
+                "SELECT service, instance, version, started_at, seen_at, ready, stream, partitions FROM {keyspace}.services \
                  WHERE service IN ?"
             ))
             .await?,

@@ -185,8 +185,10 @@ fn start(facts: &Facts<'_>, how: How, position: Position) -> Start {
     let skip = facts.skips.iter().find(|skip| skip.contains(&next_offset));
     let skip = skip.map(|skip| next_offset..skip.end.min(facts.high));
     let last = position.last_record.filter(in_log);
-    // Fetching passes the last record on its way only where nothing lies between it and the next one.
-    let expected = last.filter(|_| skip.is_none());
+    // Fetching passes the last record on its way only where nothing that cannot be read lies between it and the next one.
+    let skipped_since =
+        |last: &LastRecord| facts.skips.iter().any(|skip| last.offset < skip.end && skip.start < next_offset);
+    let expected = last.filter(|last| skip.is_none() && !skipped_since(last));
     let known = match how {
         How::StoreBehind => facts.state.as_ref().and_then(|state| state.position.last_record),
         _ => last.or(facts.progress.and_then(|progress| progress.position.last_record)),
@@ -445,7 +447,19 @@ mod tests {
         assert_eq!(start.compare_first, Some(LastRecord { offset: 49, fingerprint: 9 }));
         assert_eq!(skipping(50..1000).skip, Some(50..100), "not beyond the end of the log");
         assert_eq!(skipping(51..60).skip, None, "the records before it are taken first");
-        assert_eq!(skipping(40..50).skip, None);
+        assert_eq!(skipping(40..49).skip, None);
+        assert_eq!(skipping(40..49).expected, Some(LastRecord { offset: 49, fingerprint: 9 }));
+    }
+
+    #[test]
+    fn fetching_does_not_begin_before_offsets_that_were_skipped() {
+        let last = LastRecord { offset: 46, fingerprint: 9 };
+        let after_skip = Position { last_record: Some(last), ..position(50) };
+        let progress = Some(Progress { position: after_skip, written_to: Some(50) });
+        let skip = 47..50;
+        let start = decide(&Facts { skips: std::slice::from_ref(&skip), ..facts(None, progress) }).unwrap();
+        assert_eq!((start.fetch_from, start.expected, start.skip), (50, None, None));
+        assert_eq!(start.compare_first, Some(last));
     }
 
     #[test]

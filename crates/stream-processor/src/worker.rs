@@ -72,7 +72,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// Takes chunks until `stop`, the end of `chunks` or an error. What was committed before is always published.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
         // What was committed last may not have been published; a new state shows itself before its first batch.
-        self.store.publish(self.id, &self.partition.position, self.written_to, None).await?;
+        let mut shown_at = self.store.outages();
+        self.show_position().await?;
         self.written_to = self.written_to.max(Some(self.partition.position.next_offset));
         let mut publishing: Option<JoinHandle<Result<(), ProcessorError>>> = None;
         let clock = self.metrics.stage(self.id, metrics::WORK);
@@ -88,7 +89,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             let batch = match chunk {
                 None => break Ok(()),
                 Some(Err(e)) => break Err(e),
-                Some(Ok(Fetched::Quiet)) => match self.store.confirm(self.id, self.written_to).await {
+                Some(Ok(Fetched::Quiet)) => match self.stay_shown(&mut publishing, &mut shown_at).await {
                     Ok(()) => continue,
                     Err(e) => break Err(e),
                 },
@@ -109,6 +110,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             if let Err(e) = finish(publishing.take()).await {
                 break Err(e);
             }
+            shown_at = self.store.outages();
             publishing = Some(self.publish(batch));
         };
         let published = finish(publishing).await;
@@ -148,6 +150,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// One batch up to and including its commit.
     async fn batch(&mut self, chunk: &Chunk) -> Result<BatchRecord, ProcessorError> {
         let mut times = StepTimes { decode: chunk.decode_us as f64 / 1e6, ..StepTimes::default() };
+        let outages = self.store.outages();
         fail_point!("before_look_up");
         let (asked, found) = timed(&mut times.lookup, self.look_up(chunk)).await?;
         fail_point!("before_apply");
@@ -155,7 +158,11 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         let started = Instant::now();
         let applied = self.partition.apply(chunk, &asked, &found)?;
         times.apply = started.elapsed().as_secs_f64();
-        timed(&mut times.write, self.write_all(chunk, &applied)).await?;
+        timed(&mut times.write, self.write(chunk, &applied)).await?;
+        if self.store.outages() != outages {
+            let cause = "cassandra was away during a batch: what was looked up or written for it may be gone";
+            return Err(ProcessorError::Reopen(cause.to_owned()));
+        }
         let dropped = self.partition.advance();
         fail_point!("before_commit");
         let started = Instant::now();
@@ -194,21 +201,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         Ok((questions.keys, found))
     }
 
-    /// Everything of a batch, and the note that it is written. After an outage all of it is written again: what was acknowledged
-    /// before may be gone.
-    async fn write_all(&mut self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
-        loop {
-            let outages = self.store.outages();
-            self.write(chunk, applied).await?;
-            self.note_written().await?;
-            if self.store.outages() == outages {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Rows and dead letters, then panes: all acknowledged when it returns.
-    async fn write(&self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
+    /// Rows and dead letters, then panes, then the note that they are written: all acknowledged when it returns.
+    async fn write(&mut self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
         fail_point!("before_rows");
         let rows = group_events(chunk, &applied.rows, self.bucket);
         futures::try_join!(self.store.write_rows(chunk, &rows), self.dead_letters.send(self.id, chunk))?;
@@ -216,7 +210,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         let panes = group_panes(&applied.panes, self.bucket, self.partition.panes.shape.row_bytes());
         self.store
             .write_panes(self.id, self.partition.position.next_offset, &panes, &self.partition.panes)
-            .await
+            .await?;
+        self.note_written().await
     }
 
     /// Notes in Cassandra that everything up to here is written. The commit comes after it, so a state file that is ahead of the
@@ -246,12 +241,41 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         }
     }
 
+    /// Publishes the position by itself, unless a replay has not caught up.
+    async fn show_position(&self) -> Result<(), ProcessorError> {
+        if self.replays() {
+            return Ok(());
+        }
+        self.store.publish(self.id, &self.partition.position, self.written_to, None).await
+    }
+
+    /// While no record comes: what was shown before an outage may be gone, and is shown again.
+    async fn stay_shown(
+        &self,
+        publishing: &mut Option<JoinHandle<Result<(), ProcessorError>>>,
+        shown_at: &mut u64,
+    ) -> Result<(), ProcessorError> {
+        self.store.confirm(self.id, self.written_to).await?;
+        if self.store.outages() != *shown_at {
+            finish(publishing.take()).await?;
+            *shown_at = self.store.outages();
+            self.show_position().await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a replay has not caught up. Meanwhile nothing is published: below `count_from` the totals are those of a later
+    /// offset.
+    fn replays(&self) -> bool {
+        let position = &self.partition.position;
+        position.next_offset < position.count_from
+    }
+
     /// Publishes in the background: it may fall behind the commit by one batch, and never runs ahead of it.
     fn publish(&self, batch: BatchRecord) -> JoinHandle<Result<(), ProcessorError>> {
         let (store, id) = (Arc::clone(&self.store), self.id);
         let (position, noted) = (self.partition.position, self.written_to);
-        // During a replay nothing is published: below `count_from` the totals are those of a later offset.
-        let replays = position.next_offset < position.count_from;
+        let replays = self.replays();
         tokio::spawn(async move {
             fail_point!("in_publish");
             if replays { Ok(()) } else { store.publish(id, &position, noted, Some(&batch)).await }

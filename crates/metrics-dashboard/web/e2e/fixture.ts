@@ -58,6 +58,7 @@ export const partition = (id: number, change: Partial<Partition> = {}): Partitio
   lag_messages: 10,
   lag_seconds: 1.5,
   standing: "behind",
+  holder: { instance: "one", does: "running" },
   reasons: {},
   ...change,
 });
@@ -175,7 +176,7 @@ export class ScriptedService {
     }
     if (path === "/api/v1/services") {
       const one: Omit<Instance, "service"> = {
-        instance: "host-1", version: "0.1.0", started_at: now - 3_700_000, seen_at: now, state: "ready", reason: null,
+        instance: "host-1", version: "0.1.0", started_at: now - 3_700_000, seen_at: now, state: "ready", reason: null, partitions: {},
       };
       const services: Instance[] = ["ingest-producer", "metrics-dashboard"].map((service) => ({ service, ...one }));
       services.push({ ...one, service: "stream-processor", state: "refused", reason: "the stream is registered in another shape" });

@@ -123,6 +123,22 @@ test("what is null is unknown, with its reason, and never 0", async () => {
   });
 });
 
+test("a partition that is not processed is told with the reason", async () => {
+  const halted = { instance: "one", does: "halted: partition 1 stands at offset 7: BadMessage" };
+  const nobody: Reason = { source: "dashboard", message: "no processor holds partition 2", detail: null };
+  const alone = partition(2, { holder: null, reasons: { holder: nobody } });
+  service.show({ partitions: [partition(0), partition(1, { holder: halted }), alone] });
+  await withPage(url, async (page) => {
+    await live(page);
+    const processors = await page.locator("#partitions tr > :nth-child(3)").allInnerTexts();
+    assert.deepEqual(processors, ["one", "one: halted", "none"]);
+    assert.deepEqual(await page.locator("#reasons li").allInnerTexts(), [`partition 1: ${halted.does}`, nobody.message]);
+    await shoot(page, "halted");
+    service.show({});
+    await until("nothing needs attention any more", async () => !(await page.locator("#reasons").isVisible()));
+  });
+});
+
 test("a page whose service is gone says so, and goes on when it is back", async () => {
   service.show({});
   await withPage(

@@ -9,6 +9,13 @@ export interface Reason {
 
 export type Reasons = Record<string, Reason>;
 
+/** The processor that holds a partition. */
+export interface Holder {
+  instance: string;
+  /** "running", or another word and the reason. */
+  does: string;
+}
+
 export interface Partition {
   partition: number;
   low_offset: number | null;
@@ -21,6 +28,7 @@ export interface Partition {
   lag_messages: number | null;
   lag_seconds: number | null;
   standing: "current" | "behind" | "history_lost" | "beyond_the_end" | null;
+  holder: Holder | null;
   reasons: Reasons;
 }
 
@@ -82,6 +90,7 @@ export interface Instance {
   seen_at: number | null;
   state: "ready" | "not_ready" | "silent" | "refused";
   reason: string | null;
+  partitions: Record<string, string>;
 }
 
 export type Listed<T> = { list: T[]; reason: null } | { list: null; reason: Reason };

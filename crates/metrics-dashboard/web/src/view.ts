@@ -84,13 +84,15 @@ function whole(reason: Reason | undefined): string {
   return reason?.detail ? `${reason.message} (${reason.detail})` : message(reason);
 }
 
-/** Every reason once, in full. */
+/** Every reason once, in full, and every partition that is held but not processed. */
 function showReasons(overview: Overview): void {
-  const all = [overview, ...(overview.partitions ?? [])].flatMap((part) => Object.values(part.reasons));
+  const partitions = overview.partitions ?? [];
+  const unknown = [overview, ...partitions].flatMap((part) => Object.values(part.reasons)).map(whole);
+  const idle = partitions.filter(isIdle).map((p) => `partition ${p.partition}: ${p.holder?.does}`);
   const box = element("reasons");
-  box.hidden = all.length === 0;
+  const wanted = [...new Set([...idle, ...unknown])].slice(0, 8);
+  box.hidden = wanted.length === 0;
   const list = box.querySelector("ul");
-  const wanted = [...new Set(all.map(whole))].slice(0, 8);
   if (list === null || box.dataset["shown"] === wanted.join("\n")) return;
   box.dataset["shown"] = wanted.join("\n");
   list.replaceChildren(
@@ -100,6 +102,11 @@ function showReasons(overview: Overview): void {
       return item;
     }),
   );
+}
+
+/** Whether a processor holds the partition without processing it, other than for the moment of opening it. */
+function isIdle({ holder }: Partition): boolean {
+  return holder !== null && !["running", "opening"].includes(holder.does);
 }
 
 function showReplication(replication: Replication | null): void {
@@ -166,6 +173,14 @@ function makeCell(cell: Cell, width: number, index: number): HTMLElement {
   return node;
 }
 
+function holder(p: Partition): Cell {
+  const why = p.reasons["holder"];
+  if (p.holder === null) return why?.source === "dashboard" ? { text: "none", badge: "failed", title: message(why) } : unknown(why);
+  const { instance, does } = p.holder;
+  const word = does.split(":", 1)[0];
+  return isIdle(p) ? { text: `${instance}: ${word}`, badge: "failed", title: does } : { text: instance };
+}
+
 function showPartitions(overview: Overview): void {
   const rows = (overview.partitions ?? []).map((p): Cell[] => {
     const why = p.reasons;
@@ -174,6 +189,7 @@ function showPartitions(overview: Overview): void {
     return [
       { text: String(p.partition), kind: "number" },
       standing,
+      holder(p),
       number(p.high_offset, why["high_offset"]),
       number(p.next_offset, why["next_offset"]),
       number(p.lag_messages, why["lag_messages"]),

@@ -292,7 +292,7 @@ impl Store for Outside {
     }
 
     fn outages(&self) -> u64 {
-        if self.is_out(Mutation::WriteAgain) { 0 } else { u64::from(self.world.lock().restores) }
+        if self.is_out(Mutation::RedoAfterOutage) { 0 } else { u64::from(self.world.lock().restores) }
     }
 
     async fn confirm(&self, _: i32, noted: Option<i64>) -> Result<(), ProcessorError> {

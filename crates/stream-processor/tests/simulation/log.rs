@@ -10,6 +10,7 @@ use common::event::fingerprint;
 use common::stream::Definition;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Pane length.
 pub const PANE_MS: i64 = 10_000;
@@ -248,7 +249,7 @@ pub struct Log {
     /// First offset that retention has left.
     pub low: i64,
     /// Number `n`: what the first `n` records say.
-    pub exact: Vec<Exact>,
+    pub exact: Vec<Arc<Exact>>,
     /// Told apart from another log of the same records.
     pub broker: i64,
     /// Offsets that cannot be read.
@@ -264,17 +265,16 @@ impl Log {
     }
 
     fn recompute(&mut self) {
-        let mut exact = vec![Exact::default()];
+        let mut next = Exact::default();
+        self.exact = vec![Arc::new(next.clone())];
         for (offset, rec) in (0..).zip(&self.records) {
-            let mut next: Exact = exact.last().cloned().unwrap_or_default();
             if self.damaged.contains(&offset) {
                 next.totals.skipped += 1;
             } else {
                 next.take(offset, rec);
             }
-            exact.push(next);
+            self.exact.push(Arc::new(next.clone()));
         }
-        self.exact = exact;
     }
 
     /// Offsets that nobody has read yet can no longer be read: an operator will have them skipped.
@@ -297,12 +297,12 @@ impl Log {
     }
 
     /// What the log below `offset` says.
-    pub fn below(&self, offset: i64) -> &Exact {
+    pub fn below(&self, offset: i64) -> &Arc<Exact> {
         &self.exact[offset as usize]
     }
 
     /// What the whole log says.
-    pub fn all(&self) -> &Exact {
+    pub fn all(&self) -> &Arc<Exact> {
         self.below(self.high())
     }
 

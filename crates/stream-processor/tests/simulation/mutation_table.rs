@@ -25,7 +25,7 @@ const NOTICED: [Mutation; 26] = [
     Mutation::FollowPosition,
     Mutation::NoteWritten,
     Mutation::Confirm,
-    Mutation::WriteAgain,
+    Mutation::RedoAfterOutage,
     Mutation::StoreBehind,
     Mutation::RecordSkips,
     Mutation::FirstProgress,

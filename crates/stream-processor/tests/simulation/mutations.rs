@@ -39,8 +39,8 @@ pub enum Mutation {
     NoteWritten,
     /// What was read is not confirmed to come from a store that holds everything it acknowledged.
     Confirm,
-    /// A batch during which a snapshot was restored is not written again.
-    WriteAgain,
+    /// A batch during which a snapshot was restored is not done again.
+    RedoAfterOutage,
     /// A store that lost history is gone on with.
     StoreBehind,
     /// Skipped offsets are not recorded as such.

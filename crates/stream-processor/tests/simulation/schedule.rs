@@ -312,7 +312,8 @@ impl Sim {
             }
             Some(Err(error)) => {
                 let shown = error.to_string();
-                if !self.world().failing.contains(&id) {
+                let opens_again = matches!(error, ProcessorError::Reopen(_));
+                if !opens_again && !self.world().failing.contains(&id) {
                     self.world().bad("a worker ended", || shown);
                     return true;
                 }

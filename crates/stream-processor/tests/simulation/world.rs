@@ -420,7 +420,7 @@ impl World {
 
     /// Everything below `next` must be readable: rows, dead letters and panes.
     pub fn check_written(&mut self, next: i64, what: &str) {
-        let exact = self.log.below(next.clamp(0, self.log.high())).clone();
+        let exact = Arc::clone(self.log.below(next.clamp(0, self.log.high())));
         for ((at, id), (offset, _)) in &exact.rows {
             if !self.is_expired(*at) && !self.rows.contains_key(&(*at, id.clone())) {
                 return self.bad(&format!("{what} is ahead of the rows"), || format!("{id} at {offset}"));
@@ -441,7 +441,7 @@ impl World {
 
     /// The end: everything there is equals what the log says.
     pub fn check_end(&mut self, totals: Totals) {
-        let exact = self.log.all().clone();
+        let exact = Arc::clone(self.log.all());
         let high = self.log.high();
         self.check_written(high, "the end");
         if totals != exact.totals {
