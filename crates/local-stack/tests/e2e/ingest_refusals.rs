@@ -34,7 +34,7 @@ async fn nothing_is_produced_once_partitions_were_added_and_the_cause_names_both
     wait_until("a run fails", PATIENT, || async { !in_state("failed").await.is_empty() }).await;
     let end = pipeline.log_end(&pipeline.topic).await;
     wait_until("more intervals fail", PATIENT, || async { in_state("failed").await.len() >= 3 }).await;
-    let way_out = "give the stream a new name, or make the topic anew with 6 partitions";
+    let way_out = "give the stream a new name, or delete the topic, create it again with 6 partitions";
     for run in in_state("failed").await {
         let words = ["has 12 partitions", "registered with 6", way_out];
         assert!(words.iter().all(|words| run.error.contains(words)), "{run:?}");

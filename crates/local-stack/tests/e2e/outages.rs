@@ -110,11 +110,13 @@ async fn frame(from: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     Ok(frame)
 }
 
-/// No partition was taken away meanwhile: each has started once.
-async fn assert_kept_its_partitions(processor: &Service) {
-    for (how, partitions) in [("earliest", 6.0), ("resume", 0.0), ("recover", 0.0)] {
+/// No partition was taken away meanwhile: each has started once, and at most `redone` of them again, to redo a batch that an outage
+/// had interrupted.
+async fn assert_kept_its_partitions(processor: &Service, redone: f64) {
+    for (how, partitions) in [("earliest", 6.0..=6.0), ("resume", 0.0..=redone), ("recover", 0.0..=0.0)] {
         let name = format!("processor_partition_starts_total{{how=\"{how}\"}}");
-        assert_eq!(processor.metric(&name).await, Some(partitions), "{how}: {}", processor.words());
+        let started = processor.metric(&name).await.unwrap();
+        assert!(partitions.contains(&started), "{how}: {started}, {}", processor.words());
     }
 }
 
@@ -136,7 +138,7 @@ async fn nothing_is_lost_while_cassandra_is_away_for_thirty_seconds() {
     wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
     wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events >= 50_000 }).await;
     pipeline.assert_counted_once(50_000).await;
-    assert_kept_its_partitions(&processor).await;
+    assert_kept_its_partitions(&processor, 6.0).await;
     processor.stop().await;
 }
 
@@ -163,6 +165,6 @@ async fn an_overloaded_cassandra_is_asked_less_at_once_and_more_again_afterwards
     wait_until("as much as before is in flight", PATIENT, || async { limit().await >= MOST }).await;
     wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events >= 60_000 }).await;
     pipeline.assert_counted_once(60_000).await;
-    assert_kept_its_partitions(&processor).await;
+    assert_kept_its_partitions(&processor, 0.0).await;
     processor.stop().await;
 }

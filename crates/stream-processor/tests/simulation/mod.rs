@@ -17,4 +17,5 @@ mod mutation_table;
 pub(crate) mod mutations;
 mod schedule;
 mod seeds;
+mod servers;
 mod world;

@@ -5,7 +5,7 @@ use super::life::{Life, Setting, StartWith, new_volume};
 use super::log::{Log, Rec, definition, random};
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::{self, Mutation};
-use super::world::{FAULTS_MOST, Shared, World, progress_of};
+use super::world::{FAULTS_MOST, Shared, World};
 use crate::error::ProcessorError;
 use crate::metrics::Metrics;
 use crate::partition::Totals;
@@ -108,7 +108,7 @@ impl Sim {
         self.with.replay = false;
     }
 
-    fn kill_zombies(&mut self) {
+    pub(super) fn kill_zombies(&mut self) {
         self.zombies.drain(..).for_each(|mut zombie| zombie.kill());
     }
 
@@ -270,7 +270,7 @@ impl Sim {
         self.with = StartWith { memory_most, cold_most, ..self.with };
     }
 
-    fn restart(&mut self, machine: usize) {
+    pub(super) fn restart(&mut self, machine: usize) {
         let is_expired = {
             let log = &self.world().log;
             log.leap().is_some_and(|leap| leap <= log.low)
@@ -436,92 +436,5 @@ impl Sim {
             self.say(|| "and the power fails".into());
             disk.power_loss(&mut u64::from(seed));
         }
-    }
-
-    /// An operator has some or all of the damaged offsets skipped, or waits.
-    fn skip_or_try_again(&mut self, offset: i64) {
-        let mut world = self.world();
-        let end = world.log.damaged.end;
-        let skipped = match world.choices.pick(3, 40) {
-            0 => end,
-            1 => offset + 1,
-            _ => return,
-        };
-        world.say(|| format!("an operator has offsets {offset} to {skipped} skipped"));
-        world.skips.push(offset..skipped);
-    }
-
-    /// The tables go back to an older snapshot, while processes run or after they were killed.
-    fn restore(&mut self, machine: usize) {
-        let is_stopped = self.world().choices.pick(2, 50) == 1;
-        if is_stopped {
-            self.crash();
-            self.kill_zombies();
-        }
-        self.world().restore_snapshot();
-        if is_stopped {
-            self.restart(machine);
-        }
-    }
-
-    /// Offsets that nobody has fetched yet can no longer be read.
-    fn damage(&mut self) {
-        let mut world = self.world();
-        let (from, high) = (world.fetched_to, world.log.high());
-        if world.log.damaged.is_empty() && from < high {
-            let start = from + i64::from(world.choices.pick((high - from) as u32, 50));
-            let end = start + 1 + i64::from(world.choices.pick((high - start) as u32, 50));
-            world.log.damage(start..end);
-            world.say(|| format!("offsets {start} to {end} are damaged"));
-        }
-    }
-
-    /// The topic is made anew, of as many records, until somebody notices; nothing may be taken from it.
-    fn make_topic_anew(&mut self, machine: usize) {
-        self.crash();
-        self.kill_zombies();
-        if self.world().choices.pick(2, 50) == 1 {
-            self.wipe(machine);
-        }
-        let is_known = {
-            let progress = progress_of(&self.world().progress);
-            progress.is_some_and(|progress| progress.position.last_record.is_some())
-        };
-        if is_known {
-            self.meet_another_topic(machine);
-        }
-        self.restart(machine);
-    }
-
-    fn meet_another_topic(&mut self, machine: usize) {
-        let written = |world: &World| (world.rows.clone(), world.panes.clone(), world.dead.clone());
-        let (before, replay) = {
-            let mut world = self.world();
-            world.say(|| "the topic is made anew".into());
-            world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
-            (written(&world), world.choices.pick(2, 30) == 1)
-        };
-        self.with.replay = replay;
-        self.start(machine);
-        self.run_until(|_| false);
-        let ended = self.owner.take().and_then(|owner| Some((owner.id, owner.ended?)));
-        let mut world = self.world();
-        let is_refused = ended.is_some_and(|(id, ended)| {
-            ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
-        });
-        if !is_refused || written(&world) != before {
-            world.bad("a topic made anew is not refused at once", String::new);
-        }
-        world.other = None;
-    }
-
-    /// Retention removes records that the progress row has passed.
-    fn trim(&mut self) {
-        let mut world = self.world();
-        let Some(progress) = progress_of(&world.progress) else { return };
-        let passed = progress.position.next_offset;
-        let low = world.log.low.max(i64::from(world.choices.pick(passed as u32 + 1, 40)));
-        world.log.low = low;
-        world.say(|| format!("the log begins at {low}"));
     }
 }

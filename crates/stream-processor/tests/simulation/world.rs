@@ -48,10 +48,10 @@ pub struct Op {
 /// Everything the tables hold.
 #[derive(Clone)]
 pub struct Tables {
-    rows: BTreeMap<(i64, String), Cells>,
-    panes: BTreeMap<(i64, String, String), Cells>,
-    progress: Cells,
-    throughput: BTreeMap<i64, Cells>,
+    pub(super) rows: BTreeMap<(i64, String), Cells>,
+    pub(super) panes: BTreeMap<(i64, String, String), Cells>,
+    pub(super) progress: Cells,
+    pub(super) throughput: BTreeMap<i64, Cells>,
 }
 
 /// A worker's step that waits to be let through.
@@ -115,6 +115,8 @@ pub struct World {
     pub snapshots: Vec<Tables>,
     /// How often a snapshot was restored.
     pub restores: u32,
+    /// The next offset of the snapshot restored last, until a later one is shown.
+    pub restored_at: Option<i64>,
     /// Per process: `restores` when it last confirmed that the tables hold what they acknowledged.
     pub confirmed: BTreeMap<usize, u32>,
     /// Moves with everything that lands: what a clock would show.
@@ -185,6 +187,7 @@ impl World {
             fetched_to: 0,
             snapshots: Vec::new(),
             restores: 0,
+            restored_at: None,
             confirmed: BTreeMap::new(),
             clock: 0,
             hash_mask: u64::MAX,
@@ -219,42 +222,6 @@ impl World {
             self.say(|| format!("!! {what}: {detail}"));
             self.violation = Some(what.to_owned());
         }
-    }
-
-    /// Keeps what the tables hold now.
-    pub fn take_snapshot(&mut self) {
-        if self.snapshots.len() < 16 {
-            self.snapshots.push(Tables {
-                rows: self.rows.clone(),
-                panes: self.panes.clone(),
-                progress: self.progress.clone(),
-                throughput: self.throughput.clone(),
-            });
-        }
-    }
-
-    /// The tables go back to a snapshot, and whatever was on its way to them is gone. `false`: there is none that the log could
-    /// bring up to date.
-    pub fn restore_snapshot(&mut self) -> bool {
-        let low = self.log.low;
-        let usable = |tables: &Tables| low == 0 || number(&tables.progress, "next_offset") >= Some(low);
-        let usable: Vec<usize> =
-            (0..self.snapshots.len()).filter(|at| usable(&self.snapshots[*at])).collect();
-        if usable.is_empty() {
-            return false;
-        }
-        let at = usable[usable.len() - 1 - self.choices.index(usable.len(), 60)];
-        let Tables { rows, panes, progress, throughput } = self.snapshots[at].clone();
-        (self.rows, self.panes, self.progress, self.throughput) = (rows, panes, progress, throughput);
-        self.snapshots.truncate(at + 1);
-        if let Some(before) = self.expired_before {
-            self.rows.retain(|(at, _), _| *at >= before);
-        }
-        self.delayed.retain(|op| matches!(op.target, Target::Dead(_)));
-        self.restores += 1;
-        let shown = position_of(&self.progress).next_offset;
-        self.say(|| format!("the tables go back to a snapshot in which {shown} comes next"));
-        true
     }
 
     /// Whether `life` has confirmed since the last restore that the tables hold what they acknowledged.
@@ -382,6 +349,7 @@ impl World {
         }
         let position = position_of(after);
         let next = position.next_offset;
+        self.restored_at = self.restored_at.filter(|restored_at| next <= *restored_at);
         let exact = self.log.below(next.clamp(0, self.log.high()));
         if (position.totals, position.seen_to) != (exact.totals, exact.seen_to) {
             let exact = (exact.totals, exact.seen_to);

@@ -1,0 +1,134 @@
+//! What happens to the servers: snapshots restored, offsets damaged, the topic deleted and created again, retention.
+
+use super::log::Log;
+use super::schedule::Sim;
+use super::world::{Tables, Target, World, number, position_of, progress_of};
+
+impl World {
+    /// Keeps what the tables hold now. Not between a restore and the next commit: a batch that was under way may have left its
+    /// note, but not what it notes.
+    pub fn take_snapshot(&mut self) {
+        if self.snapshots.len() < 16 && self.restored_at.is_none() {
+            self.snapshots.push(Tables {
+                rows: self.rows.clone(),
+                panes: self.panes.clone(),
+                progress: self.progress.clone(),
+                throughput: self.throughput.clone(),
+            });
+        }
+    }
+
+    /// The tables go back to a snapshot, and whatever was on its way to them is gone. `false`: there is none that the log could
+    /// bring up to date.
+    pub fn restore_snapshot(&mut self) -> bool {
+        let low = self.log.low;
+        let usable = |tables: &Tables| low == 0 || number(&tables.progress, "next_offset") >= Some(low);
+        let usable: Vec<usize> =
+            (0..self.snapshots.len()).filter(|at| usable(&self.snapshots[*at])).collect();
+        if usable.is_empty() {
+            return false;
+        }
+        let at = usable[usable.len() - 1 - self.choices.index(usable.len(), 60)];
+        let Tables { rows, panes, progress, throughput } = self.snapshots[at].clone();
+        (self.rows, self.panes, self.progress, self.throughput) = (rows, panes, progress, throughput);
+        self.snapshots.truncate(at + 1);
+        if let Some(before) = self.expired_before {
+            self.rows.retain(|(at, _), _| *at >= before);
+        }
+        self.delayed.retain(|op| matches!(op.target, Target::Dead(_)));
+        self.restores += 1;
+        let shown = position_of(&self.progress).next_offset;
+        self.restored_at = Some(shown);
+        self.say(|| format!("the tables go back to a snapshot in which {shown} comes next"));
+        true
+    }
+}
+
+impl Sim {
+    /// An operator has some or all of the damaged offsets skipped, or waits.
+    pub(super) fn skip_or_try_again(&mut self, offset: i64) {
+        let mut world = self.world();
+        let end = world.log.damaged.end;
+        let skipped = match world.choices.pick(3, 40) {
+            0 => end,
+            1 => offset + 1,
+            _ => return,
+        };
+        world.say(|| format!("an operator has offsets {offset} to {skipped} skipped"));
+        world.skips.push(offset..skipped);
+    }
+
+    /// The tables go back to an older snapshot, while processes run or after they were killed.
+    pub(super) fn restore(&mut self, machine: usize) {
+        let is_stopped = self.world().choices.pick(2, 50) == 1;
+        if is_stopped {
+            self.crash();
+            self.kill_zombies();
+        }
+        self.world().restore_snapshot();
+        if is_stopped {
+            self.restart(machine);
+        }
+    }
+
+    /// Offsets that nobody has fetched yet can no longer be read.
+    pub(super) fn damage(&mut self) {
+        let mut world = self.world();
+        let (from, high) = (world.fetched_to, world.log.high());
+        if world.log.damaged.is_empty() && from < high {
+            let start = from + i64::from(world.choices.pick((high - from) as u32, 50));
+            let end = start + 1 + i64::from(world.choices.pick((high - start) as u32, 50));
+            world.log.damage(start..end);
+            world.say(|| format!("offsets {start} to {end} are damaged"));
+        }
+    }
+
+    /// The topic is made anew, of as many records, until somebody notices; nothing may be taken from it.
+    pub(super) fn make_topic_anew(&mut self, machine: usize) {
+        self.crash();
+        self.kill_zombies();
+        if self.world().choices.pick(2, 50) == 1 {
+            self.wipe(machine);
+        }
+        let is_known = {
+            let progress = progress_of(&self.world().progress);
+            progress.is_some_and(|progress| progress.position.last_record.is_some())
+        };
+        if is_known {
+            self.meet_another_topic(machine);
+        }
+        self.restart(machine);
+    }
+
+    fn meet_another_topic(&mut self, machine: usize) {
+        let written = |world: &World| (world.rows.clone(), world.panes.clone(), world.dead.clone());
+        let (before, replay) = {
+            let mut world = self.world();
+            world.say(|| "the topic is made anew".into());
+            world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
+            (written(&world), world.choices.pick(2, 30) == 1)
+        };
+        self.with.replay = replay;
+        self.start(machine);
+        self.run_until(|_| false);
+        let ended = self.owner.take().and_then(|owner| Some((owner.id, owner.ended?)));
+        let mut world = self.world();
+        let is_refused = ended.is_some_and(|(id, ended)| {
+            ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
+        });
+        if !is_refused || written(&world) != before {
+            world.bad("a topic made anew is not refused at once", String::new);
+        }
+        world.other = None;
+    }
+
+    /// Retention removes records that the progress row has passed.
+    pub(super) fn trim(&mut self) {
+        let mut world = self.world();
+        let Some(progress) = progress_of(&world.progress) else { return };
+        let passed = progress.position.next_offset;
+        let low = world.log.low.max(i64::from(world.choices.pick(passed as u32 + 1, 40)));
+        world.log.low = low;
+        world.say(|| format!("the log begins at {low}"));
+    }
+}
