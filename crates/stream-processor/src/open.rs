@@ -6,9 +6,9 @@ use crate::fetch::fingerprint_of;
 use crate::log_reader::LogReader;
 use crate::metrics::Metrics;
 use crate::partition::{LastRecord, Partition};
-use crate::start::{self, Facts, How, RecoverPolicy, Start};
+use crate::start::{self, Facts, How, Progress, RecoverPolicy, Start};
 use crate::state::{self, Checkpoint, FORMAT, Head, StateError, StateFile};
-use crate::store::Store;
+use crate::store::{Assumed, Store};
 use crate::windows::hot::Panes;
 use crate::windows::pane::PaneShape;
 use common::admin::Health;
@@ -16,6 +16,7 @@ use common::stream::Definition;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Message;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -89,10 +90,18 @@ pub struct Opened {
     pub partition_id: i32,
     /// Where it starts.
     pub start: Start,
+    /// What it was found with.
+    pub assumed: Assumed,
     /// Its state file.
     pub state: StateFile,
     /// Its state in memory.
     pub partition: Partition,
+}
+
+struct Stored {
+    outages: u64,
+    progress: Option<Progress>,
+    skips: Vec<Range<i64>>,
 }
 
 impl<S: Store> Opener<S> {
@@ -108,10 +117,10 @@ impl<S: Store> Opener<S> {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => Err(ProcessorError::Stopped),
-                found = async { Ok((self.store.progress(partition).await?, self.store.skips(partition).await?)) } => found,
+                stored = self.stored(partition) => stored,
             }
         };
-        let (progress, skips) = runtime.block_on(asked)?;
+        let Stored { outages, progress, skips } = runtime.block_on(asked)?;
         let (low, high) = self.watermarks(partition, stop)?;
         let layout = self.definition.layout();
         let facts = Facts {
@@ -130,7 +139,20 @@ impl<S: Store> Opener<S> {
         let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most, look)?;
         self.replays.begun(partition);
         self.tell(partition, &start);
-        Ok(Opened { partition_id: partition, start, state, partition: partition_state })
+        let assumed = Assumed { noted: start.written_to, outages };
+        Ok(Opened { partition_id: partition, start, assumed, state, partition: partition_state })
+    }
+
+    /// What Cassandra holds of the partition, all of it read without an outage in between.
+    async fn stored(&self, partition: i32) -> Result<Stored, ProcessorError> {
+        loop {
+            let outages = self.store.outages();
+            let (progress, skips) =
+                (self.store.progress(partition).await?, self.store.skips(partition).await?);
+            if self.store.outages() == outages {
+                return Ok(Stored { outages, progress, skips });
+            }
+        }
     }
 
     fn tell(&self, partition: i32, start: &Start) {

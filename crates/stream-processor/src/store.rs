@@ -46,6 +46,15 @@ pub struct BatchRecord {
     pub times: StepTimes,
 }
 
+/// What a worker takes for granted of Cassandra since it opened its partition.
+#[derive(Debug, Clone, Copy)]
+pub struct Assumed {
+    /// The progress row notes that everything below is written; `None`: it does not.
+    pub noted: Option<i64>,
+    /// How many outages were over before anything of the partition was read.
+    pub outages: u64,
+}
+
 /// Cassandra, or a fake of it. Every call is retried until Cassandra acknowledges it, refuses it for good, or shutdown begins.
 pub trait Store: Send + Sync {
     /// The stored offset of each event named in `groups`, as `(event number, offset)`; absent: no row.
@@ -84,24 +93,23 @@ pub trait Store: Send + Sync {
         partition: i32,
     ) -> impl Future<Output = Result<Option<Progress>, ProcessorError>> + Send;
 
-    /// How many outages of Cassandra are over. A snapshot is restored only during one: of two writes that were acknowledged
-    /// under different numbers, the earlier one may be gone.
+    /// How many outages of Cassandra are over. A snapshot is restored only during one.
     fn outages(&self) -> u64;
 
-    /// Fails with [`ProcessorError::Reopen`] if the progress row no longer says that everything below `noted` is written: an
-    /// older snapshot was restored. What was read before the call is then worthless. `None`: nothing was noted yet.
+    /// Fails with [`ProcessorError::Reopen`] if something is no longer as `assumed`: an older snapshot may have been restored, and
+    /// what was read before the call is worthless.
     fn confirm(
         &self,
         partition: i32,
-        noted: Option<i64>,
+        assumed: Assumed,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
-    /// Notes in the progress row that everything below `written_to` is written; confirms `noted` first.
+    /// Notes in the progress row that everything below `written_to` is written, if everything is still as `assumed`.
     fn note_written(
         &self,
         partition: i32,
         written_to: i64,
-        noted: Option<i64>,
+        assumed: Assumed,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
     /// The ranges of offsets that an operator wants skipped in a partition.
@@ -110,12 +118,13 @@ pub trait Store: Send + Sync {
     /// Up to which offset an operator accepted poison beyond the limits; 0: not at all.
     fn accepted_up_to(&self, partition: i32) -> impl Future<Output = Result<i64, ProcessorError>> + Send;
 
-    /// Publishes a committed position: progress row, running totals, and how long the batch took. Confirms `noted` first.
+    /// Publishes a committed position: progress row, running totals, and how long the batch took. Only if everything
+    /// is still as `assumed`.
     fn publish(
         &self,
         partition: i32,
         position: &Position,
-        noted: Option<i64>,
+        assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 }

@@ -12,7 +12,7 @@ use crate::partition::{Applied, Partition, Position};
 use crate::poison_gate::PoisonLimits;
 use crate::stages::StageState;
 use crate::state::{Checkpoint, Commit, StateFile};
-use crate::store::{BatchRecord, DeadLetters, StepTimes, Store};
+use crate::store::{Assumed, BatchRecord, DeadLetters, StepTimes, Store};
 use crate::write_plan::{group_events, group_panes};
 use common::admin::Health;
 use common::event::Bucket;
@@ -50,8 +50,8 @@ pub struct Worker<S, D, C = StateFile> {
     pub state: C,
     /// Where the partition stands.
     pub partition: Partition,
-    /// How far Cassandra has acknowledged the note that everything is written; `None`: there is no note yet.
-    pub written_to: Option<i64>,
+    /// What Cassandra must still hold.
+    pub assumed: Assumed,
     /// Cassandra.
     pub store: Arc<S>,
     /// The dead-letter topic.
@@ -72,9 +72,10 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// Takes chunks until `stop`, the end of `chunks` or an error. What was committed before is always published.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
         // What was committed last may not have been published; a new state shows itself before its first batch.
-        let mut shown_at = self.store.outages();
-        self.show_position().await?;
-        self.written_to = self.written_to.max(Some(self.partition.position.next_offset));
+        if !self.replays() {
+            self.store.publish(self.id, &self.partition.position, self.assumed, None).await?;
+        }
+        self.assumed.noted = self.assumed.noted.max(Some(self.partition.position.next_offset));
         let mut publishing: Option<JoinHandle<Result<(), ProcessorError>>> = None;
         let clock = self.metrics.stage(self.id, metrics::WORK);
         let ended = loop {
@@ -89,7 +90,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             let batch = match chunk {
                 None => break Ok(()),
                 Some(Err(e)) => break Err(e),
-                Some(Ok(Fetched::Quiet)) => match self.stay_shown(&mut publishing, &mut shown_at).await {
+                Some(Ok(Fetched::Quiet)) => match self.store.confirm(self.id, self.assumed).await {
                     Ok(()) => continue,
                     Err(e) => break Err(e),
                 },
@@ -110,7 +111,6 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             if let Err(e) = finish(publishing.take()).await {
                 break Err(e);
             }
-            shown_at = self.store.outages();
             publishing = Some(self.publish(batch));
         };
         let published = finish(publishing).await;
@@ -150,7 +150,6 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// One batch up to and including its commit.
     async fn batch(&mut self, chunk: &Chunk) -> Result<BatchRecord, ProcessorError> {
         let mut times = StepTimes { decode: chunk.decode_us as f64 / 1e6, ..StepTimes::default() };
-        let outages = self.store.outages();
         fail_point!("before_look_up");
         let (asked, found) = timed(&mut times.lookup, self.look_up(chunk)).await?;
         fail_point!("before_apply");
@@ -159,10 +158,6 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         let applied = self.partition.apply(chunk, &asked, &found)?;
         times.apply = started.elapsed().as_secs_f64();
         timed(&mut times.write, self.write(chunk, &applied)).await?;
-        if self.store.outages() != outages {
-            let cause = "cassandra was away during a batch: what was looked up or written for it may be gone";
-            return Err(ProcessorError::Reopen(cause.to_owned()));
-        }
         let dropped = self.partition.advance();
         fail_point!("before_commit");
         let started = Instant::now();
@@ -188,7 +183,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             self.store.load_panes(self.id, &questions.panes)
         )?;
         // Answers from an older snapshot would be written into panes as if they were complete.
-        self.store.confirm(self.id, self.written_to).await?;
+        self.store.confirm(self.id, self.assumed).await?;
         for (start, pane) in panes {
             self.partition.panes.put_cold(start, pane);
         }
@@ -219,8 +214,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     async fn note_written(&mut self) -> Result<(), ProcessorError> {
         fail_point!("before_note");
         let written_to = self.partition.position.next_offset;
-        self.store.note_written(self.id, written_to, self.written_to).await?;
-        self.written_to = self.written_to.max(Some(written_to));
+        self.store.note_written(self.id, written_to, self.assumed).await?;
+        self.assumed.noted = self.assumed.noted.max(Some(written_to));
         Ok(())
     }
 
@@ -241,29 +236,6 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         }
     }
 
-    /// Publishes the position by itself, unless a replay has not caught up.
-    async fn show_position(&self) -> Result<(), ProcessorError> {
-        if self.replays() {
-            return Ok(());
-        }
-        self.store.publish(self.id, &self.partition.position, self.written_to, None).await
-    }
-
-    /// While no record comes: what was shown before an outage may be gone, and is shown again.
-    async fn stay_shown(
-        &self,
-        publishing: &mut Option<JoinHandle<Result<(), ProcessorError>>>,
-        shown_at: &mut u64,
-    ) -> Result<(), ProcessorError> {
-        self.store.confirm(self.id, self.written_to).await?;
-        if self.store.outages() != *shown_at {
-            finish(publishing.take()).await?;
-            *shown_at = self.store.outages();
-            self.show_position().await?;
-        }
-        Ok(())
-    }
-
     /// Whether a replay has not caught up. Meanwhile nothing is published: below `count_from` the totals are those of a later
     /// offset.
     fn replays(&self) -> bool {
@@ -274,11 +246,11 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     /// Publishes in the background: it may fall behind the commit by one batch, and never runs ahead of it.
     fn publish(&self, batch: BatchRecord) -> JoinHandle<Result<(), ProcessorError>> {
         let (store, id) = (Arc::clone(&self.store), self.id);
-        let (position, noted) = (self.partition.position, self.written_to);
+        let (position, assumed) = (self.partition.position, self.assumed);
         let replays = self.replays();
         tokio::spawn(async move {
             fail_point!("in_publish");
-            if replays { Ok(()) } else { store.publish(id, &position, noted, Some(&batch)).await }
+            if replays { Ok(()) } else { store.publish(id, &position, assumed, Some(&batch)).await }
         })
     }
 }

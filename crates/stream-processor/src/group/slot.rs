@@ -177,7 +177,7 @@ impl Running {
             bucket: opener.definition.store.bucket,
             state: opened.state,
             partition: opened.partition,
-            written_to: opened.start.written_to,
+            assumed: opened.assumed,
             store: Arc::clone(&opener.store),
             dead_letters: Arc::clone(&parts.dead_letters),
             limits: parts.settings.poison,

@@ -5,7 +5,7 @@ use super::progress::{LostHistory, ProgressRow, StoredProgress};
 use super::requests::{Requests, StoreContext, pauses};
 use super::rows::{EventRow, PaneRowValues};
 use super::statements::Statements;
-use super::{BatchRecord, Store};
+use super::{Assumed, BatchRecord, Store};
 use crate::chunk::Chunk;
 use crate::error::ProcessorError;
 use crate::partition::Position;
@@ -27,6 +27,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+const AFTER_OUTAGE: &str = "cassandra was away: it may have come back with an older snapshot";
 /// At most one row of `batches` per partition in this time.
 const BATCH_RECORD_EVERY: Duration = Duration::from_secs(1);
 /// How often a partition looks whether Cassandra still holds what it acknowledged: no snapshot is restored within a second.
@@ -171,13 +172,12 @@ impl CassandraStore {
         Ok(panes)
     }
 
-    /// Carries out `write`, if the progress row still holds `noted`. Looks before each attempt: a write on top of an older
-    /// snapshot would hide that history is missing. It need not look more than once a second, because no snapshot is restored
-    /// faster.
+    /// Carries out `write`, if everything is still as `assumed`. Looks before each attempt: a write on top of an older snapshot would
+    /// hide that it is older. It need not look more than once a second, because no snapshot is restored faster.
     async fn if_confirmed<F>(
         &self,
         partition: i32,
-        noted: Option<i64>,
+        assumed: Assumed,
         write: impl Fn() -> F,
     ) -> Result<(), ProcessorError>
     where
@@ -185,22 +185,27 @@ impl CassandraStore {
     {
         let session = self.requests.session();
         let attempt = async || {
-            if let Some(noted) = noted.filter(|_| self.checked_at.is_due(partition)) {
+            if self.checked_at.is_due(partition) {
                 let found =
                     session.execute_unpaged(&self.statements.progress, (&self.stream, partition)).await?;
+                self.requests.outages.succeeded(Instant::now());
                 let row = found.into_rows_result().ok();
                 let row = row.and_then(|rows| rows.maybe_first_row::<StoredProgress>().ok().flatten());
                 let stored = row.and_then(|row| row.written_to);
-                if stored.is_none_or(|stored| stored < noted) {
-                    return Ok(Some(LostHistory { partition, noted, stored }));
+                if let Some(noted) = assumed.noted.filter(|noted| stored.is_none_or(|stored| stored < *noted))
+                {
+                    return Ok(Some(LostHistory { partition, noted, stored }.to_string()));
                 }
                 self.checked_at.done(partition);
+            }
+            if self.requests.outages.count() != assumed.outages {
+                return Ok(Some(AFTER_OUTAGE.to_owned()));
             }
             write().await.map(|()| None)
         };
         match self.requests.until_acknowledged(attempt).await? {
             None => Ok(()),
-            Some(lost) => Err(ProcessorError::Reopen(lost.to_string())),
+            Some(lost) => Err(ProcessorError::Reopen(lost)),
         }
     }
 
@@ -368,20 +373,20 @@ impl Store for CassandraStore {
         self.requests.outages.count()
     }
 
-    async fn confirm(&self, partition: i32, noted: Option<i64>) -> Result<(), ProcessorError> {
-        self.if_confirmed(partition, noted, async || Ok(())).await
+    async fn confirm(&self, partition: i32, assumed: Assumed) -> Result<(), ProcessorError> {
+        self.if_confirmed(partition, assumed, async || Ok(())).await
     }
 
     async fn note_written(
         &self,
         partition: i32,
         written_to: i64,
-        noted: Option<i64>,
+        assumed: Assumed,
     ) -> Result<(), ProcessorError> {
         let values = (&self.stream, partition, written_to, written_to);
         let session = self.requests.session();
         let write = async || session.execute_unpaged(&self.statements.note_written, &values).await.map(drop);
-        self.if_confirmed(partition, noted, write).await
+        self.if_confirmed(partition, assumed, write).await
     }
 
     async fn skips(&self, partition: i32) -> Result<Vec<Range<i64>>, ProcessorError> {
@@ -411,13 +416,13 @@ impl Store for CassandraStore {
         &self,
         partition: i32,
         position: &Position,
-        noted: Option<i64>,
+        assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
         let row = ProgressRow::new(&self.stream, partition, position, now_ms());
         let session = self.requests.session();
         let write = async || session.execute_unpaged(&self.statements.put_progress, &row).await.map(drop);
-        self.if_confirmed(partition, noted, write).await?;
+        self.if_confirmed(partition, assumed, write).await?;
         if let Some(batch) = batch {
             self.put_throughput(partition, position).await?;
             self.put_batch(partition, position, batch).await?;

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 /// An outage lasts at least this long: no snapshot is restored faster. Single failures between successes are none.
 const AT_LEAST: Duration = Duration::from_secs(1);
+/// After so long without a success there may have been an outage that nobody saw: this process may have stood still.
+const UNSEEN: Duration = Duration::from_secs(5);
 
 /// Outages that are over.
 #[derive(Debug)]
@@ -41,9 +43,9 @@ impl Outages {
     pub fn succeeded(&self, now: Instant) {
         let now_ms = now.saturating_duration_since(self.began).as_millis() as u64;
         let last_ms = self.last_success_ms.swap(now_ms, Ordering::AcqRel);
-        if self.has_failed_since.swap(false, Ordering::AcqRel)
-            && now_ms.saturating_sub(last_ms) >= AT_LEAST.as_millis() as u64
-        {
+        let without_success = Duration::from_millis(now_ms.saturating_sub(last_ms));
+        let has_failed = self.has_failed_since.swap(false, Ordering::AcqRel);
+        if without_success >= if has_failed { AT_LEAST } else { UNSEEN } {
             self.count.fetch_add(1, Ordering::AcqRel);
         }
     }
@@ -54,7 +56,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outage_is_a_second_without_success_in_which_something_failed() {
+    fn an_outage_is_a_second_without_success_in_which_something_failed_or_a_longer_time_in_which_nothing_was_asked()
+     {
         let start = Instant::now();
         let outages = Outages::new(start);
         let succeeded = |millis| {
@@ -68,5 +71,6 @@ mod tests {
         outages.failed();
         assert_eq!(succeeded(6000), 1);
         assert_eq!(succeeded(8000), 1, "it is over");
+        assert_eq!(succeeded(13_000), 2, "nothing was asked for long");
     }
 }

@@ -9,7 +9,7 @@ use crate::chunk::Chunk;
 use crate::error::ProcessorError;
 use crate::partition::Position;
 use crate::start::Progress;
-use crate::store::{BatchRecord, DeadLetters, Store};
+use crate::store::{Assumed, BatchRecord, DeadLetters, Store};
 use crate::windows::hot::Panes;
 use crate::windows::pane::{Measure, Pane, PaneShape};
 use crate::write_plan::{EventGroup, PaneGroup};
@@ -54,15 +54,22 @@ impl Outside {
         Err(ProcessorError::Stopped)
     }
 
-    /// Whether the progress row still holds `noted`.
-    fn confirmed(&self, world: &mut World, noted: Option<i64>) -> Result<(), ProcessorError> {
+    fn outages_in(&self, world: &World) -> u64 {
+        let is_out = world.mutation == Some(Mutation::ReopenAfterOutage);
+        if is_out { 0 } else { u64::from(world.restores) }
+    }
+
+    /// Whether everything is still as assumed.
+    fn confirmed(&self, world: &mut World, assumed: Assumed) -> Result<(), ProcessorError> {
+        let Assumed { noted, outages } = assumed;
         let stored = number(&world.progress, "written_to");
-        let is_out = matches!(world.mutation, Some(Mutation::Confirm | Mutation::NoteWritten));
-        if noted.is_some_and(|noted| stored.is_none_or(|stored| stored < noted)) && !is_out {
+        let is_out = world.mutation == Some(Mutation::NoteWritten);
+        let is_lost = noted.is_some_and(|noted| stored.is_none_or(|stored| stored < noted)) && !is_out;
+        if is_lost || self.outages_in(world) != outages {
             world.failing.insert(self.life);
             let who = self.who.clone();
-            world.say(|| format!("{who}: the store lost history: noted {noted:?}, holds {stored:?}"));
-            return Err(ProcessorError::Reopen("the store lost history".into()));
+            world.say(|| format!("{who}: the store may have lost history: {assumed:?}, holds {stored:?}"));
+            return Err(ProcessorError::Reopen("the store may have lost history".into()));
         }
         let restores = world.restores;
         world.confirmed.insert(self.life, restores);
@@ -74,20 +81,20 @@ impl Outside {
         self.put_if(ops, None).await
     }
 
-    /// The same, but confirms what was noted before each attempt.
-    async fn put_if(&self, mut ops: Vec<Op>, noted: Option<Option<i64>>) -> Result<(), ProcessorError> {
+    /// The same, but each attempt is made only if everything is still as assumed.
+    async fn put_if(&self, mut ops: Vec<Op>, assumed: Option<Assumed>) -> Result<(), ProcessorError> {
         if ops.is_empty() {
             return Ok(());
         }
         // What must be confirmed first is not sent before its turn comes.
-        if noted.is_none() {
+        if assumed.is_none() {
             self.world.lock().in_flight.entry(self.life).or_default().extend(ops.clone());
         }
         while !ops.is_empty() {
             self.world.gate(self.life).await;
             let mut world = self.world.lock();
-            if let Some(noted) = noted {
-                self.confirmed(&mut world, noted)?;
+            if let Some(assumed) = assumed {
+                self.confirmed(&mut world, assumed)?;
             }
             let at = world.choices.index(ops.len(), 30);
             let failing = world.fail_at == Some(world.steps);
@@ -292,19 +299,19 @@ impl Store for Outside {
     }
 
     fn outages(&self) -> u64 {
-        if self.is_out(Mutation::RedoAfterOutage) { 0 } else { u64::from(self.world.lock().restores) }
+        self.outages_in(&self.world.lock())
     }
 
-    async fn confirm(&self, _: i32, noted: Option<i64>) -> Result<(), ProcessorError> {
+    async fn confirm(&self, _: i32, assumed: Assumed) -> Result<(), ProcessorError> {
         self.may_fail().await?;
-        self.confirmed(&mut self.world.lock(), noted)
+        self.confirmed(&mut self.world.lock(), assumed)
     }
 
-    async fn note_written(&self, _: i32, written_to: i64, noted: Option<i64>) -> Result<(), ProcessorError> {
+    async fn note_written(&self, _: i32, written_to: i64, assumed: Assumed) -> Result<(), ProcessorError> {
         if self.is_out(Mutation::NoteWritten) {
             return Ok(());
         }
-        self.put_if(vec![self.note_op(written_to)], Some(noted)).await
+        self.put_if(vec![self.note_op(written_to)], Some(assumed)).await
     }
 
     async fn skips(&self, _: i32) -> Result<Vec<Range<i64>>, ProcessorError> {
@@ -319,11 +326,11 @@ impl Store for Outside {
         &self,
         _: i32,
         position: &Position,
-        noted: Option<i64>,
+        assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
         if batch.is_none() && self.is_out(Mutation::FirstProgress) {
-            return self.put_if(vec![self.note_op(position.next_offset)], Some(noted)).await;
+            return self.put_if(vec![self.note_op(position.next_offset)], Some(assumed)).await;
         }
         if batch.is_some() {
             let put_off = if self.is_out(Mutation::PanesBeforeRows) {
@@ -341,7 +348,7 @@ impl Store for Outside {
                 world.bad("published before committed", || format!("{position:?}"));
             }
         }
-        self.put_if(vec![self.progress_op(position)], Some(noted)).await?;
+        self.put_if(vec![self.progress_op(position)], Some(assumed)).await?;
         if let Some(batch) = batch {
             let second = self.world.lock().second;
             let records = position.totals.records();

@@ -15,6 +15,7 @@ use crate::open::begin;
 use crate::poison_gate::PoisonLimits;
 use crate::start::{Facts, RecoverPolicy, Start};
 use crate::state::Checkpoint;
+use crate::store::Assumed;
 use crate::windows::hot::COLD_PANES_MOST;
 use crate::windows::pane::PaneShape;
 use crate::worker::{Chunks, Fetched, Worker};
@@ -153,6 +154,7 @@ impl Process {
         let machine = Arc::clone(&self.outside.machine);
         let checkpoint = SimCheckpoint::open(world.clone(), self.outside.life, machine);
         let mut state = checkpoint.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
+        let outages = crate::store::Store::outages(&*self.outside);
         let mut progress = crate::store::Store::progress(&*self.outside, 0).await?;
         let (low, high, mutation) = {
             let world = world.lock();
@@ -196,7 +198,7 @@ impl Process {
             bucket: definition.store.bucket,
             state,
             partition,
-            written_to: start.written_to,
+            assumed: Assumed { noted: start.written_to, outages },
             store: Arc::clone(&self.outside),
             dead_letters: Arc::clone(&self.outside),
             limits: PoisonLimits { consecutive: u32::MAX, window_poison: u32::MAX },

@@ -8,7 +8,7 @@ use super::seeds::first_failing;
 /// Seeds within which every mutation must be noticed.
 const WITHIN: u64 = 2_000;
 
-const NOTICED: [Mutation; 26] = [
+const NOTICED: [Mutation; 25] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -24,8 +24,7 @@ const NOTICED: [Mutation; 26] = [
     Mutation::Fingerprint,
     Mutation::FollowPosition,
     Mutation::NoteWritten,
-    Mutation::Confirm,
-    Mutation::RedoAfterOutage,
+    Mutation::ReopenAfterOutage,
     Mutation::StoreBehind,
     Mutation::RecordSkips,
     Mutation::FirstProgress,

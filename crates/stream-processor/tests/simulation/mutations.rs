@@ -37,10 +37,8 @@ pub enum Mutation {
     FollowPosition,
     /// The note that everything is written does not come before the commit.
     NoteWritten,
-    /// What was read is not confirmed to come from a store that holds everything it acknowledged.
-    Confirm,
-    /// A batch during which a snapshot was restored is not done again.
-    RedoAfterOutage,
+    /// A partition is not opened again after an outage, in which a snapshot may have been restored.
+    ReopenAfterOutage,
     /// A store that lost history is gone on with.
     StoreBehind,
     /// Skipped offsets are not recorded as such.

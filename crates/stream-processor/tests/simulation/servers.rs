@@ -1,14 +1,15 @@
 //! What happens to the servers: snapshots restored, offsets damaged, the topic deleted and created again, retention.
 
-use super::log::Log;
-use super::schedule::Sim;
+use super::choices::Choices;
+use super::log::{Log, event};
+use super::schedule::{Case, Sim};
 use super::world::{Tables, Target, World, number, position_of, progress_of};
+use crate::error::ProcessorError;
 
 impl World {
-    /// Keeps what the tables hold now. Not between a restore and the next commit: a batch that was under way may have left its
-    /// note, but not what it notes.
+    /// Keeps what the tables hold now.
     pub fn take_snapshot(&mut self) {
-        if self.snapshots.len() < 16 && self.restored_at.is_none() {
+        if self.snapshots.len() < 16 {
             self.snapshots.push(Tables {
                 rows: self.rows.clone(),
                 panes: self.panes.clone(),
@@ -38,7 +39,6 @@ impl World {
         self.delayed.retain(|op| matches!(op.target, Target::Dead(_)));
         self.restores += 1;
         let shown = position_of(&self.progress).next_offset;
-        self.restored_at = Some(shown);
         self.say(|| format!("the tables go back to a snapshot in which {shown} comes next"));
         true
     }
@@ -131,4 +131,31 @@ impl Sim {
         world.log.low = low;
         world.say(|| format!("the log begins at {low}"));
     }
+}
+
+#[test]
+fn a_snapshot_restored_while_cassandra_stays_up_is_noticed_before_anything_is_noted() {
+    let records = [event(0, 1), event(1, 2), event(2, 3)];
+    let mut sim = Sim::new(records.to_vec(), Choices::given(&[]), Case::default());
+    {
+        let mut world = sim.world();
+        world.batches = Some(vec![1, 1, 1]);
+        // A batch that is under way writes on top of the snapshot, and is judged only at the end.
+        world.watch = false;
+        world.take_snapshot();
+    }
+    sim.start(0);
+    sim.run_until(|world| number(&world.progress, "next_offset") == Some(1));
+    {
+        let mut world = sim.world();
+        world.restore_snapshot();
+        world.restores = 0;
+    }
+    sim.run_until(|_| false);
+    let ended = sim.owner.take().and_then(|owner| owner.ended);
+    assert!(matches!(ended, Some(Err(ProcessorError::Reopen(_)))), "{ended:?}");
+    assert_eq!(number(&sim.world().progress, "written_to"), None);
+    sim.start(0);
+    sim.finish();
+    assert_eq!(sim.world().violation, None);
 }

@@ -115,8 +115,6 @@ pub struct World {
     pub snapshots: Vec<Tables>,
     /// How often a snapshot was restored.
     pub restores: u32,
-    /// The next offset of the snapshot restored last, until a later one is shown.
-    pub restored_at: Option<i64>,
     /// Per process: `restores` when it last confirmed that the tables hold what they acknowledged.
     pub confirmed: BTreeMap<usize, u32>,
     /// Moves with everything that lands: what a clock would show.
@@ -187,7 +185,6 @@ impl World {
             fetched_to: 0,
             snapshots: Vec::new(),
             restores: 0,
-            restored_at: None,
             confirmed: BTreeMap::new(),
             clock: 0,
             hash_mask: u64::MAX,
@@ -349,7 +346,6 @@ impl World {
         }
         let position = position_of(after);
         let next = position.next_offset;
-        self.restored_at = self.restored_at.filter(|restored_at| next <= *restored_at);
         let exact = self.log.below(next.clamp(0, self.log.high()));
         if (position.totals, position.seen_to) != (exact.totals, exact.seen_to) {
             let exact = (exact.totals, exact.seen_to);
