@@ -40,6 +40,7 @@ pub fn load(duplicates: u32) -> Child {
     Command::new(program)
         .args(["stress", "--seconds", "3600", "--rate", "200", "--duplicates", &duplicates.to_string()])
         .env("PIPELINE_KAFKA_BROKERS", variable("PIPELINE_TEST_KAFKA"))
+        .env("PIPELINE_CASSANDRA_NODES", variable("PIPELINE_TEST_CASSANDRA"))
         .env("PIPELINE_STREAM", sources::root().join("streams/user_created.toml"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
