@@ -82,7 +82,8 @@ async fn a_missing_dead_letter_topic_is_told_by_readiness_until_it_is_there_agai
     pipeline.init().await;
     wait_until("all is processed", PATIENT, || async { pipeline.behind().await.is_empty() }).await;
     wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
-    assert_eq!(pipeline.records(&dlq).await.len(), 1);
+    // At least once: a client that was replaced meanwhile may have delivered it too.
+    assert!(!pipeline.records(&dlq).await.is_empty());
     assert_eq!(pipeline.progress().await.dead_letters, 1);
     processor.stop().await;
 }
