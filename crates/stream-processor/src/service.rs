@@ -142,6 +142,8 @@ impl Service<'_> {
             start_deadline: wait,
         };
         let store = Arc::new(CassandraStore::new(&common.keyspace, &self.definition, context).await?);
+        let (watched, shutdown) = (Arc::clone(&store), self.shutdown.clone());
+        tokio::spawn(async move { watched.watch(&shutdown).await });
         let dead_letters =
             DeadLetterTopic::new(brokers, &self.topic, Arc::clone(&self.health), self.abandon.clone());
         let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);

@@ -16,6 +16,7 @@ use crate::write_plan::{EventGroup, PaneGroup};
 use common::cassandra::Failure;
 use common::event::{Bucket, floor_to};
 use common::schema::{MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
+use common::shutdown::Shutdown;
 use common::stream::Definition;
 use futures::future::try_join_all;
 use scylla::errors::ExecutionError;
@@ -74,6 +75,11 @@ fn now_ms() -> i64 {
 }
 
 impl CassandraStore {
+    /// Looks every second whether Cassandra is there, until shutdown.
+    pub async fn watch(&self, shutdown: &Shutdown) {
+        self.requests.watch(shutdown).await;
+    }
+
     /// Prepares every statement; fails where `stream-processor init` has not run.
     pub async fn new(
         keyspace: &str,

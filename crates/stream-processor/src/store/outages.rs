@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// An outage lasts at least this long: no snapshot is restored faster. Single failures between successes are none.
 const AT_LEAST: Duration = Duration::from_secs(1);
 /// After so long without a success there may have been an outage that nobody saw: this process may have stood still.
-const UNSEEN: Duration = Duration::from_secs(5);
+const UNSEEN: Duration = Duration::from_secs(10);
 
 /// Outages that are over.
 #[derive(Debug)]
@@ -71,6 +71,6 @@ mod tests {
         outages.failed();
         assert_eq!(succeeded(6000), 1);
         assert_eq!(succeeded(8000), 1, "it is over");
-        assert_eq!(succeeded(13_000), 2, "nothing was asked for long");
+        assert_eq!(succeeded(18_000), 2, "nothing was asked for long");
     }
 }

@@ -7,6 +7,7 @@ use crate::error::ProcessorError;
 use crate::metrics::Metrics;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use common::cassandra::{Failure, classify};
+use common::shutdown::Shutdown;
 use scylla::client::session::Session;
 use scylla::errors::ExecutionError;
 use std::future::Future;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Longest pause between two attempts at a request.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -113,6 +115,19 @@ impl Requests {
         };
         self.context.metrics.in_flight_limit.set(self.flight.limit() as i64);
         outcome
+    }
+
+    /// Asks for next to nothing every second until shutdown: however idle the partitions are, no outage goes unseen.
+    pub(super) async fn watch(&self, shutdown: &Shutdown) {
+        while !shutdown.has_begun() {
+            // What becomes of it is counted.
+            let _answer =
+                self.attempt(self.session().query_unpaged("SELECT key FROM system.local", ())).await;
+            tokio::select! {
+                () = shutdown.begun() => {}
+                () = tokio::time::sleep(WATCH_EVERY) => {}
+            }
+        }
     }
 
     pub(super) async fn pause(
