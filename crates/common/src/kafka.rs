@@ -2,13 +2,18 @@
 
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext};
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer, StreamConsumer};
 use rdkafka::producer::{FutureProducer, Producer, ProducerContext, ThreadedProducer};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The partitioner of every producer: Java's own for keyed records, so that one id always lands in one partition.
 pub const PARTITIONER: &str = "murmur2_random";
+/// A client is kept at least this long: while no broker answers, a new one would fare no better.
+const KEPT_AT_LEAST: Duration = Duration::from_secs(5);
+/// Most replaced clients that are still closing.
+const CLOSING_MOST: usize = 4;
 /// Longest record value and batch the pipeline handles.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
@@ -94,7 +99,7 @@ pub struct Topic {
     pub partitions: i32,
 }
 
-/// Cluster and number of partitions of `topic`, asked anew, each with a deadline. Blocking.
+/// Asks for the cluster and the number of partitions of `topic`; each question has the deadline. Blocking.
 pub fn describe<C: ClientContext>(
     client: &Client<C>,
     brokers: &str,
@@ -114,22 +119,54 @@ pub trait Mortal {
     fn fatal_error(&self) -> Option<String>;
 }
 
+fn fatal_error<C: ClientContext>(client: &Client<C>) -> Option<String> {
+    client.fatal_error().map(|(code, reason)| format!("{code}: {reason}"))
+}
+
 impl<C: ProducerContext + 'static> Mortal for ThreadedProducer<C> {
     fn fatal_error(&self) -> Option<String> {
-        self.client().fatal_error().map(|(code, reason)| format!("{code}: {reason}"))
+        fatal_error(self.client())
     }
 }
 
 impl Mortal for FutureProducer {
     fn fatal_error(&self) -> Option<String> {
-        self.client().fatal_error().map(|(code, reason)| format!("{code}: {reason}"))
+        fatal_error(self.client())
     }
 }
 
-/// A client that is replaced by a new one once it has become unusable.
+impl Mortal for BaseConsumer {
+    fn fatal_error(&self) -> Option<String> {
+        fatal_error(self.client())
+    }
+}
+
+impl Mortal for StreamConsumer {
+    fn fatal_error(&self) -> Option<String> {
+        fatal_error(self.client())
+    }
+}
+
+/// A client that is replaced by a new one once it has become unusable or deaf. A broker that stood still is fenced when it
+/// continues, and answers once with the topic and no broker at all; librdkafka 2.12 then forgets every broker it knew and
+/// never asks a bootstrap server again.
 pub struct Replaced<P> {
     build: Box<dyn Fn() -> Result<P, KafkaError> + Send + Sync>,
-    current: Mutex<Arc<P>>,
+    current: Mutex<Current<P>>,
+    /// Shared with the threads that close replaced clients.
+    closing: Arc<()>,
+}
+
+struct Current<P> {
+    client: Arc<P>,
+    built: Instant,
+    doubt: Option<String>,
+}
+
+impl<P> Current<P> {
+    fn new(client: P) -> Current<P> {
+        Current { client: Arc::new(client), built: Instant::now(), doubt: None }
+    }
 }
 
 impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
@@ -137,21 +174,43 @@ impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
     pub fn new(
         build: impl Fn() -> Result<P, KafkaError> + Send + Sync + 'static,
     ) -> Result<Replaced<P>, KafkaError> {
-        let current = Mutex::new(Arc::new(build()?));
-        Ok(Replaced { build: Box::new(build), current })
+        let current = Mutex::new(Current::new(build()?));
+        Ok(Replaced { build: Box::new(build), current, closing: Arc::default() })
     }
 
-    /// The client to use now. What an unusable one still held is reported as not delivered.
-    pub fn get(&self) -> Result<Arc<P>, KafkaError> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cause) = current.fatal_error() {
-            tracing::error!(cause, "a kafka client has become unusable and is replaced");
-            let unusable = std::mem::replace(&mut *current, Arc::new((self.build)()?));
-            // Its destructor waits for its threads.
-            std::thread::spawn(move || drop(unusable));
-        }
-        Ok(current.clone())
+    fn lock(&self) -> MutexGuard<'_, Current<P>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The client to use now. What a replaced one still held is reported as not delivered.
+    pub fn get(&self) -> Result<Arc<P>, KafkaError> {
+        let mut current = self.lock();
+        let doubt = current.doubt.clone().filter(|_| current.built.elapsed() >= KEPT_AT_LEAST);
+        if let Some(cause) = current.client.fatal_error().or(doubt)
+            && Arc::strong_count(&self.closing) <= CLOSING_MOST
+        {
+            tracing::warn!(cause, "a kafka client no longer works and is replaced");
+            let replaced = std::mem::replace(&mut *current, Current::new((self.build)()?));
+            let closing = Arc::clone(&self.closing);
+            // Its destructor waits for its threads, and they for brokers.
+            std::thread::spawn(move || {
+                drop(replaced);
+                drop(closing);
+            });
+        }
+        Ok(Arc::clone(&current.client))
+    }
+
+    /// The client has had no answer within its time: it may be deaf. [`Replaced::get`] replaces it, but not one that is new.
+    pub fn doubt(&self, cause: &impl Display) {
+        self.lock().doubt.get_or_insert_with(|| cause.to_string());
+    }
+}
+
+/// A consumer that only asks for offsets and metadata, replaced as needed.
+pub fn plain_consumer(brokers: &str, client_id: &str) -> Result<Replaced<BaseConsumer>, KafkaError> {
+    let config = client_config(brokers, client_id);
+    Replaced::new(move || config.create().map_err(|e| KafkaError::Client(e.to_string())))
 }
 
 /// Waits until a broker answers, at most `deadline`; the error names the brokers. Blocking.

@@ -249,7 +249,11 @@ impl KafkaPublisher {
 
     /// The topic as it is now, asked with a deadline; the error names brokers or topic, and the way out. Blocking.
     pub fn describe(&self, deadline: Duration) -> Result<kafka::Topic, kafka::KafkaError> {
-        kafka::describe(self.client.get()?.client(), &self.brokers, &self.topic, deadline)
+        let described = kafka::describe(self.client.get()?.client(), &self.brokers, &self.topic, deadline);
+        if let Err(error @ kafka::KafkaError::Unreachable { .. }) = &described {
+            self.client.doubt(error);
+        }
+        described
     }
 
     /// From now on keys are placed among so many partitions, however many there are.

@@ -5,18 +5,13 @@ use crate::error::Error;
 use crate::lag::{self, Watermarks};
 use crate::overview::{Figure, KafkaFacts, PartitionFacts};
 use crate::reason::{Reason, Source};
-use common::kafka::{KafkaError, client_config};
+use common::kafka::{KafkaError, Replaced, client_config};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::MetadataPartition;
-use rdkafka::{Message, Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A client without an answer for so long is replaced by a new one.
-const RENEW_AFTER: Duration = Duration::from_secs(5);
-/// Most replaced clients that are still closing.
-const MAX_CLOSING: usize = 4;
 /// Longest wait for the answer to one question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for the ends of all partitions together: after that their facts would be old.
@@ -35,19 +30,16 @@ const QUEUE_BACKOFF_MS: &str = "5";
 
 /// Asks Kafka about one topic.
 pub struct KafkaView {
-    consumer: BaseConsumer,
+    consumer: Replaced<BaseConsumer>,
     brokers: String,
     topic: String,
     /// Time stamp of the record at an offset, by partition: a position that stands still costs nothing.
     known: BTreeMap<i32, (i64, i64)>,
-    /// Since when no answer comes.
-    unanswered_since: Option<Instant>,
-    /// Shared with the threads that close replaced clients.
-    closing: Arc<()>,
 }
 
-fn consumer(brokers: &str, topic: &str) -> Result<BaseConsumer, Error> {
-    let made = client_config(brokers, "metrics-dashboard")
+fn consumer(brokers: &str, topic: &str) -> ClientConfig {
+    let mut config = client_config(brokers, "metrics-dashboard");
+    config
         // The client insists on a group's name to read by assignment; it never joins one.
         .set("group.id", format!("metrics-dashboard.{topic}"))
         .set("enable.auto.commit", "false")
@@ -58,42 +50,21 @@ fn consumer(brokers: &str, topic: &str) -> Result<BaseConsumer, Error> {
         .set("queued.max.messages.kbytes", QUEUED_KIB)
         .set("fetch.queue.backoff.ms", QUEUE_BACKOFF_MS)
         .set("fetch.message.max.bytes", FETCH_BYTES)
-        .set("fetch.wait.max.ms", "10")
-        .create();
-    made.map_err(|e| KafkaError::Client(e.to_string()).into())
+        .set("fetch.wait.max.ms", "10");
+    config
 }
 
 impl KafkaView {
     /// Makes the client; nothing is sent yet.
     pub fn new(brokers: &str, topic: &str) -> Result<KafkaView, Error> {
+        let config = consumer(brokers, topic);
+        let build = move || config.create().map_err(|e| KafkaError::Client(e.to_string()));
         Ok(KafkaView {
-            consumer: consumer(brokers, topic)?,
+            consumer: Replaced::new(build)?,
             brokers: brokers.to_owned(),
             topic: topic.to_owned(),
             known: BTreeMap::new(),
-            unanswered_since: None,
-            closing: Arc::default(),
         })
-    }
-
-    /// Replaces a client that has had no answer for long. A broker that stood still is fenced when it goes on, and answers once with
-    /// the topic and no broker at all; librdkafka 2.12 then forgets every broker it knew and never asks a bootstrap server
-    /// again.
-    fn renew_if_deaf(&mut self) -> Result<(), Error> {
-        let since = *self.unanswered_since.get_or_insert_with(Instant::now);
-        if since.elapsed() < RENEW_AFTER || Arc::strong_count(&self.closing) > MAX_CLOSING {
-            return Ok(());
-        }
-        tracing::info!(seconds = since.elapsed().as_secs(), "kafka does not answer: making a new client");
-        let deaf = std::mem::replace(&mut self.consumer, consumer(&self.brokers, &self.topic)?);
-        self.unanswered_since = None;
-        // Its destructor waits for brokers that may not answer.
-        let closing = self.closing.clone();
-        std::thread::spawn(move || {
-            drop(deaf);
-            drop(closing);
-        });
-        Ok(())
     }
 
     /// Reads everything once. `next_offsets`: where the processor stands, by partition; `None` where that is not known,
@@ -103,15 +74,9 @@ impl KafkaView {
             brokers: self.brokers.clone(),
             cause: cause.to_string(),
         };
-        let metadata =
-            match self.consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT).map_err(unreachable) {
-                Ok(metadata) => metadata,
-                Err(error) => {
-                    self.renew_if_deaf()?;
-                    return Err(error.into());
-                }
-            };
-        self.unanswered_since = None;
+        let consumer = self.consumer.get()?;
+        let metadata = consumer.fetch_metadata(Some(&self.topic), ANSWER_LIMIT);
+        let metadata = metadata.inspect_err(|e| self.consumer.doubt(e)).map_err(unreachable)?;
         let topic = metadata.topics().iter().find(|t| t.name() == self.topic && t.error().is_none());
         let described = topic.map(|t| t.partitions()).unwrap_or_default();
         if described.is_empty() {
@@ -119,14 +84,19 @@ impl KafkaView {
         }
         let until = Instant::now() + ENDS_LIMIT;
         let mut partitions: BTreeMap<i32, PartitionFacts> =
-            described.iter().map(|p| (p.id(), self.partition(p, until))).collect();
+            described.iter().map(|p| (p.id(), self.partition(&consumer, p, until))).collect();
         if let Some(next_offsets) = next_offsets {
-            self.add_record_times(&mut partitions, next_offsets);
+            self.add_record_times(&consumer, &mut partitions, next_offsets);
         }
         Ok(KafkaFacts { partitions })
     }
 
-    fn partition(&self, described: &MetadataPartition, until: Instant) -> PartitionFacts {
+    fn partition(
+        &self,
+        consumer: &BaseConsumer,
+        described: &MetadataPartition,
+        until: Instant,
+    ) -> PartitionFacts {
         let id = described.id();
         let leader = Some(described.leader()).filter(|leader| *leader >= 0);
         let log = match leader {
@@ -141,8 +111,7 @@ impl KafkaView {
                 Source::Kafka,
                 format!("partition {id} of `{}` has no leader: is its broker down?", self.topic),
             )),
-            Some(_) => self
-                .consumer
+            Some(_) => consumer
                 .fetch_watermarks(&self.topic, id, ANSWER_LIMIT)
                 .map(|(low, high)| Watermarks { low, high })
                 .map_err(|e| {
@@ -156,6 +125,7 @@ impl KafkaView {
 
     fn add_record_times(
         &mut self,
+        consumer: &BaseConsumer,
         partitions: &mut BTreeMap<i32, PartitionFacts>,
         next_offsets: &BTreeMap<i32, i64>,
     ) {
@@ -166,7 +136,7 @@ impl KafkaView {
                 wanted.insert(*id, first);
             }
         }
-        let times = self.record_times(&wanted);
+        let times = self.record_times(consumer, &wanted);
         for (id, offset) in wanted {
             if let (Some(partition), Some(time)) = (partitions.get_mut(&id), times.get(&id)) {
                 partition.record_time = Some((offset, time.clone()));
@@ -175,11 +145,15 @@ impl KafkaView {
     }
 
     /// The time stamps of the records at the `wanted` offsets, by partition.
-    fn record_times(&mut self, wanted: &BTreeMap<i32, i64>) -> BTreeMap<i32, Figure<i64>> {
+    fn record_times(
+        &mut self,
+        consumer: &BaseConsumer,
+        wanted: &BTreeMap<i32, i64>,
+    ) -> BTreeMap<i32, Figure<i64>> {
         self.known.retain(|id, (offset, _)| wanted.get(id) == Some(offset));
         let missing: BTreeMap<i32, i64> =
             wanted.iter().filter(|(id, _)| !self.known.contains_key(id)).map(|(id, o)| (*id, *o)).collect();
-        let trouble = if missing.is_empty() { None } else { self.fetch_times(&missing).err() };
+        let trouble = if missing.is_empty() { None } else { self.fetch_times(consumer, &missing).err() };
         let time = |id: &i32, offset: &i64| {
             let known = self.known.get(id).map(|(_, time)| *time);
             known.ok_or_else(|| Reason {
@@ -194,16 +168,20 @@ impl KafkaView {
         wanted.iter().map(|(id, offset)| (*id, time(id, offset))).collect()
     }
 
-    fn fetch_times(&mut self, missing: &BTreeMap<i32, i64>) -> Result<(), rdkafka::error::KafkaError> {
+    fn fetch_times(
+        &mut self,
+        consumer: &BaseConsumer,
+        missing: &BTreeMap<i32, i64>,
+    ) -> Result<(), rdkafka::error::KafkaError> {
         let mut list = TopicPartitionList::new();
         for (id, offset) in missing {
             list.add_partition_offset(&self.topic, *id, Offset::Offset(*offset))?;
         }
-        self.consumer.assign(&list)?;
+        consumer.assign(&list)?;
         let until = Instant::now() + RECORDS_LIMIT;
         let mut trouble = None;
         while missing.keys().any(|id| !self.known.contains_key(id)) && Instant::now() < until {
-            match self.consumer.poll(POLL) {
+            match consumer.poll(POLL) {
                 None => {}
                 Some(Err(e)) => trouble = Some(e),
                 Some(Ok(record)) => {
@@ -215,7 +193,7 @@ impl KafkaView {
                 }
             }
         }
-        self.consumer.unassign()?;
+        consumer.unassign()?;
         trouble.map_or(Ok(()), Err)
     }
 }

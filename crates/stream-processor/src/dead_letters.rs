@@ -73,9 +73,14 @@ impl DeadLetterTopic {
         record.key = poison.key.as_deref();
         record.payload = poison.value.as_deref();
         let sent = producer.send(record, QUEUED_WITHIN).await;
-        sent.map(drop).map_err(|(error, _)| SendError {
-            too_large: error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge),
-            cause: error.to_string(),
+        sent.map(drop).map_err(|(error, _)| {
+            if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut) {
+                self.producer.doubt(&error);
+            }
+            SendError {
+                too_large: error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge),
+                cause: error.to_string(),
+            }
         })
     }
 

@@ -12,6 +12,7 @@ use crate::store::{Assumed, Store};
 use crate::windows::hot::Panes;
 use crate::windows::pane::PaneShape;
 use common::admin::Health;
+use common::kafka::Replaced;
 use common::stream::Definition;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::Message;
@@ -34,7 +35,7 @@ pub struct Opener<S> {
     /// Bootstrap servers.
     pub brokers: String,
     /// A client that is no member of the group, for questions about the log.
-    pub probe: BaseConsumer,
+    pub probe: Arc<Replaced<BaseConsumer>>,
     /// Events topic.
     pub topic: String,
     /// Partitions that the stream was registered with.
@@ -230,10 +231,12 @@ impl<S: Store> Opener<S> {
 
     fn watermarks(&self, partition: i32, stop: &CancellationToken) -> Result<(i64, i64), ProcessorError> {
         loop {
-            match self.probe.fetch_watermarks(&self.topic, partition, WATERMARK_DEADLINE) {
+            let probe = self.probe.get().map_err(|e| ProcessorError::Fatal(e.to_string()))?;
+            match probe.fetch_watermarks(&self.topic, partition, WATERMARK_DEADLINE) {
                 Ok(watermarks) => return Ok(watermarks),
                 Err(_) if stop.is_cancelled() => return Err(ProcessorError::Stopped),
                 Err(error) => {
+                    self.probe.doubt(&error);
                     tracing::warn!(partition, %error, "the log's first and last offset are not yet known");
                     std::thread::sleep(TRY_AGAIN);
                 }

@@ -19,7 +19,7 @@ use crate::windows::pane::{Pane, PaneShape};
 use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::config::CommonArgs;
-use common::kafka::{client_config, partition_count};
+use common::kafka::{self, partition_count};
 use common::presence::{self, Holdings, Instance};
 use common::registry::Registered;
 use common::shutdown::Shutdown;
@@ -149,10 +149,11 @@ impl Service<'_> {
         let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);
         let who = Instance::new(common, "stream-processor", stream);
         let holdings = Holdings::default();
-        let ownership = self.observe(&session, &who, partitions, &holdings);
+        let opener = self.opener(partitions, cluster_id, store)?;
+        let ownership = self.observe(&session, &who, &opener, &holdings);
         Ok(Parts {
             settings: self.group_settings(),
-            opener: self.opener(partitions, cluster_id, store)?,
+            opener,
             dead_letters,
             session,
             who,
@@ -169,7 +170,7 @@ impl Service<'_> {
         &self,
         session: &Arc<Session>,
         who: &Instance,
-        partitions: i32,
+        opener: &Opener<CassandraStore>,
         holdings: &Holdings,
     ) -> Arc<Ownership> {
         let announcing = presence::announce(
@@ -184,9 +185,9 @@ impl Service<'_> {
         let watched = Watched {
             session: Arc::clone(session),
             who: who.clone(),
-            brokers: self.common.kafka_brokers.clone(),
+            probe: Arc::clone(&opener.probe),
             topic: self.topic.clone(),
-            partitions,
+            partitions: opener.partitions,
             holdings: holdings.clone(),
             health: Arc::clone(&self.health),
             metrics: Arc::clone(&self.metrics),
@@ -202,10 +203,10 @@ impl Service<'_> {
         store: Arc<CassandraStore>,
     ) -> Result<Opener<CassandraStore>, ProcessorError> {
         let brokers = &self.common.kafka_brokers;
-        let probe = client_config(brokers, "stream-processor-probe").create();
+        let probe = kafka::plain_consumer(brokers, "stream-processor-probe");
         Ok(Opener {
             brokers: brokers.clone(),
-            probe: probe.map_err(|e| fatal("kafka client")(&e))?,
+            probe: Arc::new(probe.map_err(|e| fatal("kafka client")(&e))?),
             definition: Arc::clone(&self.definition),
             topic: self.topic.clone(),
             partitions,

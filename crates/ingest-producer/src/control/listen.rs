@@ -5,10 +5,11 @@ use super::Control;
 use crate::ledger::{Ledger, LedgerError};
 use anyhow::Context;
 use common::control;
-use common::kafka::client_config;
+use common::kafka::{KafkaError, Replaced, client_config};
 use common::shutdown::Shutdown;
 use rdkafka::Message;
 use rdkafka::consumer::{Consumer, StreamConsumer};
+use rdkafka::error::RDKafkaErrorCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +40,8 @@ pub async fn listen(
 ) -> anyhow::Result<()> {
     wait_for_schedule(&*ledger, &shutdown).await;
     let group = format!("ingest-producer.{}.{}", source.topic, source.stream);
-    let consumer: StreamConsumer = client_config(&source.brokers, "ingest-producer-control")
+    let mut config = client_config(&source.brokers, "ingest-producer-control");
+    config
         .set("group.id", group)
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
@@ -48,12 +50,20 @@ pub async fn listen(
         .set("session.timeout.ms", SESSION_MS)
         .set("heartbeat.interval.ms", "1000")
         // People's commands are few and short.
-        .set("queued.max.messages.kbytes", "1024")
-        .create()
-        .context("control topic")?;
-    consumer.subscribe(&[&source.topic]).context("control topic")?;
+        .set("queued.max.messages.kbytes", "1024");
+    let topic = source.topic.clone();
+    let subscribed = move || {
+        let consumer: StreamConsumer = config.create()?;
+        consumer.subscribe(&[&topic])?;
+        Ok(consumer)
+    };
+    let consumers = Replaced::new(move || {
+        subscribed().map_err(|e: rdkafka::error::KafkaError| KafkaError::Client(e.to_string()))
+    })
+    .context("control topic")?;
     let mut looks = tokio::time::interval(LOOK);
     loop {
+        let consumer = consumers.get().context("control topic")?;
         let received = tokio::select! {
             () = shutdown.begun() => break,
             _ = looks.tick() => {
@@ -64,6 +74,9 @@ pub async fn listen(
                 Ok(m) => control::read(m.payload().unwrap_or_default(), m.offset(), m.timestamp().to_millis().unwrap_or(0)),
                 Err(error) => {
                     tracing::debug!(%error, topic = source.topic, "control topic");
+                    if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+                        consumers.doubt(&error);
+                    }
                     pause(&shutdown).await;
                     continue;
                 }

@@ -4,7 +4,7 @@
 
 use crate::metrics::Metrics;
 use common::admin::Health;
-use common::kafka::client_config;
+use common::kafka::Replaced;
 use common::presence::{ALIVE_FOR, Announced, Holdings, Instance, Sightings, announced};
 use common::shutdown::Shutdown;
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -30,8 +30,8 @@ pub struct Watched {
     pub session: Arc<Session>,
     /// This instance.
     pub who: Instance,
-    /// Bootstrap servers.
-    pub brokers: String,
+    /// Asks for the ends of the log.
+    pub probe: Arc<Replaced<BaseConsumer>>,
     /// Events topic.
     pub topic: String,
     /// Partitions that the stream was registered with.
@@ -116,13 +116,12 @@ impl Observed {
 /// Observes until shutdown.
 pub async fn watch(watched: Watched, ownership: Arc<Ownership>, shutdown: Shutdown) {
     let mut sightings = Sightings::default();
-    let mut probe: Option<Arc<BaseConsumer>> = None;
     loop {
         tokio::select! {
             () = shutdown.begun() => return,
             () = tokio::time::sleep(EVERY) => {}
         }
-        let ends = log_ends(&watched, &mut probe).await;
+        let ends = log_ends(&watched).await;
         let rows = match announced(&watched.session, &watched.who).await {
             Ok(rows) => rows,
             Err(error) => {
@@ -160,23 +159,24 @@ fn held_by_anyone(
 }
 
 /// Committed next offset and end of the log of the partitions here whose workers wait for records.
-async fn log_ends(watched: &Watched, probe: &mut Option<Arc<BaseConsumer>>) -> BTreeMap<i32, (i64, i64)> {
+async fn log_ends(watched: &Watched) -> BTreeMap<i32, (i64, i64)> {
     let mut waiting = watched.holdings.committed();
     waiting.retain(|partition, _| watched.metrics.waits_for_records(*partition));
     if waiting.is_empty() {
         return BTreeMap::new();
     }
-    if probe.is_none() {
-        *probe = client_config(&watched.brokers, "stream-processor-watch").create().ok().map(Arc::new);
-    }
-    let Some(probe) = probe.clone() else { return BTreeMap::new() };
-    let topic = watched.topic.clone();
+    let (probe, topic) = (Arc::clone(&watched.probe), watched.topic.clone());
     let asked = tokio::task::spawn_blocking(move || {
         let mut ends = BTreeMap::new();
+        let Ok(client) = probe.get() else { return ends };
         for (partition, committed) in waiting {
-            // A broker that does not answer is no fault of this client.
-            let Ok((_, end)) = probe.fetch_watermarks(&topic, partition, LOG_END_DEADLINE) else { break };
-            ends.insert(partition, (committed, end));
+            match client.fetch_watermarks(&topic, partition, LOG_END_DEADLINE) {
+                Ok((_, end)) => drop(ends.insert(partition, (committed, end))),
+                Err(error) => {
+                    probe.doubt(&error);
+                    break;
+                }
+            }
         }
         ends
     });
