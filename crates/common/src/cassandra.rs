@@ -8,9 +8,11 @@ use scylla::client::execution_profile::ExecutionProfile;
 use scylla::client::session::Session;
 use scylla::client::session_builder::SessionBuilder;
 use scylla::errors::{DbError, ExecutionError, PrepareError, RequestAttemptError};
+use scylla::policies::load_balancing::{DefaultPolicy, LoadBalancingPolicy};
 use scylla::policies::retry::FallthroughRetryPolicy;
 use scylla::statement::prepared::PreparedStatement;
 use scylla::statement::{Consistency, SerialConsistency};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,9 +40,60 @@ pub enum ConnectError {
     /// The password file cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// It is not said which datacenter to ask, or that one is not there: exit code 3.
+    #[error(transparent)]
+    Datacenter(#[from] DatacenterError),
     /// Asked to stop while connecting.
     #[error("stopped while connecting to cassandra")]
     Stopped,
+}
+
+/// The datacenter whose quorum is asked is not known. What one quorum acknowledged another need not have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DatacenterError {
+    /// Several, and none is named.
+    #[error(
+        "the cassandra cluster has {} datacenters ({}): name the one that all services of this pipeline ask with \
+         PIPELINE_CASSANDRA_DATACENTER", .0.len(), .0.join(", ")
+    )]
+    Unnamed(Vec<String>),
+    /// None of that name.
+    #[error("PIPELINE_CASSANDRA_DATACENTER={named}: the cassandra cluster has {}", there.join(", "))]
+    Unknown {
+        /// As set.
+        named: String,
+        /// Those that there are.
+        there: Vec<String>,
+    },
+}
+
+/// The datacenter to ask, of those that the cluster's nodes are in.
+fn choose_datacenter(named: Option<&str>, nodes: &[Option<String>]) -> Result<String, DatacenterError> {
+    let there: BTreeSet<&String> = nodes.iter().flatten().collect();
+    let there: Vec<String> = there.into_iter().cloned().collect();
+    match (named.filter(|named| !named.is_empty()), &there[..]) {
+        (Some(named), there) if there.iter().any(|name| name == named) => Ok(named.to_owned()),
+        (Some(named), _) => Err(DatacenterError::Unknown { named: named.to_owned(), there }),
+        (None, [one]) => Ok(one.clone()),
+        (None, _) => Err(DatacenterError::Unnamed(there)),
+    }
+}
+
+/// The datacenter that a session asks.
+pub fn local_datacenter(session: &Session, settings: &CommonArgs) -> Result<String, DatacenterError> {
+    let state = session.get_cluster_state();
+    let nodes: Vec<_> = state.get_nodes_info().iter().map(|node| node.datacenter.clone()).collect();
+    choose_datacenter(settings.cassandra_datacenter.as_deref(), &nodes)
+}
+
+/// Asks the nodes of the named datacenter only, or those of the cluster.
+fn balancing(settings: &CommonArgs) -> Arc<dyn LoadBalancingPolicy> {
+    let builder = DefaultPolicy::builder();
+    let named = settings.cassandra_datacenter.clone().filter(|named| !named.is_empty());
+    match named {
+        Some(named) => builder.prefer_datacenter(named).permit_dc_failover(false).build(),
+        None => builder.build(),
+    }
 }
 
 /// Connects, trying again until `deadline` has passed or shutdown begins.
@@ -56,6 +109,7 @@ pub async fn connect(
         .serial_consistency(Some(SerialConsistency::LocalSerial))
         .request_timeout(None)
         .retry_policy(Arc::new(FallthroughRetryPolicy::new()))
+        .load_balancing_policy(balancing(settings))
         .build();
     let mut builder = SessionBuilder::new()
         .known_nodes(&nodes)
@@ -79,7 +133,10 @@ pub async fn connect(
         let cause = tokio::select! {
             () = shutdown.begun() => return Err(ConnectError::Stopped),
             connected = builder.build() => match connected {
-                Ok(session) => return Ok(Arc::new(session)),
+                Ok(session) => {
+                    local_datacenter(&session, settings)?;
+                    return Ok(Arc::new(session));
+                }
                 Err(e) => e.to_string(),
             },
         };
@@ -179,5 +236,32 @@ pub async fn prepare(
             }
             _ => tokio::time::sleep(PREPARE_PAUSE).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_datacenter_needs_no_name_and_several_are_refused_without_one() {
+        let check = |named: Option<&str>, nodes: &[&str], expected: Result<&str, &str>| {
+            let nodes: Vec<_> = nodes.iter().map(|name| Some((*name).to_owned())).collect();
+            let chosen = choose_datacenter(named, &nodes);
+            match (&chosen, expected) {
+                (Ok(chosen), Ok(expected)) => assert_eq!(chosen, expected),
+                (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{error}"),
+                _ => panic!("{named:?} of {nodes:?}: {chosen:?}"),
+            }
+        };
+        check(None, &["dc1", "dc1"], Ok("dc1"));
+        check(Some(""), &["dc1"], Ok("dc1"));
+        check(Some("dc2"), &["dc1", "dc2"], Ok("dc2"));
+        check(None, &["dc2", "dc1", "dc1"], Err("2 datacenters (dc1, dc2): name the one"));
+        check(
+            Some("dc3"),
+            &["dc1", "dc2"],
+            Err("PIPELINE_CASSANDRA_DATACENTER=dc3: the cassandra cluster has dc1, dc2"),
+        );
     }
 }

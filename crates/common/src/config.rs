@@ -22,6 +22,9 @@ pub struct CommonArgs {
     /// File that holds the Cassandra user's password
     #[arg(long, global = true, env = "PIPELINE_CASSANDRA_PASSWORD_FILE")]
     pub cassandra_password_file: Option<PathBuf>,
+    /// Datacenter whose Cassandra nodes are asked, where the cluster has more than one
+    #[arg(long, global = true, env = "PIPELINE_CASSANDRA_DATACENTER")]
+    pub cassandra_datacenter: Option<String>,
     /// Cassandra keyspace
     #[arg(long, global = true, env = "PIPELINE_KEYSPACE", default_value = "pipeline")]
     pub keyspace: String,

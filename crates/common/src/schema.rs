@@ -1,7 +1,8 @@
-//! The tables as CQL, and the two statements that more than one part writes. Pure text: executing it is
-//! `stream-processor init`'s. What each table promises stands in ARCHITECTURE.md, "Contracts in Cassandra".
+//! The tables, the CQL that makes them or brings older ones forward, and the two statements that more than one part writes.
+//! Pure text: executing it is `stream-processor init`'s. What each table promises stands in ARCHITECTURE.md, "Contracts in Cassandra".
 
 use crate::stream::Definition;
+use std::collections::BTreeMap;
 
 /// Columns of the event table that are the pipeline's own; a stream definition may not declare them.
 pub const RESERVED_COLUMNS: [&str; 6] =
@@ -22,156 +23,275 @@ pub const MAX_BATCH_BYTES: usize = 512 << 10;
 pub const SERVICE_TTL_SECONDS: i64 = 60;
 /// Seconds a refusal is shown, unless the instance starts again.
 pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
+/// Seconds a row of `batches` lives.
+const BATCHES_TTL_SECONDS: i64 = 86_400;
 /// `throughput` resolutions in seconds, the length of their slot (one Cassandra partition) in seconds, and their TTL.
 pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
 
-/// The tables that all streams of a keyspace share, as `(name, CREATE TABLE)`.
-pub fn shared_tables(keyspace: &str) -> Vec<(String, String)> {
-    [processing_tables(keyspace), presence_tables(keyspace), ingestion_tables(keyspace)].concat()
+/// Version of the tables that this program works with. It grows with every change of them; `tests/golden` holds the tables of
+/// each earlier version, which `init` must be able to bring forward.
+pub const TABLES_VERSION: i32 = 2;
+/// The row of table `schema_versions` that names it.
+pub const TABLES_COMPONENT: &str = "tables";
+
+/// One table. CREATE TABLE and the ALTER TABLEs that bring an older one forward both follow from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Its name.
+    pub name: String,
+    columns: Vec<Declared>,
+    /// What stands in `PRIMARY KEY (…)`.
+    key: &'static str,
+    ttl_seconds: i64,
+    /// Options besides the TTL.
+    options: Vec<String>,
 }
 
-fn table(keyspace: &str, name: &str, columns: &str, options: &str) -> (String, String) {
-    (name.to_owned(), format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}){options}"))
+/// A column of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Declared {
+    name: String,
+    cql_type: String,
 }
 
-/// What is known of streams and of their processing.
-fn processing_tables(keyspace: &str) -> Vec<(String, String)> {
-    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
+/// A table as Cassandra describes it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Existing {
+    /// CQL type of each column.
+    pub columns: BTreeMap<String, String>,
+    /// Its `default_time_to_live`; 0: none.
+    pub ttl_seconds: i64,
+}
+
+/// A column that exists with another type: no ALTER TABLE changes that.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "table {keyspace}.{table}: column `{column}` is {found}, but must be {wanted}: choose another keyspace with \
+     PIPELINE_KEYSPACE, or another column or stream name"
+)]
+pub struct OtherType {
+    keyspace: String,
+    table: String,
+    column: String,
+    found: String,
+    wanted: String,
+}
+
+impl Table {
+    /// `columns`: names and types, as in CREATE TABLE.
+    fn new(name: &str, columns: &str, key: &'static str) -> Table {
+        let table = Table { name: name.to_owned(), columns: vec![], key, ttl_seconds: 0, options: vec![] };
+        let columns = columns.split(", ").filter_map(|column| column.split_once(' '));
+        columns.fold(table, |table, (name, cql_type)| table.with(name, cql_type))
+    }
+
+    fn with(mut self, name: &str, cql_type: &str) -> Table {
+        self.columns.push(Declared { name: name.to_owned(), cql_type: cql_type.to_owned() });
+        self
+    }
+
+    fn expiring(self, ttl_seconds: i64) -> Table {
+        Table { ttl_seconds, ..self }
+    }
+
+    fn option(mut self, option: String) -> Table {
+        self.options.push(option);
+        self
+    }
+
+    fn settings(&self) -> Vec<String> {
+        let ttl = (self.ttl_seconds > 0).then(|| format!("default_time_to_live = {}", self.ttl_seconds));
+        ttl.into_iter().chain(self.options.clone()).collect()
+    }
+
+    /// CREATE TABLE IF NOT EXISTS.
+    pub fn create(&self, keyspace: &str) -> String {
+        let columns: String = self.columns.iter().map(|c| format!("{} {}, ", c.name, c.cql_type)).collect();
+        let settings = self.settings();
+        let options =
+            if settings.is_empty() { String::new() } else { format!(" WITH {}", settings.join(" AND ")) };
+        let (name, key) = (&self.name, self.key);
+        format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}PRIMARY KEY ({key})){options}")
+    }
+
+    /// The statements that make `existing` this table: columns are only added, and the TTL is set. Each may run twice.
+    pub fn bring_forward(&self, keyspace: &str, existing: &Existing) -> Result<Vec<String>, OtherType> {
+        let mut added = Vec::new();
+        for Declared { name, cql_type } in &self.columns {
+            match existing.columns.get(name) {
+                None => added.push(format!("{name} {cql_type}")),
+                Some(found) if found == cql_type => {}
+                Some(found) => {
+                    return Err(OtherType {
+                        keyspace: keyspace.to_owned(),
+                        table: self.name.clone(),
+                        column: name.clone(),
+                        found: found.clone(),
+                        wanted: cql_type.clone(),
+                    });
+                }
+            }
+        }
+        let alter = format!("ALTER TABLE {keyspace}.{}", self.name);
+        let mut statements = Vec::new();
+        if !added.is_empty() {
+            statements.push(format!("{alter} ADD IF NOT EXISTS ({})", added.join(", ")));
+        }
+        if existing.ttl_seconds != self.ttl_seconds {
+            let options: String = self.options.iter().map(|option| format!(" AND {option}")).collect();
+            statements.push(format!("{alter} WITH default_time_to_live = {}{options}", self.ttl_seconds));
+        }
+        Ok(statements)
+    }
+}
+
+/// The tables that all streams of a keyspace share.
+pub fn shared_tables() -> Vec<Table> {
+    [stream_records(), processing_tables(), presence_tables(), ingestion_tables()].concat()
+}
+
+/// What is known of the tables and of the streams in them.
+fn stream_records() -> Vec<Table> {
+    vec![
+        Table::new(
+            "schema_versions",
+            "component text, version int, made_by text, updated_at timestamp",
+            "component",
+        ),
+        Table::new(
+            "streams",
+            "stream text, layout text, cluster_id text, partitions int, partitioner text, \
+             created_at timestamp, changed_at timestamp",
+            "stream",
+        ),
+        Table::new(
+            "stream_state",
+            "stream text, paused boolean, schedules text, updated_at timestamp",
+            "stream",
+        ),
+    ]
+}
+
+/// What is known of the processing of streams.
+fn processing_tables() -> Vec<Table> {
     let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
     vec![
-        table(
-            "streams",
-            "stream text PRIMARY KEY, layout text, cluster_id text, partitions int, partitioner text, created_at timestamp",
-            "",
-        ),
-        table(
-            "stream_state",
-            "stream text PRIMARY KEY, paused boolean, schedules text, updated_at timestamp",
-            "",
-        ),
-        table(
+        Table::new(
             "partition_progress",
-            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, late bigint, \
-             dead_letters bigint, skipped bigint, seen_to bigint, first_offset bigint, last_offset bigint, \
-             fingerprint bigint, written_to bigint, updated_at timestamp, PRIMARY KEY ((stream), kafka_partition)",
-            "",
+            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, \
+             late bigint, dead_letters bigint, skipped bigint, seen_to bigint, first_offset bigint, \
+             last_offset bigint, fingerprint bigint, written_to bigint, updated_at timestamp",
+            "(stream), kafka_partition",
         ),
-        table(
+        Table::new(
             "skipped_ranges",
             "stream text, kafka_partition int, from_offset bigint, to_offset bigint, reason text, \
-             skipped_by text, skipped_at timestamp, PRIMARY KEY ((stream), kafka_partition, from_offset)",
-            "",
+             skipped_by text, skipped_at timestamp",
+            "(stream), kafka_partition, from_offset",
         ),
-        table(
+        Table::new(
             "dead_letters_accepted",
-            "stream text, kafka_partition int, up_to bigint, accepted_at timestamp, \
-             PRIMARY KEY ((stream), kafka_partition)",
-            "",
+            "stream text, kafka_partition int, up_to bigint, accepted_at timestamp",
+            "(stream), kafka_partition",
         ),
-        table(
+        Table::new(
             "throughput",
-            "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint, \
-             PRIMARY KEY ((stream, resolution, slot), at, kafka_partition)",
-            &format!(" WITH default_time_to_live = {longest_throughput}"),
-        ),
-        table(
+            "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint",
+            "(stream, resolution, slot), at, kafka_partition",
+        )
+        .expiring(longest_throughput),
+        Table::new(
             "batches",
             "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \
-             next_offset bigint, rows int, decode_ms double, lookup_ms double, write_ms double, commit_ms double, \
-             PRIMARY KEY ((stream, hour), finished_at, kafka_partition)",
-            " WITH default_time_to_live = 86400",
-        ),
+             next_offset bigint, rows int, decode_ms double, lookup_ms double, write_ms double, \
+             commit_ms double",
+            "(stream, hour), finished_at, kafka_partition",
+        )
+        .expiring(BATCHES_TTL_SECONDS),
     ]
 }
 
 /// Who is alive, and who refused to run.
-fn presence_tables(keyspace: &str) -> Vec<(String, String)> {
-    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
+fn presence_tables() -> Vec<Table> {
     vec![
-        table(
+        Table::new(
             "services",
-            "service text, instance text, version text, started_at timestamp, seen_at timestamp, ready boolean, \
-             stream text, life text, partitions frozen<map<int, text>>, PRIMARY KEY ((service), instance)",
-            &format!(" WITH default_time_to_live = {SERVICE_TTL_SECONDS} AND gc_grace_seconds = 600"),
-        ),
-        table(
+            "service text, instance text, version text, started_at timestamp, seen_at timestamp, \
+             ready boolean, stream text, life text",
+            "(service), instance",
+        )
+        .with("partitions", "frozen<map<int, text>>")
+        .expiring(SERVICE_TTL_SECONDS)
+        .option("gc_grace_seconds = 600".to_owned()),
+        Table::new(
             "refusals",
-            "service text, instance text, reason text, at timestamp, PRIMARY KEY ((service), instance)",
-            &format!(" WITH default_time_to_live = {REFUSAL_TTL_SECONDS}"),
-        ),
+            "service text, instance text, reason text, at timestamp",
+            "(service), instance",
+        )
+        .expiring(REFUSAL_TTL_SECONDS),
     ]
 }
 
 /// The run ledger and the commands.
-fn ingestion_tables(keyspace: &str) -> Vec<(String, String)> {
-    let table = |name: &str, columns: &str, options: &str| table(keyspace, name, columns, options);
+fn ingestion_tables() -> Vec<Table> {
     vec![
-        table(
+        Table::new(
             "ingest_runs",
-            "stream text, day timestamp, interval_start timestamp, interval_end timestamp, state text, run_type text, \
-             run_id text, attempt int, owner text, epoch bigint, lease_until timestamp, pages int, records bigint, \
-             acked bigint, bytes bigint, error text, created_at timestamp, started_at timestamp, \
-             finished_at timestamp, retry_at timestamp, PRIMARY KEY ((stream, day), interval_start)",
-            "",
+            "stream text, day timestamp, interval_start timestamp, interval_end timestamp, state text, \
+             run_type text, run_id text, attempt int, owner text, epoch bigint, lease_until timestamp, \
+             pages int, records bigint, acked bigint, bytes bigint, error text, created_at timestamp, \
+             started_at timestamp, finished_at timestamp, retry_at timestamp",
+            "(stream, day), interval_start",
         ),
-        table(
+        Table::new(
             "ingest_attempts",
             "stream text, day timestamp, interval_start timestamp, attempt int, run_id text, owner text, \
              outcome text, cause text, http_status int, pages int, records bigint, bytes bigint, \
-             started_at timestamp, milliseconds bigint, PRIMARY KEY ((stream, day), interval_start, attempt)",
-            "",
+             started_at timestamp, milliseconds bigint",
+            "(stream, day), interval_start, attempt",
         ),
-        table(
+        Table::new(
             "control_log",
-            "stream text, day timestamp, issued_at timestamp, command_id text, command text, arguments text, \
-             state text, outcome text, handled_by text, handled_at timestamp, \
-             PRIMARY KEY ((stream, day), issued_at, command_id)",
-            "",
+            "stream text, day timestamp, issued_at timestamp, command_id text, command text, \
+             arguments text, state text, outcome text, handled_by text, handled_at timestamp",
+            "(stream, day), issued_at, command_id",
         ),
     ]
 }
 
-/// The tables of one stream, as `(name, CREATE TABLE)`.
-pub fn stream_tables(keyspace: &str, d: &Definition) -> Vec<(String, String)> {
-    let name = &d.stream.name;
-    let declared: String = d.columns.iter().map(|c| format!("{} {}, ", c.name, c.cql_type.name())).collect();
-    let measures: String = d
-        .windows
-        .measures
-        .iter()
-        .map(|m| format!("{m}_count bigint, {m}_sum double, {m}_min double, {m}_max double, "))
-        .collect();
+/// The tables of one stream.
+pub fn stream_tables(d: &Definition) -> Vec<Table> {
     let ttl = d.store.ttl_seconds;
     // Without a TTL nothing expires as a whole; with one, a window a thirtieth of it keeps about thirty files.
+    let unified = "compaction = {'class': 'UnifiedCompactionStrategy'}".to_owned();
     let compaction = if ttl == 0 {
-        "{'class': 'UnifiedCompactionStrategy'}".to_owned()
+        unified.clone()
     } else {
         let days = (ttl / 30 / 86_400).max(1);
         format!(
-            "{{'class': 'TimeWindowCompactionStrategy', 'compaction_window_unit': 'DAYS', \
+            "compaction = {{'class': 'TimeWindowCompactionStrategy', 'compaction_window_unit': 'DAYS', \
              'compaction_window_size': {days}}}"
         )
     };
-    let panes = panes_table(d);
+    let events = Table::new(
+        &d.stream.name,
+        "bucket timestamp, shard int, event_time timestamp, event_id text",
+        "(bucket, shard), event_time, event_id",
+    );
+    let events = d.columns.iter().fold(events, |table, c| table.with(&c.name, c.cql_type.name()));
+    let panes = Table::new(
+        &panes_table(d),
+        "bucket timestamp, kafka_partition int, pane_start timestamp, dimension text, value text, \
+             count bigint",
+        "(bucket, kafka_partition), pane_start, dimension, value",
+    );
+    let panes = d.windows.measures.iter().fold(panes, |table, m| {
+        let table = table.with(&format!("{m}_count"), "bigint");
+        ["sum", "min", "max"].iter().fold(table, |table, part| table.with(&format!("{m}_{part}"), "double"))
+    });
     vec![
-        (
-            name.clone(),
-            format!(
-                "CREATE TABLE IF NOT EXISTS {keyspace}.{name} (bucket timestamp, shard int, event_time timestamp, \
-                 event_id text, {declared}kafka_offset bigint, run_id text, \
-                 PRIMARY KEY ((bucket, shard), event_time, event_id)) \
-                 WITH default_time_to_live = {ttl} AND compaction = {compaction}"
-            ),
-        ),
-        (
-            panes.clone(),
-            format!(
-                "CREATE TABLE IF NOT EXISTS {keyspace}.{panes} (bucket timestamp, kafka_partition int, \
-                 pane_start timestamp, dimension text, value text, count bigint, {measures}upto bigint, \
-                 PRIMARY KEY ((bucket, kafka_partition), pane_start, dimension, value)) \
-                 WITH default_time_to_live = {ttl} AND compaction = {{'class': 'UnifiedCompactionStrategy'}}"
-            ),
-        ),
+        events.with("kafka_offset", "bigint").with("run_id", "text").expiring(ttl).option(compaction),
+        panes.with("upto", "bigint").expiring(ttl).option(unified),
     ]
 }
 
@@ -219,15 +339,79 @@ mod tests {
         Definition::parse("user_created.toml", text).unwrap()
     }
 
+    fn tables(d: &Definition) -> Vec<Table> {
+        shared_tables().into_iter().chain(stream_tables(d)).collect()
+    }
+
+    /// What Cassandra would say of the tables that `cql` makes.
+    fn existing(cql: &str) -> BTreeMap<String, Existing> {
+        let describe = |statement: &str| {
+            let (name, rest) =
+                statement.strip_prefix("CREATE TABLE IF NOT EXISTS pipeline.")?.split_once(" (")?;
+            // The tables of version 1 name a key of one column beside the column.
+            let rest = rest.replace("text PRIMARY KEY, ", "text, ");
+            let (columns, rest) = rest.split_at(rest.find(", PRIMARY KEY").or_else(|| rest.find(')'))?);
+            // The one type with a comma in it.
+            let columns = columns.replace("<int, text>", "<int,text>");
+            let columns = columns.split(", ").filter_map(|column| column.trim().split_once(' '));
+            let columns =
+                columns.map(|(name, kind)| (name.to_owned(), kind.replace(",text>", ", text>"))).collect();
+            let ttl = rest.split_once("default_time_to_live = ").map_or("0", |(_, ttl)| ttl);
+            let ttl = ttl.split([' ', ';']).next().unwrap().parse().unwrap();
+            Some((name.to_owned(), Existing { columns, ttl_seconds: ttl }))
+        };
+        cql.lines().filter_map(describe).collect()
+    }
+
     #[test]
-    fn the_tables_of_the_default_stream_are_these() {
-        let d = definition();
-        let mut text = String::new();
-        for (_, cql) in shared_tables("pipeline").into_iter().chain(stream_tables("pipeline", &d)) {
-            text.push_str(&cql);
-            text.push_str(";\n");
-        }
+    fn the_tables_of_version_2_are_these() {
+        assert_eq!(
+            TABLES_VERSION, 2,
+            "name this test and its snapshot by the version, keep the old snapshot in tests/golden"
+        );
+        let text: String =
+            tables(&definition()).iter().map(|table| table.create("pipeline") + ";\n").collect();
         insta::assert_snapshot!(text);
+        for (table, existing) in tables(&definition()).iter().zip(existing_of_each(&text, &definition())) {
+            assert_eq!(table.bring_forward("pipeline", &existing).unwrap(), [""; 0], "{}", table.name);
+        }
+    }
+
+    fn existing_of_each(cql: &str, d: &Definition) -> Vec<Existing> {
+        let found = existing(cql);
+        tables(d).iter().map(|table| found[&table.name].clone()).collect()
+    }
+
+    #[test]
+    fn tables_of_version_1_are_brought_forward_by_adding_columns() {
+        let found = existing(include_str!("../tests/golden/tables_1.cql"));
+        let mut statements = Vec::new();
+        for table in tables(&definition()) {
+            match found.get(&table.name) {
+                Some(existing) => statements.extend(table.bring_forward("pipeline", existing).unwrap()),
+                None => statements.push(format!("CREATE {}", table.name)),
+            }
+        }
+        insta::assert_snapshot!(statements.join("\n"));
+    }
+
+    #[test]
+    fn a_longer_ttl_and_a_new_column_alter_the_tables_and_another_type_is_refused() {
+        let old = definition();
+        let text: String = tables(&old).iter().map(|table| table.create("pipeline") + ";\n").collect();
+        let found = existing(&text);
+        let mut new = old.clone();
+        new.store.ttl_seconds *= 2;
+        new.columns.push(crate::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
+        let [events, panes] = stream_tables(&new).try_into().unwrap();
+        let statements = events.bring_forward("pipeline", &found[&events.name]).unwrap();
+        assert_eq!(statements[0], "ALTER TABLE pipeline.user_created ADD IF NOT EXISTS (phone text)");
+        assert!(statements[1].contains("default_time_to_live = 63072000 AND compaction"), "{statements:?}");
+        assert_eq!(panes.bring_forward("pipeline", &found[&panes.name]).unwrap().len(), 1);
+        let mut other = found[&events.name].clone();
+        other.columns.insert("phone".to_owned(), "int".to_owned());
+        let refused = events.bring_forward("pipeline", &other).unwrap_err().to_string();
+        assert!(refused.contains("column `phone` is int, but must be text"), "{refused}");
     }
 
     #[test]

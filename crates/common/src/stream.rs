@@ -2,13 +2,15 @@
 //! and windowed. Types and what follows from them; reading and checking the file is `stream/parse.rs`, the rules that
 //! span several keys are `stream/rules.rs`. Nothing here does I/O.
 
+pub mod layout;
 mod parse;
 mod rules;
 mod secrets;
 
 use crate::event::Bucket;
+use layout::Layout;
 pub use secrets::redacted;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Most group-by columns a stream may have: each adds rows to every pane.
 pub const MAX_GROUP_BY: usize = 4;
@@ -210,7 +212,7 @@ pub struct EventMapping {
 }
 
 /// Where event time comes from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EventTime {
     /// Spread evenly over the interval, in the order of the records.
@@ -235,7 +237,7 @@ pub struct Column {
 }
 
 /// The CQL types a column can have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CqlType {
     /// UTF-8; takes JSON strings, numbers and booleans.
@@ -294,6 +296,16 @@ pub struct Store {
     pub shards: u32,
     /// Seconds rows live; 0: for ever.
     pub ttl_seconds: i64,
+    /// Shortest time that rows of this stream have ever lived, as registered; `None`: not longer registered than the file says.
+    #[serde(skip)]
+    pub shortest_ttl_seconds: Option<i64>,
+}
+
+impl Store {
+    /// Seconds that every row of the stream lives at least, also those that were written before the TTL was raised; 0: for ever.
+    pub fn least_ttl_seconds(&self) -> i64 {
+        self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
+    }
 }
 
 /// `[windows]`.
@@ -310,7 +322,7 @@ pub struct Windows {
 }
 
 /// One group-by column and its groups.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GroupBy {
     /// Column name.
     pub column: String,
@@ -319,7 +331,7 @@ pub struct GroupBy {
 }
 
 /// The groups of a column: decided by the record alone.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Groups {
     /// Listed values, at most [`MAX_GROUPS`].
@@ -387,21 +399,8 @@ impl Definition {
         1 + self.windows.group_by.iter().map(GroupBy::len).sum::<usize>()
     }
 
-    /// What must never change under stored data, as canonical JSON: written once by `init` into table `streams` and into
-    /// every checkpoint; who finds another one refuses.
-    pub fn layout(&self) -> String {
-        serde_json::json!({
-            "stream": self.stream.name,
-            "bucket": self.store.bucket.name(),
-            "shards": self.store.shards,
-            "ttl_seconds": self.store.ttl_seconds,
-            "pane_ms": self.windows.pane_ms,
-            "lateness_ms": self.windows.lateness_ms,
-            "group_by": self.windows.group_by,
-            "measures": self.windows.measures,
-            "columns": self.columns.iter().map(|c| (&c.name, c.cql_type.name(), &c.pointer, c.required)).collect::<Vec<_>>(),
-            "event": (&self.event.id, &self.event.time, &self.event.key),
-        })
-        .to_string()
+    /// What stored data depends on.
+    pub fn layout(&self) -> Layout {
+        Layout::of(self)
     }
 }

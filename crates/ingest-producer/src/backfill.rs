@@ -80,7 +80,7 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
     if args.from >= args.to {
         anyhow::bail!("--from {} must be before --to {}", time(args.from), time(args.to));
     }
-    let ttl_ms = definition.store.ttl_seconds.saturating_mul(1000);
+    let ttl_ms = definition.store.least_ttl_seconds().saturating_mul(1000);
     let horizon_ms = now_ms - (ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS);
     if ttl_ms > 0 && args.from < horizon_ms {
         anyhow::bail!(
@@ -88,7 +88,7 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
              counted; begin later, or use a stream with a longer ttl",
             time(args.from),
             time(horizon_ms),
-            definition.store.ttl_seconds / 86_400
+            definition.store.least_ttl_seconds() / 86_400
         );
     }
     Ok(())

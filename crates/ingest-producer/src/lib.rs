@@ -36,7 +36,7 @@ use anyhow::Context;
 use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::presence::{self, Holdings, Instance};
-use common::registry::{RegistryError, check_layout};
+use common::registry::{check_layout, check_tables};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
@@ -92,10 +92,10 @@ pub async fn run(config: &Config) -> anyhow::Result<Done> {
     match &config.command {
         Command::Run(args) => {
             let done = produce(config, args, definition, &shutdown).await;
-            if let Some(refusal @ RegistryError::Another { .. }) =
-                done.as_ref().err().and_then(|e| e.downcast_ref())
+            if let Err(refusal) = &done
+                && registration::is_refusal(refusal)
             {
-                presence::refuse(&config.common, "ingest-producer", &refusal.to_string()).await;
+                presence::refuse(&config.common, "ingest-producer", &format!("{refusal:#}")).await;
             }
             done
         }
@@ -169,7 +169,9 @@ impl Parts {
         tokio::task::spawn_blocking(move || asked.describe(START_DEADLINE)).await.context("kafka")??;
         health.set(publish::DEPENDENCY, Ok(()));
         let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
-        check_layout(&session, &common.keyspace, &definition).await?;
+        check_tables(&session, &common.keyspace, &definition.stream.name).await?;
+        let registered = check_layout(&session, &common.keyspace, &definition).await?;
+        let definition = registered.complete(definition);
         let topic = Arc::new(RegisteredTopic {
             publisher: publisher.clone(),
             session: session.clone(),
@@ -253,6 +255,12 @@ async fn produce(
         shutdown.clone(),
     );
     tokio::spawn(announcing);
+    let (session, runner) = (parts.session.clone(), parts.runner.clone());
+    let (keyspace, stopped) = (config.common.keyspace.clone(), shutdown.clone());
+    let registration =
+        tokio::spawn(
+            async move { registration::watch(&session, &keyspace, &runner.definition, &stopped).await },
+        );
     let commands_running = shutdown.running("commands");
     let commands = tokio::spawn(parts.commands(config, shutdown).await?);
     let runs_running = shutdown.running("runs");
@@ -266,6 +274,7 @@ async fn produce(
     let _flushing = shutdown.running("flush");
     parts.flush().await;
     served?;
+    registration.await.context("registration")??;
     Ok(Done { text: String::new(), code: shutdown.exit_code() })
 }
 

@@ -1,7 +1,7 @@
 //! The binary: settings, logs, run, exit code.
 
-use common::registry::RegistryError;
 use ingest_producer::config::Config;
+use ingest_producer::registration::is_refusal;
 use std::process::ExitCode;
 
 /// Kafka's client takes memory in one thread and gives it back in another, ten pieces a message: with glibc's allocator
@@ -26,10 +26,7 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(done) => print(&done.text, done.code),
-        Err(error) => {
-            let refused = error.downcast_ref().is_some_and(RegistryError::is_refusal);
-            fail(&format!("{error:#}"), if refused { 3 } else { 1 })
-        }
+        Err(error) => fail(&format!("{error:#}"), if is_refusal(&error) { 3 } else { 1 }),
     }
 }
 

@@ -23,8 +23,8 @@ async fn the_cassandra_ledger_passes_the_suite_of_every_ledger() {
     let replication = "{'class': 'SimpleStrategy', 'replication_factor': 1}";
     let create = format!("CREATE KEYSPACE {keyspace} WITH replication = {replication}");
     session.query_unpaged(create, ()).await.unwrap();
-    for (_, table) in schema::shared_tables(&keyspace) {
-        session.query_unpaged(table, ()).await.unwrap();
+    for table in schema::shared_tables() {
+        session.query_unpaged(table.create(&keyspace), ()).await.unwrap();
     }
     suite::all(async |stream| {
         Arc::new(CassandraLedger::new(session.clone(), &keyspace, stream).await.unwrap()) as Arc<dyn Ledger>

@@ -69,12 +69,15 @@ impl Error {
                 error @ (RegistryError::NotSetUp { cause, .. } | RegistryError::Unavailable { cause, .. }),
             ) => Reason::without_cause(Source::Cassandra, error, cause),
             Error::Registry(error @ RegistryError::Another { stream, .. }) => cassandra(&format!(
-                "stream `{stream}` is registered in another shape; put the old definition back, or give the changed stream a new name"
+                "stream `{stream}` is registered with another layout; use the stream file that init was run with last, or give the \
+                 changed stream a new name"
             ))
             .with_detail(error.to_string()),
-            Error::Registry(
-                error @ (RegistryError::OtherPartitions { .. } | RegistryError::OtherCluster { .. }),
-            ) => cassandra(&error.to_string()),
+            Error::Registry(error @ RegistryError::NotRegistered { stream, .. }) => cassandra(&format!(
+                "the stream file has changes that are not registered; run `stream-processor init` for stream `{stream}`"
+            ))
+            .with_detail(error.to_string()),
+            Error::Registry(error) => cassandra(&error.to_string()),
             Error::NoConnection(error @ ConnectError::Unreachable { cause, .. }) => {
                 Reason::without_cause(Source::Cassandra, error, cause)
             }
@@ -102,15 +105,17 @@ mod tests {
     #[test]
     fn a_reason_is_one_line_and_keeps_the_drivers_words_apart() {
         let words = "Database returned an error: ...\n  at node 3";
-        let registry =
-            RegistryError::Another { stream: "s".into(), registered: "{}".into(), now: "[]".into() };
+        let differences = || "  - one\n  - two".to_owned();
+        let another = RegistryError::Another { stream: "s".into(), differences: differences() };
+        let edited = RegistryError::NotRegistered { stream: "s".into(), differences: differences() };
         let unreachable =
             |cause: &str| ConnectError::Unreachable { nodes: "n:1".into(), cause: cause.into() };
         let errors = [
             (Error::Cassandra(words.into()), "asked again"),
             (Error::NoTables(words.into()), "run `stream-processor init`"),
             (Error::Panes(PaneReadError::Failed(words.into())), "asked again"),
-            (Error::Registry(registry), "give the changed stream a new name"),
+            (Error::Registry(another), "give the changed stream a new name"),
+            (Error::Registry(edited), "run `stream-processor init` for stream `s`"),
             (Error::NoConnection(unreachable(words)), "cassandra at n:1 does not answer; is it running"),
             (
                 Error::Kafka(KafkaError::Unreachable { brokers: "k:1".into(), cause: words.into() }),

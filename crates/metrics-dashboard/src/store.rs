@@ -8,7 +8,7 @@ use crate::services::{RefusalRow, ServiceRow};
 use common::config::CommonArgs;
 use common::event::floor_to;
 use common::pane_reader::PaneReader;
-use common::registry::check_layout;
+use common::registry::{check_layout, check_tables};
 use common::schema::THROUGHPUT_RESOLUTIONS;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
@@ -111,6 +111,7 @@ impl Store {
     ) -> Result<Store, Error> {
         let stream = definition.stream.name.as_str();
         let session = common::cassandra::connect(settings, CONNECT_LIMIT, shutdown).await?;
+        check_tables(&session, &settings.keyspace, stream).await?;
         let statements = Statements::prepare(&session, &settings.keyspace).await?;
         check_layout(&session, &settings.keyspace, definition).await?;
         let panes = PaneReader::new(session.clone(), &settings.keyspace, definition).await?;

@@ -2,6 +2,7 @@
 
 use crate::config::CheckpointCommand;
 use crate::error::ProcessorError;
+use crate::start::survives;
 use crate::state::{Head, StateFile};
 use crate::windows::pane::PaneShape;
 use common::stream::Definition;
@@ -88,12 +89,8 @@ fn check(file: &Path, definition: &Definition) -> Result<String, String> {
     let Some(head) = state.head().cloned() else {
         return Ok(format!("{shown}: empty; its partition recovers from cassandra"));
     };
-    if head.layout != definition.layout() {
-        return Err(format!(
-            "{shown}: made for the layout {}, the stream file says {}",
-            head.layout,
-            definition.layout()
-        ));
+    if let Err(differences) = survives(&head.layout, &definition.layout()) {
+        return Err(format!("{shown}: made for another layout than the stream file has:\n{differences}"));
     }
     let (panes, keys) = state.check(&PaneShape::new(definition)).map_err(|e| e.to_string())?;
     let position = head.position;
@@ -173,14 +170,14 @@ mod tests {
             || run(&CheckpointCommand::Check { checkpoints: folder.path().into() }, || Ok(definition()));
         let file = folder.path().join("users-3.redb");
         let mut state = StateFile::open(&file, "test").unwrap();
-        state.reset(head(definition().layout())).unwrap();
+        state.reset(head(definition().layout().to_string())).unwrap();
         assert!(check(&file, &definition()).unwrap_err().contains("held by test"));
         drop(state);
         let line = check(&file, &definition()).unwrap();
         assert!(line.ends_with("partition 3, next offset 7, 0 events, 0 hot panes, 0 seen keys"), "{line}");
         check_all().unwrap();
         StateFile::open(&file, "test").unwrap().reset(head("another".into())).unwrap();
-        assert!(check(&file, &definition()).unwrap_err().contains("layout another"));
+        assert!(check(&file, &definition()).unwrap_err().contains("cannot be read"));
         std::fs::write(folder.path().join("users-4.redb"), [1u8; 4096]).unwrap();
         let error = check_all().unwrap_err().to_string();
         assert!(error.contains("2 of 2 state files") && error.contains("recover"), "{error}");

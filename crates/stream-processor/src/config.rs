@@ -25,7 +25,7 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make keyspace, tables and topics; idempotent, refuses what exists in another shape
+    /// Make keyspace, tables and topics, or bring older ones forward; idempotent, refuses what it must not change
     Init(InitArgs),
     /// Process until told to stop
     Run(RunArgs),
@@ -66,9 +66,12 @@ pub struct InitArgs {
     /// Partitions of the events topic; never changed afterwards
     #[arg(long, env = "PIPELINE_PARTITIONS", default_value_t = 6, value_parser = clap::value_parser!(i32).range(1..=256))]
     pub partitions: i32,
-    /// Replicas of topics and keyspace
+    /// Replicas of each topic partition, and of each row in the datacenter
     #[arg(long, env = "PIPELINE_REPLICATION", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=9))]
     pub replication: i32,
+    /// Replicas that must have a record before it is acknowledged [default: 1 of up to 2 replicas, 2 of 3]
+    #[arg(long, env = "PIPELINE_MIN_INSYNC_REPLICAS", value_parser = clap::value_parser!(i32).range(1..=9))]
+    pub min_insync_replicas: Option<i32>,
     /// Seconds to wait for the servers
     #[arg(long, env = "PIPELINE_INIT_SECONDS", default_value_t = 60)]
     pub wait_seconds: u64,

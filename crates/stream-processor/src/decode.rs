@@ -73,7 +73,7 @@ impl Decoder {
         let index_of = |name: &str| definition.column_index(name).unwrap_or(usize::MAX);
         let groups =
             definition.windows.group_by.iter().map(|g| (index_of(&g.column), GroupIndex::new(&g.groups)));
-        let ttl_ms = definition.store.ttl_seconds.saturating_mul(1000);
+        let ttl_ms = definition.store.least_ttl_seconds().saturating_mul(1000);
         Decoder {
             partition,
             pane_ms: definition.windows.pane_ms,

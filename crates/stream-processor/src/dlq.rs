@@ -188,7 +188,7 @@ async fn accept(
     (partition, up_to): (i32, i64),
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
-    let session = connect(common, DEADLINE, shutdown).await.map_err(|e| failed("accept")(&e))?;
+    let session = connect(common, DEADLINE, shutdown).await?;
     let insert = format!(
         "INSERT INTO {}.dead_letters_accepted (stream, kafka_partition, up_to, accepted_at) VALUES (?, ?, ?, ?)",
         common.keyspace

@@ -2,6 +2,7 @@
 
 use crate::partition::LaterOffset;
 use crate::start::Refusal;
+use common::cassandra::{ConnectError, DatacenterError};
 
 /// An error of the processor. A record that cannot be decoded is not an error: it goes to the dead-letter topic.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +60,21 @@ impl ProcessorError {
             ProcessorError::Refused(_) => 3,
             _ => 1,
         }
+    }
+}
+
+impl From<ConnectError> for ProcessorError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Datacenter(error) => error.into(),
+            error => ProcessorError::Retryable(error.to_string()),
+        }
+    }
+}
+
+impl From<DatacenterError> for ProcessorError {
+    fn from(error: DatacenterError) -> Self {
+        ProcessorError::Refused(error.to_string())
     }
 }
 

@@ -1,23 +1,27 @@
-//! Makes keyspace, tables and topics, once: idempotent, waits for its servers, and refuses what exists in another shape.
+//! Makes keyspace, tables and topics, and registers the stream: idempotent, waits for its servers, brings what earlier versions
+//! made forward, and refuses what it must not change. `run` compares with the same description.
+
+mod contract;
+mod tables;
+mod topics;
 
 use crate::config::InitArgs;
 use crate::error::ProcessorError;
-use common::cassandra::connect;
+use common::cassandra::{connect, local_datacenter};
 use common::config::CommonArgs;
-use common::kafka::{PARTITIONER, client_config, wait_for_broker};
-use common::registry::{Registered, RegistryError, registered};
-use common::schema::{self, CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS};
+use common::kafka::{Topic, wait_for_broker};
+use common::registry::{Registered, check_layout, check_tables};
+use common::schema::{TOPIC_RETENTION_MS, dead_letter_topic};
 use common::shutdown::Shutdown;
 use common::stream::Definition;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use common::stream::layout::Changes;
+use contract::{Replicas, keyspace_differences, needed_to_run, weak_durability};
 use rdkafka::consumer::Consumer;
-use rdkafka::error::RDKafkaErrorCode;
 use scylla::client::session::Session;
-use scylla::value::CqlTimestamp;
 use std::time::Duration;
-
-const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) use tables::of_registry;
+use tables::{Keyspace, check_change};
+use topics::{ADMIN_DEADLINE, Admin};
 
 /// What `init` made sure of.
 #[derive(Debug)]
@@ -40,24 +44,69 @@ pub async fn init(
     shutdown: &Shutdown,
 ) -> Result<Made, ProcessorError> {
     let wait = Duration::from_secs(args.wait_seconds);
+    let replicas = replicas(args)?;
     let cluster_id = cluster_id(&common.kafka_brokers, wait).await?;
-    let session =
-        connect(common, wait, shutdown).await.map_err(|e| ProcessorError::Retryable(e.to_string()))?;
-    make_tables(&session, &common.keyspace, definition, args.replication).await?;
+    let session = connect(common, wait, shutdown).await?;
+    let datacenter = local_datacenter(&session, common)?;
+    let stream = definition.stream.name.as_str();
+    let keyspace = Keyspace { session: &session, name: &common.keyspace, stream };
+    keyspace.make(&datacenter, replicas.factor).await?;
+    let found = keyspace.found().await?;
+    let mut differences = keyspace_differences(&common.keyspace, &found, &datacenter, Some(replicas.factor));
+    // Nothing is altered before everything that would be refused has been looked at.
+    keyspace.refuse_newer_tables().await?;
+    let known = keyspace.registered().await?;
     let topic = common.topic_of(definition);
-    let wanted = Registered {
-        layout: definition.layout(),
-        cluster_id: cluster_id.clone(),
-        partitions: args.partitions,
-    };
-    let stream = &definition.stream.name;
-    let known = registered(&session, &common.keyspace, stream).await.ok();
-    let admin = make_topics(common, &topic, args).await?;
-    let found = partition_count(&admin, &topic).await?;
-    check_partitions((stream, &topic), found, args.partitions, known.map(|known| known.partitions))?;
-    check_topic(&admin, &topic).await?;
-    register(&session, &common.keyspace, &definition.stream.name, &wanted).await?;
-    Ok(Made { cluster_id, report: report(definition, args, &topic) })
+    if let Some(known) = &known {
+        check_change(stream, known, &definition.layout())?;
+        let same_partitions = Topic { cluster_id: cluster_id.clone(), partitions: known.partitions };
+        known.check_topic(stream, &topic, &same_partitions).map_err(of_registry)?;
+    }
+    let admin = Admin::new(&common.kafka_brokers, "stream-processor-init")?;
+    let contracts = contract::topics(&topic, &common.control_topic, args.partitions, replicas);
+    admin.make(&contracts, replicas.factor).await?;
+    let (partitions, _) = admin.partitions(&topic).await?;
+    let found = Topic { cluster_id: cluster_id.clone(), partitions };
+    check_topic((stream, &topic), &found, args.partitions, known.as_ref())?;
+    for contract in &contracts {
+        if let Some(found) = admin.settings(&contract.name).await? {
+            differences.extend(contract.differences(&found, Some(replicas.factor), &common.kafka_brokers));
+        }
+    }
+    refuse_differences(&differences)?;
+    let altered = keyspace.make_tables(definition).await?;
+    let changes = keyspace.register(&definition.layout(), &found).await?;
+    // Another `init` may have been first.
+    registered_stream(&session, common, definition, &found).await?;
+    let mut report = report(definition, args, &topic);
+    report.extend(altered.iter().map(|statement| format!("altered: {statement}")));
+    report.extend(told(&changes));
+    Ok(Made { cluster_id, report })
+}
+
+fn told(changes: &Changes) -> Option<String> {
+    (!changes.is_empty()).then(|| {
+        format!("registered, to be taken up when each service starts again, processors first:\n{changes}")
+    })
+}
+
+fn replicas(args: &InitArgs) -> Result<Replicas, ProcessorError> {
+    let factor = args.replication;
+    let min_insync = args.min_insync_replicas.unwrap_or(Replicas::usual_min_insync(factor));
+    if min_insync > factor {
+        return Err(ProcessorError::Fatal(format!(
+            "PIPELINE_MIN_INSYNC_REPLICAS={min_insync} is more than PIPELINE_REPLICATION={factor}: nothing could be written"
+        )));
+    }
+    Ok(Replicas { factor, min_insync })
+}
+
+fn refuse_differences(differences: &[String]) -> Result<(), ProcessorError> {
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = differences.iter().map(|line| format!("  - {line}")).collect();
+    Err(ProcessorError::Refused(format!("topics or keyspace are not as they must be:\n{}", lines.join("\n"))))
 }
 
 /// Waits for a broker and returns the cluster's id.
@@ -72,175 +121,65 @@ pub async fn cluster_id(brokers: &str, wait: Duration) -> Result<String, Process
     asked.await.map_err(|e| ProcessorError::Fatal(format!("asking kafka: {e}")))?
 }
 
-async fn make_tables(
+/// How the stream was registered. Refuses tables of another version, another layout or cluster, and a topic with fewer partitions.
+/// Partitions that were added later are not the stream's.
+pub async fn registered_stream(
     session: &Session,
-    keyspace: &str,
-    definition: &Definition,
-    replication: i32,
-) -> Result<(), ProcessorError> {
-    let keyspace_cql = format!(
-        "CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = \
-         {{'class': 'NetworkTopologyStrategy', 'replication_factor': {replication}}}"
-    );
-    let tables =
-        schema::shared_tables(keyspace).into_iter().chain(schema::stream_tables(keyspace, definition));
-    let statements = std::iter::once((format!("keyspace {keyspace}"), keyspace_cql)).chain(tables);
-    for (name, cql) in statements {
-        session.query_unpaged(cql, ()).await.map_err(|e| fatal(&format!("cassandra: making {name}"))(&e))?;
-    }
-    Ok(())
-}
-
-/// Writes the layout once; another one that is there already is refused.
-async fn register(
-    session: &Session,
-    keyspace: &str,
-    stream: &str,
-    wanted: &Registered,
-) -> Result<(), ProcessorError> {
-    let insert = format!(
-        "INSERT INTO {keyspace}.streams (stream, layout, cluster_id, partitions, partitioner, created_at) \
-         VALUES (?, ?, ?, ?, ?, ?) IF NOT EXISTS"
-    );
-    let now = CqlTimestamp(chrono::Utc::now().timestamp_millis());
-    let values = (stream, &wanted.layout, &wanted.cluster_id, wanted.partitions, PARTITIONER, now);
-    session
-        .query_unpaged(insert, values)
-        .await
-        .map_err(|e| fatal("cassandra: registering the stream")(&e))?;
-    registered_partitions(session, keyspace, stream, wanted).await.map(drop)
-}
-
-/// The number of partitions that the stream was registered with. Refuses another layout or cluster, and a topic with fewer
-/// partitions. Partitions that were added later are not the stream's.
-pub async fn registered_partitions(
-    session: &Session,
-    keyspace: &str,
-    stream: &str,
-    now: &Registered,
-) -> Result<i32, ProcessorError> {
-    let found = registered(session, keyspace, stream).await.map_err(|e| match e {
-        RegistryError::Unavailable { .. } => ProcessorError::Retryable(e.to_string()),
-        _ => ProcessorError::Fatal(e.to_string()),
-    })?;
-    if (&found.layout, &found.cluster_id) == (&now.layout, &now.cluster_id)
-        && found.partitions <= now.partitions
-    {
-        return Ok(found.partitions);
-    }
-    let (registered, now) = (format!("{found:?}"), format!("{now:?}"));
-    let another = RegistryError::Another { stream: stream.to_owned(), registered, now };
-    Err(ProcessorError::Refused(another.to_string()))
-}
-
-async fn make_topics(
     common: &CommonArgs,
-    topic: &str,
-    args: &InitArgs,
-) -> Result<AdminClient<DefaultClientContext>, ProcessorError> {
-    let admin: AdminClient<DefaultClientContext> =
-        client_config(&common.kafka_brokers, "stream-processor-init")
-            .create()
-            .map_err(|e| fatal("kafka")(&e))?;
-    let dead_letters = schema::dead_letter_topic(topic);
-    let text = |ms: i64| ms.to_string();
-    let (events, dead, control, segment) = (
-        text(TOPIC_RETENTION_MS),
-        text(DEAD_LETTER_RETENTION_MS),
-        text(CONTROL_RETENTION_MS),
-        text(SEGMENT_MS),
-    );
-    let wanted = [
-        (topic, args.partitions, &events, "LogAppendTime"),
-        (&dead_letters, 1, &dead, "CreateTime"),
-        (&common.control_topic, 1, &control, "CreateTime"),
-    ];
-    let most = common::kafka::MAX_MESSAGE_BYTES.to_string();
-    let topics: Vec<NewTopic<'_>> = wanted
-        .iter()
-        .map(|(name, partitions, retention, timestamps)| {
-            NewTopic::new(name, *partitions, TopicReplication::Fixed(args.replication))
-                .set("cleanup.policy", "delete")
-                .set("retention.ms", retention)
-                .set("segment.ms", &segment)
-                .set("message.timestamp.type", timestamps)
-                .set("compression.type", "producer")
-                .set("max.message.bytes", &most)
-        })
-        .collect();
-    let options = AdminOptions::new().operation_timeout(Some(ADMIN_DEADLINE));
-    let made = admin.create_topics(&topics, &options).await.map_err(|e| fatal("kafka: making topics")(&e))?;
-    for result in made {
-        match result {
-            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-            Err((name, code)) => {
-                return Err(ProcessorError::Fatal(format!("kafka: making topic {name}: {code}")));
+    definition: &Definition,
+    found: &Topic,
+) -> Result<Registered, ProcessorError> {
+    let (keyspace, stream) = (&common.keyspace, &definition.stream.name);
+    check_tables(session, keyspace, stream).await.map_err(of_registry)?;
+    let registered = check_layout(session, keyspace, definition).await.map_err(of_registry)?;
+    let own = Topic { partitions: found.partitions.min(registered.partitions), ..found.clone() };
+    registered.check_topic(stream, &common.topic_of(definition), &own).map_err(of_registry)?;
+    Ok(registered)
+}
+
+/// Refuses to run where topics or keyspace no longer have what the promises rest on.
+pub async fn check_servers(
+    session: &Session,
+    common: &CommonArgs,
+    definition: &Definition,
+) -> Result<(), ProcessorError> {
+    let (topic, stream) = (common.topic_of(definition), definition.stream.name.as_str());
+    let datacenter = local_datacenter(session, common)?;
+    let found = Keyspace { session, name: &common.keyspace, stream }.found().await?;
+    let mut differences = keyspace_differences(&common.keyspace, &found, &datacenter, None);
+    let admin = Admin::new(&common.kafka_brokers, "stream-processor-check")?;
+    for contract in needed_to_run(&topic, definition.store.least_ttl_seconds() > 0) {
+        match admin.settings(&contract.name).await? {
+            Some(found) => {
+                differences.extend(contract.differences(&found, None, &common.kafka_brokers));
+                if let Some(weak) = weak_durability(&contract.name, &found) {
+                    tracing::warn!("{weak}");
+                }
             }
+            None => tracing::warn!(topic = contract.name, "the topic's settings could not be checked"),
         }
     }
-    Ok(admin)
+    refuse_differences(&differences)
 }
 
-/// The events topic may be there already: its number of partitions must be the stream's.
-fn check_partitions(
+/// The events topic may be there already: cluster and number of partitions must be the stream's.
+fn check_topic(
     (stream, topic): (&str, &str),
-    found: i32,
+    found: &Topic,
     wanted: i32,
-    registered: Option<i32>,
+    registered: Option<&Registered>,
 ) -> Result<(), ProcessorError> {
-    if let Some(registered) = registered.filter(|registered| found > *registered) {
-        let (stream, topic) = (stream.to_owned(), topic.to_owned());
-        let other = RegistryError::OtherPartitions { stream, topic, registered, found };
-        return Err(ProcessorError::Refused(other.to_string()));
+    if let Some(registered) = registered {
+        registered.check_topic(stream, topic, found).map_err(of_registry)?;
     }
-    if found != wanted {
+    if found.partitions != wanted {
+        let found = found.partitions;
         return Err(ProcessorError::Refused(format!(
             "topic `{topic}` has {found} partitions, not {wanted}: the number is never changed; \
              set PIPELINE_PARTITIONS={found}, or choose another topic with PIPELINE_TOPIC"
         )));
     }
     Ok(())
-}
-
-/// Its settings must be the contract's too.
-async fn check_topic(admin: &AdminClient<DefaultClientContext>, topic: &str) -> Result<(), ProcessorError> {
-    let asked = admin
-        .describe_configs(&[ResourceSpecifier::Topic(topic)], &AdminOptions::new())
-        .await
-        .map_err(|e| fatal("kafka: reading the topic's settings")(&e))?;
-    let resource = asked.into_iter().next().and_then(Result::ok);
-    let timestamps =
-        resource.as_ref().and_then(|r| r.get("message.timestamp.type")).and_then(|e| e.value.clone());
-    if timestamps.as_deref() != Some("LogAppendTime") {
-        return Err(ProcessorError::Refused(format!(
-            "topic `{topic}` has message.timestamp.type={}, but it must be LogAppendTime: the broker's clock decides \
-             retention and lag; set it with kafka-configs.sh, or choose another topic with PIPELINE_TOPIC",
-            timestamps.unwrap_or_else(|| "unknown".into())
-        )));
-    }
-    Ok(())
-}
-
-/// A new topic's metadata takes a moment to reach every broker.
-async fn partition_count(
-    admin: &AdminClient<DefaultClientContext>,
-    topic: &str,
-) -> Result<i32, ProcessorError> {
-    let mut last = String::new();
-    for _ in 0..50 {
-        let asked = tokio::task::block_in_place(|| admin.inner().fetch_metadata(Some(topic), ADMIN_DEADLINE));
-        match asked {
-            Ok(metadata) => {
-                let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
-                if let Some(found) = found.filter(|t| !t.partitions().is_empty()) {
-                    return Ok(found.partitions().len() as i32);
-                }
-            }
-            Err(e) => last = e.to_string(),
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    Err(ProcessorError::Retryable(format!("kafka: topic {topic} was made, but is not to be seen {last}")))
 }
 
 /// What the layout means at the expected rate.
@@ -250,7 +189,7 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
     let rows = args.expected_rate as i64 * (store.bucket.millis() / 1000) / cells;
     // About 24 bytes a cell with its share of the row's head, as measured on the default stream.
     let mebibytes = rows * (definition.columns.len() as i64 + 4) * 24 / (1 << 20);
-    let horizon = match store.ttl_seconds {
+    let horizon = match store.least_ttl_seconds() {
         0 => "none: rows are kept for ever".to_owned(),
         ttl => format!("{} days back", (ttl * 1000 - TOPIC_RETENTION_MS) / 86_400_000 - 2),
     };
@@ -258,7 +197,7 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
         format!(
             "topic {topic}: {} partitions; dead letters in {}",
             args.partitions,
-            schema::dead_letter_topic(topic)
+            dead_letter_topic(topic)
         ),
         format!(
             "at {} events/s a Cassandra partition ({} of one shard) holds about {rows} rows, {mebibytes} MiB",

@@ -45,6 +45,7 @@ use crate::store::requests::StoreContext;
 use crate::verify::Verifier;
 use common::config::CommonArgs;
 use common::presence;
+use common::registry::check_layout;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use std::sync::Arc;
@@ -107,8 +108,10 @@ async fn verify(
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
     let metrics = Arc::new(Metrics::new().map_err(|e| ProcessorError::Fatal(format!("metrics: {e}")))?);
-    let session = common::cassandra::connect(common, METADATA_DEADLINE, shutdown).await;
-    let session = session.map_err(|e| ProcessorError::Retryable(e.to_string()))?;
+    let session = common::cassandra::connect(common, METADATA_DEADLINE, shutdown).await?;
+    let registered =
+        check_layout(&session, &common.keyspace, &definition).await.map_err(init::of_registry)?;
+    let definition = registered.complete(definition);
     let partitions = topic_partitions(&common.kafka_brokers, &common.topic_of(&definition)).await?;
     let context = StoreContext {
         session: Arc::clone(&session),

@@ -271,7 +271,7 @@ pub fn begin<C: Checkpoint>(
         panes.hot_from = start.position.seen_to.map_or(i64::MIN, |seen_to| panes.start_after(seen_to));
         let head = Head {
             format: FORMAT,
-            layout: facts.layout.to_owned(),
+            layout: facts.layout.to_string(),
             cluster_id: facts.cluster_id.to_owned(),
             partition: facts.partition,
             hot_from: panes.hot_from,

@@ -21,7 +21,7 @@ pub async fn windows(
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
     let retryable = |e: &dyn std::fmt::Display| ProcessorError::Retryable(e.to_string());
-    let session = connect(common, CONNECT_DEADLINE, shutdown).await.map_err(|e| retryable(&e))?;
+    let session = connect(common, CONNECT_DEADLINE, shutdown).await?;
     let reader = PaneReader::new(session, &common.keyspace, definition).await.map_err(|e| retryable(&e))?;
     let asked = Asked {
         size: args.size.as_deref(),

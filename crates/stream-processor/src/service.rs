@@ -19,9 +19,9 @@ use crate::windows::pane::{Pane, PaneShape};
 use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::config::CommonArgs;
-use common::kafka::{self, partition_count};
+use common::kafka::{self, Topic, partition_count};
 use common::presence::{self, Holdings, Instance};
-use common::registry::Registered;
+use common::registry::changed;
 use common::shutdown::Shutdown;
 use common::stream::Definition;
 use rdkafka::consumer::Consumer;
@@ -83,12 +83,14 @@ pub async fn run(
     let _name_lock = checkpoint::lock_instance(&args.checkpoints, &service.instance)?;
     let parts = Arc::new(service.connect().await?);
     service.abandon_after_deadline();
+    let registration = tokio::spawn(service.watch_registration(&parts));
     let runtime = tokio::runtime::Handle::current();
     let running = service.shutdown.running("consumer group");
     let ended = tokio::task::spawn_blocking(move || group::run(&parts, &runtime)).await;
     drop(running);
     service.shutdown.begin();
-    ended.map_err(|e| fatal("group")(&e))?
+    ended.map_err(|e| fatal("group")(&e))??;
+    registration.await.map_err(|e| fatal("registration")(&e))?
 }
 
 impl Service<'_> {
@@ -118,22 +120,38 @@ impl Service<'_> {
         });
     }
 
+    /// Begins shutdown once `init` has registered another layout: whatever starts this process again has it read the new file.
+    fn watch_registration(
+        &self,
+        parts: &Parts<CassandraStore, DeadLetterTopic>,
+    ) -> impl Future<Output = Result<(), ProcessorError>> + use<> {
+        let (session, definition) = (Arc::clone(&parts.session), Arc::clone(&parts.opener.definition));
+        let (keyspace, shutdown) = (self.common.keyspace.clone(), self.shutdown.clone());
+        async move {
+            let changed = tokio::select! {
+                () = shutdown.begun() => return Ok(()),
+                changed = changed(&session, &keyspace, &definition) => changed,
+            };
+            tracing::warn!("{changed}");
+            shutdown.begin();
+            Err(init::of_registry(changed))
+        }
+    }
+
     /// Connects to both servers and checks that the stream is the registered one.
     async fn connect(&self) -> Result<Parts<CassandraStore, DeadLetterTopic>, ProcessorError> {
         let (common, brokers) = (self.common, &self.common.kafka_brokers);
         let wait = Duration::from_secs(self.args.start_seconds);
         let cluster_id = init::cluster_id(brokers, wait).await?;
         self.health.set("kafka", Ok(()));
-        let session = common::cassandra::connect(common, wait, &self.shutdown).await;
-        let session = session.map_err(|e| ProcessorError::Retryable(e.to_string()))?;
+        let session = common::cassandra::connect(common, wait, &self.shutdown).await?;
         self.health.set("cassandra", Ok(()));
-        let now = Registered {
-            layout: self.definition.layout(),
-            cluster_id: cluster_id.clone(),
-            partitions: topic_partitions(brokers, &self.topic).await?,
-        };
-        let stream = &self.definition.stream.name;
-        let partitions = init::registered_partitions(&session, &common.keyspace, stream, &now).await?;
+        let partitions = topic_partitions(brokers, &self.topic).await?;
+        let found = Topic { cluster_id: cluster_id.clone(), partitions };
+        let registered = init::registered_stream(&session, common, &self.definition, &found).await?;
+        let partitions = registered.partitions;
+        let definition = Arc::new(registered.complete((*self.definition).clone()));
+        init::check_servers(&session, common, &definition).await?;
         let context = StoreContext {
             session: Arc::clone(&session),
             metrics: Arc::clone(&self.metrics),
@@ -141,15 +159,15 @@ impl Service<'_> {
             in_flight: self.args.in_flight as usize,
             start_deadline: wait,
         };
-        let store = Arc::new(CassandraStore::new(&common.keyspace, &self.definition, context).await?);
+        let store = Arc::new(CassandraStore::new(&common.keyspace, &definition, context).await?);
         let (watched, shutdown) = (Arc::clone(&store), self.shutdown.clone());
         tokio::spawn(async move { watched.watch(&shutdown).await });
         let dead_letters =
             DeadLetterTopic::new(brokers, &self.topic, Arc::clone(&self.health), self.abandon.clone());
         let dead_letters = Arc::new(dead_letters.map_err(|e| ProcessorError::Fatal(e.to_string()))?);
-        let who = Instance::new(common, "stream-processor", stream);
+        let who = Instance::new(common, "stream-processor", &definition.stream.name);
         let holdings = Holdings::default();
-        let opener = self.opener(partitions, cluster_id, store)?;
+        let opener = self.opener(definition, partitions, cluster_id, store)?;
         let ownership = self.observe(&session, &who, &opener, &holdings);
         Ok(Parts {
             settings: self.group_settings(),
@@ -198,6 +216,7 @@ impl Service<'_> {
 
     fn opener(
         &self,
+        definition: Arc<Definition>,
         partitions: i32,
         cluster_id: String,
         store: Arc<CassandraStore>,
@@ -207,7 +226,7 @@ impl Service<'_> {
         Ok(Opener {
             brokers: brokers.clone(),
             probe: Arc::new(probe.map_err(|e| fatal("kafka client")(&e))?),
-            definition: Arc::clone(&self.definition),
+            definition,
             topic: self.topic.clone(),
             partitions,
             cluster_id,

@@ -38,7 +38,7 @@ pub async fn skip(
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
     let (stream, keyspace) = (&definition.stream.name, &common.keyspace);
-    let session = connect(common, DEADLINE, shutdown).await.map_err(|e| failed(&e))?;
+    let session = connect(common, DEADLINE, shutdown).await?;
     let partitions = registered(&session, keyspace, stream).await.map_err(|e| failed(&e))?.partitions;
     let select = format!(
         "SELECT next_offset FROM {keyspace}.partition_progress WHERE stream = ? AND kafka_partition = ?"

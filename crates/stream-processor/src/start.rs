@@ -1,6 +1,7 @@
 //! Decides where a partition starts: observed facts → decision. Pure. Every refusal names both sides and the ways on.
 
 use crate::partition::{LastRecord, Position};
+use common::stream::layout::Layout;
 use std::ops::Range;
 
 /// What to do where the state file is missing, or behind what Cassandra holds.
@@ -18,7 +19,7 @@ pub enum RecoverPolicy {
 pub struct StateFacts {
     /// Its position.
     pub position: Position,
-    /// The layout it was made for.
+    /// The layout it was made for, as stored.
     pub layout: String,
     /// The Kafka cluster it was made for.
     pub cluster_id: String,
@@ -48,7 +49,7 @@ pub struct Facts<'a> {
     /// Offset after the last record of the log.
     pub high: i64,
     /// The definition's layout.
-    pub layout: &'a str,
+    pub layout: &'a Layout,
     /// The cluster connected to.
     pub cluster_id: &'a str,
     /// Offsets that an operator wants skipped.
@@ -214,13 +215,10 @@ fn refuse<T>(facts: &Facts<'_>, what: String, ways_on: &'static str) -> Result<T
 
 /// A state file belongs to one layout and one Kafka cluster.
 fn check_made_for_this(facts: &Facts<'_>, state: &StateFacts) -> Result<(), Refusal> {
-    if state.layout != facts.layout {
-        let (file, definition) = (&state.layout, facts.layout);
+    if let Err(differences) = survives(&state.layout, facts.layout) {
         return refuse(
             facts,
-            format!(
-                "the state file was made for another layout\n  file:       {file}\n  definition: {definition}"
-            ),
+            format!("the state file was made for another layout than the stream file has:\n{differences}\n"),
             "put the old stream definition back, or give the changed one a new stream name",
         );
     }
@@ -235,6 +233,13 @@ fn check_made_for_this(facts: &Facts<'_>, state: &StateFacts) -> Result<(), Refu
         );
     }
     Ok(())
+}
+
+/// Whether what was stored for layout `stored` can be used with `now`: it was made for that one, or for an earlier one from
+/// which `now` came by changes that stored data survives. If not, the differences.
+pub fn survives(stored: &str, now: &Layout) -> Result<(), String> {
+    let changes = Layout::parse(stored).map_err(|error| format!("  - {error}"))?.changes_to(now);
+    if changes.refused.is_empty() { Ok(()) } else { Err(changes.to_string()) }
 }
 
 /// The state file, if it says that Cassandra acknowledged more than Cassandra now holds: an older snapshot was restored, or the
@@ -323,6 +328,21 @@ fn check_log(facts: &Facts<'_>, position: &Position) -> Result<(), Refusal> {
 mod tests {
     use super::*;
     use crate::partition::Totals;
+    use common::stream::{Column, Definition};
+    use std::sync::LazyLock;
+
+    static LAYOUT: LazyLock<Layout> = LazyLock::new(layout);
+
+    fn changed(edit: impl Fn(&mut Definition)) -> Layout {
+        let text = include_str!("../../../streams/user_created.toml");
+        let mut definition = Definition::parse("user_created.toml", text).unwrap();
+        edit(&mut definition);
+        definition.layout()
+    }
+
+    fn layout() -> Layout {
+        changed(|_| {})
+    }
 
     fn position(next_offset: i64) -> Position {
         let totals = Totals { events: next_offset, ..Totals::default() };
@@ -340,7 +360,11 @@ mod tests {
     }
 
     fn state(next_offset: i64) -> Option<StateFacts> {
-        Some(StateFacts { position: position(next_offset), layout: "L".into(), cluster_id: "C".into() })
+        Some(StateFacts {
+            position: position(next_offset),
+            layout: layout().to_string(),
+            cluster_id: "C".into(),
+        })
     }
 
     fn facts<'a>(state: Option<StateFacts>, progress: Option<Progress>) -> Facts<'a> {
@@ -350,7 +374,7 @@ mod tests {
             progress,
             low: 10,
             high: 100,
-            layout: "L",
+            layout: &LAYOUT,
             cluster_id: "C",
             skips: &[],
             recover: RecoverPolicy::Auto,
@@ -409,6 +433,23 @@ mod tests {
             &Facts { recover: RecoverPolicy::Refuse, ..behind },
             &["restore a newer snapshot", "--recover auto"],
         );
+    }
+
+    #[test]
+    fn a_state_file_of_an_earlier_layout_goes_on_where_stored_data_survives_the_change() {
+        let mut optional = changed(|_| {});
+        let mut check_both = |edit: fn(&mut Definition)| {
+            optional = changed(edit);
+            check(&Facts { layout: &optional, ..facts(state(50), progress(50)) }, How::Resume, 50, 49);
+        };
+        check_both(|d| {
+            d.columns.push(Column { name: "phone".into(), required: false, ..d.columns[0].clone() })
+        });
+        check_both(|d| d.windows.lateness_ms += 1);
+        check_both(|d| d.store.ttl_seconds = 0);
+        let newer = changed(|d| drop(d.columns.pop()));
+        let back = Facts { layout: &newer, ..facts(state(50), progress(50)) };
+        check_refusal(&back, &["column `registered_at`: registered, but no longer declared"]);
     }
 
     #[test]
@@ -479,7 +520,11 @@ mod tests {
             &["offset 500 was reached, but the log ends at 100"],
         );
         check_refusal(&facts(None, progress(101)), &["offset 101 was reached"]);
-        check_refusal(&Facts { layout: "M", ..facts(state(50), None) }, &["another layout"]);
+        let other = changed(|d| d.store.shards += 1);
+        let of_other = Facts { layout: &other, ..facts(state(50), None) };
+        check_refusal(&of_other, &["another layout", "`store.shards`", "now 5"]);
+        let unreadable = state(50).map(|state| StateFacts { layout: "L".into(), ..state });
+        check_refusal(&facts(unreadable, None), &["another layout", "cannot be read", ": L"]);
         check_refusal(
             &Facts { cluster_id: "D", ..facts(state(50), None) },
             &["kafka cluster C, but this is D"],

@@ -310,7 +310,7 @@ impl Verifier {
     }
 
     fn ttl_ms(&self) -> i64 {
-        self.sources.definition.store.ttl_seconds.saturating_mul(1000)
+        self.sources.definition.store.least_ttl_seconds().saturating_mul(1000)
     }
 
     fn lowest(&self, from: i64) -> Lowest {

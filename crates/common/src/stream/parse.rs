@@ -371,6 +371,7 @@ fn store(s: &mut Section<'_>) -> Store {
         bucket: bucket.unwrap_or(Bucket::Hour),
         shards: s.small("shards", 4, 1..=64),
         ttl_seconds: ttl_ms / SECOND,
+        shortest_ttl_seconds: None,
     }
 }
 

@@ -64,8 +64,8 @@ impl Bare {
         let replication = "{'class': 'SimpleStrategy', 'replication_factor': 1}";
         let create = format!("CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = {replication}");
         session.query_unpaged(create, ()).await.map_err(failed)?;
-        for (_, table) in schema::stream_tables(keyspace, &definition) {
-            session.query_unpaged(table, ()).await.map_err(failed)?;
+        for table in schema::stream_tables(&definition) {
+            session.query_unpaged(table.create(keyspace), ()).await.map_err(failed)?;
         }
         let insert = schema::insert_event(keyspace, &definition);
         let statement = session.prepare(insert).await.map_err(failed)?;

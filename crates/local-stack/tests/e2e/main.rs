@@ -12,6 +12,7 @@ mod ingest_kills;
 mod ingest_records;
 mod ingest_refusals;
 mod instances;
+mod layout;
 mod ledger;
 mod oracle;
 mod outages;

@@ -5,13 +5,14 @@ use super::compare::{EventRow, fold};
 use super::{Outcome, Standing, Stretch, Verifier, begin, now_ms, spelled};
 use crate::error::ProcessorError;
 use crate::partition::Position;
-use crate::start::StateFacts;
+use crate::start::{StateFacts, survives};
 use crate::state::{self, StateFile};
 use crate::store::Store;
 use crate::windows::hot::Panes;
 use crate::windows::pane::Pane;
 use crate::write_plan::group_panes;
 use common::schema::TOPIC_RETENTION_MS;
+use common::stream::layout::Layout;
 use indicatif::ProgressBar;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -141,14 +142,17 @@ fn ahead(
     partition: i32,
     progress: Position,
     state: Option<StateFacts>,
-    layout: &str,
+    layout: &Layout,
 ) -> Result<Position, ProcessorError> {
+    if let Some(state) = &state
+        && let Err(differences) = survives(&state.layout, layout)
+    {
+        return Err(ProcessorError::Refused(format!(
+            "partition {partition}: the state file was made for another layout than the stream file has:\n{differences}\nuse the \
+             stream file it was made for"
+        )));
+    }
     match state {
-        Some(state) if state.layout != layout => Err(ProcessorError::Refused(format!(
-            "partition {partition}: the state file is of the layout {}, the stream definition of {layout}: use the definition it \
-             was made for",
-            state.layout
-        ))),
         Some(state) if state.position.next_offset > progress.next_offset => Ok(state.position),
         _ => Ok(progress),
     }
@@ -158,6 +162,7 @@ fn ahead(
 mod tests {
     use super::*;
     use crate::partition::Totals;
+    use common::stream::Definition;
 
     #[test]
     fn a_rebuild_goes_as_far_as_the_state_file_and_refuses_one_of_another_layout() {
@@ -166,15 +171,18 @@ mod tests {
             totals: Totals { events: next_offset, ..Totals::default() },
             ..Position::default()
         };
+        let text = include_str!("../../../../streams/user_created.toml");
+        let layout = Definition::parse("user_created.toml", text).unwrap().layout();
+        let own = layout.to_string();
         let state = |next_offset: i64, layout: &str| {
             let (layout, cluster_id) = (layout.to_owned(), String::new());
             Some(StateFacts { position: at(next_offset), layout, cluster_id })
         };
-        let check = |state, expected| assert_eq!(ahead(0, at(100), state, "a").unwrap(), at(expected));
+        let check = |state, expected| assert_eq!(ahead(0, at(100), state, &layout).unwrap(), at(expected));
         check(None, 100);
-        check(state(200, "a"), 200);
-        check(state(50, "a"), 100);
-        let refused = ahead(0, at(100), state(200, "b"), "a").unwrap_err().to_string();
-        assert!(refused.contains("layout b") && refused.contains("of a"), "{refused}");
+        check(state(200, &own), 200);
+        check(state(50, &own), 100);
+        let refused = ahead(0, at(100), state(200, "b"), &layout).unwrap_err().to_string();
+        assert!(refused.contains("another layout") && refused.contains("cannot be read"), "{refused}");
     }
 }

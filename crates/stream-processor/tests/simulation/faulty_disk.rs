@@ -41,7 +41,7 @@ fn says(file: &StateFile, definition: &Definition) -> Result<Says, StateError> {
 fn head(definition: &Definition) -> Head {
     Head {
         format: FORMAT,
-        layout: definition.layout(),
+        layout: definition.layout().to_string(),
         cluster_id: "simulated".into(),
         partition: 0,
         hot_from: i64::MIN,

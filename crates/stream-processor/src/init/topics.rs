@@ -1,0 +1,92 @@
+//! The topics in Kafka: makes those that are missing, and reads how they are.
+
+use super::contract::{FoundTopic, TopicContract};
+use super::fatal;
+use crate::error::ProcessorError;
+use common::kafka::client_config;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::RDKafkaErrorCode;
+use std::time::Duration;
+
+pub(super) const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+/// A new topic's metadata takes a moment to reach every broker: how often to ask, and how long to wait in between.
+const METADATA_TRIES: u32 = 50;
+const METADATA_PAUSE: Duration = Duration::from_millis(100);
+
+/// A client for administration.
+pub(super) struct Admin(AdminClient<DefaultClientContext>);
+
+impl Admin {
+    pub(super) fn new(brokers: &str, client_id: &str) -> Result<Admin, ProcessorError> {
+        client_config(brokers, client_id).create().map(Admin).map_err(|e| fatal("kafka")(&e))
+    }
+
+    /// Makes the topics that are not there; leaves the others as they are.
+    pub(super) async fn make(&self, contracts: &[TopicContract], factor: i32) -> Result<(), ProcessorError> {
+        let topics: Vec<NewTopic<'_>> = contracts
+            .iter()
+            .map(|topic| {
+                let made = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(factor));
+                // Batches are stored as the producers compressed them.
+                let made = made.set("compression.type", "producer");
+                topic.settings.iter().fold(made, |made, s| made.set(s.name, &s.value))
+            })
+            .collect();
+        let options = AdminOptions::new().operation_timeout(Some(ADMIN_DEADLINE));
+        let results = self.0.create_topics(&topics, &options).await;
+        for result in results.map_err(|e| fatal("kafka: making topics")(&e))? {
+            match result {
+                Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((name, code)) => {
+                    return Err(ProcessorError::Fatal(format!("kafka: making topic {name}: {code}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How many partitions a topic has, and the fewest copies that one of them has.
+    pub(super) async fn partitions(&self, topic: &str) -> Result<(i32, i32), ProcessorError> {
+        let mut last = String::new();
+        for _ in 0..METADATA_TRIES {
+            let asked =
+                tokio::task::block_in_place(|| self.0.inner().fetch_metadata(Some(topic), ADMIN_DEADLINE));
+            match asked {
+                Ok(metadata) => {
+                    let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
+                    if let Some(found) = found.filter(|t| !t.partitions().is_empty()) {
+                        let copies = found.partitions().iter().map(|p| p.replicas().len()).min();
+                        return Ok((found.partitions().len() as i32, copies.unwrap_or(0) as i32));
+                    }
+                }
+                Err(e) => last = e.to_string(),
+            }
+            tokio::time::sleep(METADATA_PAUSE).await;
+        }
+        Err(ProcessorError::Retryable(format!("kafka: topic {topic} is not to be seen {last}")))
+    }
+
+    /// A topic's settings; `None`: there is no such topic, or this user may not read its settings.
+    pub(super) async fn settings(&self, topic: &str) -> Result<Option<FoundTopic>, ProcessorError> {
+        let failed = |e: &dyn std::fmt::Display| {
+            ProcessorError::Retryable(format!("kafka: reading the settings of topic {topic}: {e}"))
+        };
+        let options = AdminOptions::new().request_timeout(Some(ADMIN_DEADLINE));
+        let asked = self.0.describe_configs(&[ResourceSpecifier::Topic(topic)], &options).await;
+        let resource = match asked.map_err(|e| failed(&e))?.into_iter().next() {
+            Some(Ok(resource)) => resource,
+            Some(Err(
+                RDKafkaErrorCode::UnknownTopicOrPartition
+                | RDKafkaErrorCode::TopicAuthorizationFailed
+                | RDKafkaErrorCode::ClusterAuthorizationFailed,
+            )) => return Ok(None),
+            Some(Err(code)) => return Err(failed(&code)),
+            None => return Err(failed(&"no answer")),
+        };
+        let settings = resource.entries.into_iter().filter_map(|entry| Some((entry.name, entry.value?)));
+        let settings = settings.collect();
+        let (_, factor) = self.partitions(topic).await?;
+        Ok(Some(FoundTopic { factor, settings }))
+    }
+}
