@@ -148,6 +148,10 @@ pub struct SoakArgs {
     /// Seconds that a pause, or an outage of the source, lasts at most; at least 3
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(3..=600))]
     pub longest_pause: u64,
+    /// Of so many faults in a hundred, each strikes a system that has recovered from all others: their recovery times say
+    /// most. The run takes longer by the time that nothing else strikes
+    #[arg(long, default_value_t = 10, value_name = "PERCENT", value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub percent_alone: u64,
     /// Faults to include
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = FaultKind::ALL)]
     pub faults: Vec<FaultKind>,
@@ -180,6 +184,7 @@ impl Default for SoakArgs {
             kills_per_minute: 22,
             pauses_per_minute: 1,
             longest_pause: 60,
+            percent_alone: 10,
             faults: FaultKind::ALL.into(),
             processors: 3,
             own_checkpoints: false,

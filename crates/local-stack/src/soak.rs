@@ -1,5 +1,5 @@
 //! `local-stack soak`: every part struck at random under load on servers of its own, and at the end everything stored is
-//! compared with Kafka's log. Here is the order of a run; the rooms: `plan` (which fault when), `fleet` (the processes),
+//! compared with Kafka's log. Here is the order of a run; the rooms: `plan` (which fault when), `schedule` (until its turn has come), `fleet` (the processes),
 //! `transactions` (of another program), `recovery` (how long until the pipeline goes on), `watch` (a reader meanwhile) with
 //! `page` (what the page says), `added` (the last fault), `oracle` (the comparison), `report`.
 
@@ -10,6 +10,7 @@ mod page;
 mod plan;
 mod recovery;
 mod report;
+mod schedule;
 mod transactions;
 mod watch;
 
@@ -31,6 +32,7 @@ use fleet::Fleet;
 use oracle::Truth;
 use plan::{Part, Strike};
 pub use report::Report;
+use schedule::Schedule;
 use watch::{Seen, Watch};
 
 /// Keyspace and topic of a soak.
@@ -52,10 +54,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long `init` may take.
 const INIT_WITHIN: Duration = Duration::from_secs(120);
 
-/// How long faults may wait for their parts to be up after the time of the run is over.
+/// How much longer than planned a run may take: faults wait until their parts are up, and until others are recovered from.
+const LONGEST: u32 = 3;
 const STRIKES_WITHIN: Duration = Duration::from_secs(300);
 
-/// How long the pipeline may take to recover from the last faults while the load goes on.
+/// How long the pipeline may take to recover while nothing strikes and the load goes on.
 const RECOVERED_WITHIN: Duration = Duration::from_secs(180);
 
 /// Processors whose progress stands still for so long do not drain any more.
@@ -159,7 +162,7 @@ async fn finish(settings: &Settings, mut spec: crate::process::Spec, within: Dur
 async fn under_fire(
     fleet: &mut Fleet,
     settings: &Settings,
-    mut strikes: Vec<Strike>,
+    strikes: Vec<Strike>,
     length: Duration,
     partitions: i32,
 ) -> Result<usize> {
@@ -168,12 +171,12 @@ async fn under_fire(
     recovery::watch(settings, fleet.clock().clone(), partitions, stop).await?;
     fleet.begin_load();
     let since = Instant::now();
-    while since.elapsed() < length || (!strikes.is_empty() && since.elapsed() < length + STRIKES_WITHIN) {
+    let mut schedule = Schedule::new(strikes);
+    while schedule.goes_on(length) && since.elapsed() < LONGEST * length + STRIKES_WITHIN {
         fleet.tend().await?;
-        let now = since.elapsed();
-        let due = strikes.iter().position(|strike| strike.at <= now && fleet.can_strike(strike.fault));
-        if let Some(due) = due {
-            fleet.strike(&strikes.remove(due)).await?;
+        let recovered = fleet.clock().lock().all_recovered();
+        if let Some(strike) = schedule.due(recovered, Instant::now(), |fault| fleet.can_strike(fault)) {
+            fleet.strike(&strike).await?;
         }
         tokio::time::sleep(TICK).await;
     }
@@ -182,7 +185,7 @@ async fn under_fire(
         fleet.tend().await?;
         tokio::time::sleep(TICK).await;
     }
-    Ok(strikes.len())
+    Ok(schedule.left())
 }
 
 /// Ends the load once both servers answer.

@@ -177,6 +177,7 @@ async fn soak(settings: &Settings, long: bool, terminal: Terminal) -> Result<Clo
             minutes: 3,
             pauses_per_minute: 2,
             longest_pause: 6,
+            percent_alone: 0,
             processors: 2,
             faults: faults.collect(),
             ..SoakArgs::default()

@@ -37,7 +37,7 @@ pub struct Added {
     pub events: u64,
     /// The processors counted all of them as unregistered.
     pub noticed: bool,
-    /// The producer ended with the exit code of a refusal.
+    /// A new producer ended with the exit code of a refusal.
     pub refused: bool,
 }
 
@@ -55,13 +55,15 @@ pub(super) async fn add(
     registered: i32,
     terminal: Terminal,
 ) -> Result<Added> {
+    terminal.begins("fault", "partitions added");
     let since = Instant::now();
     let brokers = loopback(settings.ports.kafka);
     add_partitions(&brokers, NAME, 2 * registered as usize).await?;
     let of_events = settings.clone();
     let sent = tokio::task::spawn_blocking(move || send(&of_events, 2 * registered));
     sent.await.map_err(|error| Error::Refused(error.to_string()))??;
-    let refused = fleet.refuses(Part::Ingest, NOTICED_WITHIN).await;
+    // A running producer fails each run with this cause; a new one does not run at all.
+    let refused = fleet.refuses(Part::Ingest, NOTICED_WITHIN).await?;
     let deadline = Instant::now() + NOTICED_WITHIN;
     let noticed = loop {
         fleet.tend().await?;
@@ -73,7 +75,7 @@ pub(super) async fn add(
         }
         tokio::time::sleep(ASK_EVERY).await;
     };
-    terminal.done("fault", "partitions added", since.elapsed());
+    terminal.done("fault", "added partitions noticed", since.elapsed());
     Ok(Added { partitions: registered, events: registered as u64 * EVENTS, noticed, refused })
 }
 

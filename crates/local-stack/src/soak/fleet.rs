@@ -330,19 +330,19 @@ impl Fleet {
         Ok(())
     }
 
-    /// Waits until a service refuses to run, and does not start it again; tells whether it did.
-    pub(super) async fn refuses(&mut self, part: Part, within: Duration) -> bool {
+    /// Starts a service anew and waits until it refuses to run; tells whether it did.
+    pub(super) async fn refuses(&mut self, part: Part, within: Duration) -> Result<bool> {
+        self.end(part).await;
+        self.start(part)?;
         let deadline = Instant::now() + within;
-        let slot = self.slot(part);
-        slot.wanted = false;
         while Instant::now() < deadline {
-            if let Some((status, _)) = slot.ended() {
-                slot.kill().await;
-                return status.code() == Some(REFUSED);
+            if let Some((status, _)) = self.slot(part).ended() {
+                self.end(part).await;
+                return Ok(status.code() == Some(REFUSED));
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
-        false
+        Ok(false)
     }
 
     /// Ends one of our own parts in peace.

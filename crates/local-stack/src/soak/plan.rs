@@ -131,6 +131,8 @@ pub(super) struct Strike {
     pub(super) at: Duration,
     /// What.
     pub(super) fault: Fault,
+    /// It strikes a system that has recovered from everything, and nothing else strikes until that has recovered again.
+    pub(super) alone: bool,
 }
 
 /// Minutes under load: as asked, or as many as the asked number of kills needs.
@@ -180,7 +182,8 @@ impl Planner<'_> {
     /// Adds a fault at a random moment within a part of the run, given as fractions of its length.
     fn add(&mut self, fault: Fault, (from, to): (f64, f64)) {
         let at = self.length.mul_f64(from + (to - from) * self.random.fraction());
-        self.strikes.push(Strike { at, fault });
+        let alone = self.random.below(100) < self.args.percent_alone;
+        self.strikes.push(Strike { at, fault, alone });
     }
 
     fn processor(&mut self) -> Part {
@@ -338,6 +341,16 @@ mod tests {
             assert_eq!(order.len(), 2 * restores, "{minutes}");
             assert!(order.chunks(2).all(|pair| pair == [&Fault::Snapshot, &Fault::Restore]), "{order:?}");
         }
+    }
+
+    #[test]
+    fn the_asked_share_of_the_faults_strikes_alone() {
+        let alone = |percent_alone| {
+            let strikes = plan(1, &SoakArgs { percent_alone, ..args(30, 22) });
+            strikes.iter().filter(|strike| strike.alone).count() * 100 / strikes.len()
+        };
+        assert_eq!([0, 100].map(alone), [0, 100]);
+        assert!((5..15).contains(&alone(10)), "{}", alone(10));
     }
 
     #[test]
