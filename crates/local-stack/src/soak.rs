@@ -42,7 +42,7 @@ const NAME: &str = "soak";
 const SCHEDULE: &str = "every = \"1m\"";
 const SOAK_SCHEDULE: &str = "every = \"5s\"";
 
-/// Most differences, regressions or ends told in words; all are counted.
+/// Most differences, regressions or untrue figures told in words; all are counted.
 const THINGS: usize = 20;
 
 /// How often the processes are looked at.

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::NAME;
 use super::plan::{Ending, Fault, Part, Strike};
 use super::recovery::{FaultId, SharedClock};
 use super::transactions::Transactions;
-use super::{NAME, THINGS};
 use crate::cli::SoakArgs;
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
@@ -54,8 +54,6 @@ pub(super) struct Fleet {
     pub(super) kills: u64,
     /// How often a service ended without being killed.
     pub(super) own_ends: u64,
-    /// The first of them in words.
-    pub(super) ends: Vec<String>,
 }
 
 impl Fleet {
@@ -82,7 +80,6 @@ impl Fleet {
             started: Vec::new(),
             kills: 0,
             own_ends: 0,
-            ends: Vec::new(),
         }
     }
 
@@ -153,9 +150,6 @@ impl Fleet {
         }
         self.terminal.warning(&death);
         self.own_ends += 1;
-        if self.ends.len() < THINGS {
-            self.ends.push(death);
-        }
         Ok(())
     }
 
