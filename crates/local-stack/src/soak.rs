@@ -25,7 +25,6 @@ use crate::error::{Error, Result};
 use crate::private::{self, Private};
 use crate::process::{Process, last_lines};
 use crate::servers::cassandra::connect;
-use crate::servers::kafka::Reader;
 use crate::services;
 use crate::terminal::Terminal;
 use fleet::Fleet;
@@ -201,11 +200,11 @@ async fn end_load(fleet: &mut Fleet) -> Result<()> {
 /// Waits until the processors have dealt with the whole log; tells whether they have.
 async fn drain(fleet: &mut Fleet, settings: &Settings, partitions: i32, terminal: Terminal) -> Result<bool> {
     let since = Instant::now();
-    let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
+    let session = connect(settings).await?;
     let (mut highest, mut moved) = (-1, Instant::now());
     let drained = loop {
         fleet.tend().await?;
-        match oracle::drained(&session, &reader, partitions).await {
+        match oracle::drained(&session, settings, partitions).await {
             Ok((true, _)) => break true,
             Ok((false, passed)) if passed > highest => (highest, moved) = (passed, Instant::now()),
             Ok((false, _)) => {}

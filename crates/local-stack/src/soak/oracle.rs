@@ -172,11 +172,9 @@ pub(super) async fn compare(settings: &Settings, partitions: i32) -> Result<Trut
 
 /// Whether the progress rows of the registered partitions have reached the log's end, and how many records they have
 /// passed together.
-pub(super) async fn drained(session: &Session, reader: &Reader, partitions: i32) -> Result<(bool, i64)> {
+pub(super) async fn drained(session: &Session, settings: &Settings, partitions: i32) -> Result<(bool, i64)> {
     let next = positions(session, partitions).await?;
-    let reader = reader.clone();
-    let ends = move || (0..partitions).map(|p| reader.end(p, END_WITHIN)).collect::<Result<Vec<_>>>();
-    let ends = blocking(ends).await?;
+    let ends = ends(settings, partitions, END_WITHIN).await?;
     Ok((next.iter().zip(&ends).all(|(next, end)| next >= end), next.iter().sum()))
 }
 
@@ -184,6 +182,17 @@ pub(super) async fn drained(session: &Session, reader: &Reader, partitions: i32)
 pub(super) async fn positions(session: &Session, partitions: i32) -> Result<Vec<i64>> {
     let progress = progress(session).await?;
     Ok((0..partitions).map(|partition| progress.get(&partition).map_or(0, |row| row.next_offset)).collect())
+}
+
+/// Where the log of each registered partition ends. Each question has a client of its own: one that lived through a pause of the
+/// broker may never find it again.
+pub(super) async fn ends(settings: &Settings, partitions: i32, within: Duration) -> Result<Vec<i64>> {
+    let settings = settings.clone();
+    blocking(move || {
+        let reader = Reader::new(&settings, NAME)?;
+        (0..partitions).map(|partition| reader.end(partition, within)).collect()
+    })
+    .await
 }
 
 /// How many partitions the events topic has.

@@ -13,13 +13,11 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::NAME;
-use super::oracle::positions;
+use super::oracle::{ends, positions};
 use super::plan::Fault;
 use crate::config::{Settings, loopback};
 use crate::error::Result;
 use crate::servers::cassandra::connect;
-use crate::servers::kafka::Reader;
 use crate::servers::metric;
 
 /// How often the task looks, which is also how exact the times are.
@@ -235,7 +233,7 @@ pub(super) async fn watch(
     partitions: i32,
     stop: CancellationToken,
 ) -> Result<JoinHandle<()>> {
-    let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
+    let (session, settings) = (connect(settings).await?, settings.clone());
     let producer = format!("http://{}", loopback(settings.ports.producer));
     Ok(tokio::spawn(async move {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
@@ -247,13 +245,10 @@ pub(super) async fn watch(
             }
             let asked = clock.begun.elapsed();
             let wants = clock.lock().wants();
-            if wants.ends {
-                let reader = reader.clone();
-                let ends = move || (0..partitions).map(|p| reader.end(p, END_WITHIN)).collect();
-                let ends: std::result::Result<Result<Vec<i64>>, _> = tokio::task::spawn_blocking(ends).await;
-                if let Ok(Ok(ends)) = ends {
-                    clock.lock().log_ends(&ends, asked);
-                }
+            if wants.ends
+                && let Ok(ends) = ends(&settings, partitions, END_WITHIN).await
+            {
+                clock.lock().log_ends(&ends, asked);
             }
             let offsets = if wants.offsets { positions(&session, partitions).await.ok() } else { None };
             let settled = if wants.settled { settled_until(&producer).await } else { None };
