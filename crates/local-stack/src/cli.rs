@@ -40,7 +40,7 @@ pub enum Command {
     Test(TestArgs),
     /// Measure throughput on servers of its own
     Bench(BenchArgs),
-    /// Kill processes and servers of its own at random under load, then compare everything with Kafka's log
+    /// Strike processes and servers of its own at random under load, then compare everything with Kafka's log
     Soak(SoakArgs),
 }
 
@@ -133,19 +133,41 @@ pub enum BenchPart {
 /// How long and how hard to soak.
 #[derive(Args, Clone, Debug)]
 pub struct SoakArgs {
-    /// Minutes under load and fire
+    /// Minutes under load and faults
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     pub minutes: u64,
-    /// Kills a minute: of 22 one hits Kafka, one Cassandra, the others processor and producer, two to one
+    /// Kill so often in all, and go on for as many minutes as that takes
+    #[arg(long, value_name = "N", conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..=20_000))]
+    pub kills: Option<u64>,
+    /// Kills a minute: of 22 one hits Kafka, one Cassandra, the others processors and producers, two to one
     #[arg(long, default_value_t = 22, value_parser = clap::value_parser!(u64).range(0..=60))]
     pub kills_per_minute: u64,
-    /// Decides when what is killed [default: another one each time, printed]
+    /// Pauses a minute: SIGSTOP for Kafka, Cassandra, a processor or the producer
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(0..=10))]
+    pub pauses_per_minute: u64,
+    /// Seconds that a pause, or an outage of the source, lasts at most; at least 3
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(3..=600))]
+    pub longest_pause: u64,
+    /// Of so many faults in a hundred, each strikes a system that has recovered from all others: their recovery times say
+    /// most. The run takes longer by the time that nothing else strikes
+    #[arg(long, default_value_t = 10, value_name = "PERCENT", value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub percent_alone: u64,
+    /// Faults to include
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = FaultKind::ALL)]
+    pub faults: Vec<FaultKind>,
+    /// Stream processors
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=6))]
+    pub processors: u64,
+    /// Give each processor a checkpoint folder of its own, as on machines without a common disk
+    #[arg(long)]
+    pub own_checkpoints: bool,
+    /// Decides which fault comes when [default: another one each time, printed]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Events a second
+    /// Events a second, besides those of the source
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub rate: u64,
-    /// One JSON object instead of a table
+    /// One JSON object instead of tables
     #[arg(long)]
     pub json: bool,
     /// Cache of the servers.
@@ -158,13 +180,43 @@ impl Default for SoakArgs {
     fn default() -> Self {
         Self {
             minutes: 10,
+            kills: None,
             kills_per_minute: 22,
+            pauses_per_minute: 1,
+            longest_pause: 60,
+            percent_alone: 10,
+            faults: FaultKind::ALL.into(),
+            processors: 3,
+            own_checkpoints: false,
             seed: None,
             rate: 2_000,
             json: false,
             place: PlaceArgs::default(),
         }
     }
+}
+
+/// Faults of a soak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FaultKind {
+    /// SIGKILL of processors, producers, Kafka and Cassandra; sometimes the state files are lost, too
+    Kills,
+    /// SIGSTOP of Kafka, Cassandra, processors and the producer, as a long pause of a JVM
+    Pauses,
+    /// Cassandra goes back to an older snapshot
+    Restores,
+    /// The source goes away and comes back
+    Outages,
+    /// Transactions that are committed, aborted or abandoned
+    Transactions,
+    /// At the end the topic gets partitions that the stream was not registered with
+    Partitions,
+}
+
+impl FaultKind {
+    /// Every one.
+    pub const ALL: [Self; 6] =
+        [Self::Kills, Self::Pauses, Self::Restores, Self::Outages, Self::Transactions, Self::Partitions];
 }
 
 /// Parts of `./test`.
@@ -178,7 +230,7 @@ pub enum TestPart {
     Page,
     /// Rules, alerts and boards on the whole system with Prometheus
     Metrics,
-    /// Kills of every part under load for three minutes
+    /// Faults of every kind under load for three minutes (`long`: for fifteen)
     Soak,
     /// Everything but `long`
     All,

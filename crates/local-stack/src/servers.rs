@@ -64,6 +64,14 @@ pub async fn http_ok(url: &str) -> bool {
     }
 }
 
+/// The value of a metric at `ADDRESS/metrics`, its name with its labels as they stand there; none where the service does not
+/// answer or does not have it.
+pub async fn metric(address: &str, name: &str) -> Option<f64> {
+    let answer = http_client().ok()?.get(format!("{address}/metrics")).send().await.ok()?;
+    let text = answer.text().await.ok()?;
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?.parse().ok()
+}
+
 /// A client for loopback: short timeouts, no proxy.
 pub fn http_client() -> reqwest::Result<reqwest::Client> {
     // Only the first call installs the provider; reqwest refuses to build a client without one.

@@ -1,141 +1,76 @@
-//! `local-stack soak`: every part killed at random under load on servers of its own, and at the end everything stored is
-//! compared with Kafka's log. Here is the order of a run and its table; the rooms: `plan` (when what is killed), `fleet` (the
-//! processes), `watch` (a reader meanwhile), `oracle` (the comparison).
+//! `local-stack soak`: every part struck at random under load on servers of its own, and at the end everything stored is
+//! compared with Kafka's log. Here is the order of a run; the rooms: `plan` (which fault when), `schedule` (until its turn has come), `fleet` (the processes),
+//! `transactions` (of another program), `recovery` (how long until the pipeline goes on), `watch` (a reader meanwhile) with
+//! `page` (what the page says), `added` (the last fault), `oracle` (the comparison), `report`.
 
+mod added;
 mod fleet;
 mod oracle;
+mod page;
 mod plan;
+mod recovery;
+mod report;
+mod schedule;
+mod transactions;
 mod watch;
 
+use std::fs;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
-use crate::cli::SoakArgs;
+use crate::cli::{FaultKind, SoakArgs};
 use crate::config::Settings;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::private::{self, Private};
 use crate::process::{Process, last_lines};
 use crate::servers::cassandra::connect;
-use crate::servers::kafka::Reader;
 use crate::services;
 use crate::terminal::Terminal;
 use fleet::Fleet;
 use oracle::Truth;
-use plan::{PARTS, Part, Strike};
+use plan::{Part, Strike};
+pub use report::Report;
+use schedule::Schedule;
 use watch::{Seen, Watch};
 
 /// Keyspace and topic of a soak.
 const NAME: &str = "soak";
 
-/// Most differences, regressions or ends told in words; all are counted.
+/// The schedule of the shipped stream, and that of a soak: an interval comes often enough to be struck.
+const SCHEDULE: &str = "every = \"1m\"";
+const SOAK_SCHEDULE: &str = "every = \"5s\"";
+
+/// Most differences, regressions or untrue figures told in words; all are counted.
 const THINGS: usize = 20;
 
 /// How often the processes are looked at.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How often the progress is read while the processor drains.
+/// How often the progress is read while the processors drain.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long `init` may take.
 const INIT_WITHIN: Duration = Duration::from_secs(120);
 
-/// A processor whose progress stands still for so long does not drain any more.
+/// How much longer than planned a run may take: faults wait until their parts are up, and until others are recovered from.
+const LONGEST: u32 = 3;
+const STRIKES_WITHIN: Duration = Duration::from_secs(300);
+
+/// How long the pipeline may take to recover while nothing strikes and the load goes on.
+const RECOVERED_WITHIN: Duration = Duration::from_secs(180);
+
+/// Processors whose progress stands still for so long do not drain any more.
 const STUCK_AFTER: Duration = Duration::from_secs(120);
 
 /// How long `verify` may take.
 const VERIFY_WITHIN: Duration = Duration::from_secs(3600);
 
-/// What a run found.
-#[derive(Debug, Default, Serialize)]
-pub struct Report {
-    /// Decided when what was killed.
-    pub seed: u64,
-    /// Minutes under load and fire.
-    pub minutes: u64,
-    /// Events in Kafka's log, each counted once.
-    pub events: u64,
-    /// Records of the log that repeat an earlier one.
-    pub copies: u64,
-    /// Kills of processor, producer, Kafka, Cassandra.
-    pub kills: [u64; 4],
-    /// How often the checkpoint files were removed.
-    pub wipes: u64,
-    /// How often the processor ended without being killed.
-    pub own_ends: usize,
-    /// Complete looks of the reader.
-    pub looks: u64,
-    /// Looks that failed because Cassandra was down.
-    pub blind_looks: u64,
-    /// Events that rows, totals or panes lack.
-    pub lost: u64,
-    /// Events that rows, totals or panes have too often, or of a later copy.
-    pub doubled: u64,
-    /// Values that the reader saw going back.
-    pub regressed: u64,
-    /// Whether the processor dealt with the whole log once the load ended.
-    pub drained: bool,
-    /// Whether `stream-processor verify` found no difference.
-    pub verified: bool,
-    /// Its last line.
-    pub verify: String,
-}
-
-impl Report {
-    /// Whether every promise held, and the run could have noticed otherwise.
-    pub fn passed(&self) -> bool {
-        let nothing_wrong = self.lost + self.doubled + self.regressed == 0;
-        nothing_wrong && self.drained && self.verified && self.events > 0 && self.looks > 0
-    }
-
-    /// The table in one line.
-    pub fn summary(&self) -> String {
-        format!(
-            "{} events, {} copies, {} kills, {} wipes: lost {}, doubled {}, regressed {}, verify {} (seed {})",
-            self.events,
-            self.copies,
-            self.kills.iter().sum::<u64>(),
-            self.wipes,
-            self.lost,
-            self.doubled,
-            self.regressed,
-            if self.verified { "passed" } else { "FAILED" },
-            self.seed
-        )
-    }
-
-    fn print(&self, json: bool, terminal: Terminal) {
-        if json {
-            terminal.data(&serde_json::to_string(self).unwrap_or_default());
-            return;
-        }
-        let row = |what: &str, found: String| [what.to_owned(), found];
-        let mut rows = vec![
-            row("minutes", format!("{} (seed {})", self.minutes, self.seed)),
-            row("events", self.events.to_string()),
-            row("copies sent", self.copies.to_string()),
-        ];
-        let kills = PARTS.iter().zip(self.kills);
-        rows.extend(kills.map(|(part, kills)| row(&format!("kills of {}", part.name()), kills.to_string())));
-        rows.extend([
-            row("wipes of the checkpoints", self.wipes.to_string()),
-            row("processor ended by itself", self.own_ends.to_string()),
-            row("looks of the reader", format!("{}, {} more in vain", self.looks, self.blind_looks)),
-            row("drained", if self.drained { "yes" } else { "NO" }.to_owned()),
-            row("lost", self.lost.to_string()),
-            row("doubled", self.doubled.to_string()),
-            row("regressed", self.regressed.to_string()),
-            row("verify", format!("{}: {}", if self.verified { "passed" } else { "FAILED" }, self.verify)),
-        ]);
-        terminal.data("");
-        terminal.table(["what", "found"], &rows);
-    }
-}
-
 /// Soaks and prints; the folder with every log is kept where something is wrong.
 pub async fn run(settings: &Settings, args: &SoakArgs, terminal: Terminal) -> Result<Report> {
-    let own = Private::prepare(settings, private::folder(settings, "soak-")?, terminal).await?;
-    let mut fleet = Fleet::new(&own.settings, &own.installed, args.rate, terminal);
+    let mut own = Private::prepare(settings, private::folder(settings, "soak-")?, terminal).await?;
+    own.settings.stream = with_short_intervals(&own.settings)?;
+    let mut fleet = Fleet::new(&own.settings, &own.installed, args, terminal);
     let report = tokio::select! {
         report = whole(&own.settings, &mut fleet, args, terminal) => report,
         error = private::interrupted() => Err(error),
@@ -150,6 +85,14 @@ pub async fn run(settings: &Settings, args: &SoakArgs, terminal: Terminal) -> Re
     report
 }
 
+/// A copy of the stream definition, scheduled for a soak where it has the shipped schedule.
+fn with_short_intervals(settings: &Settings) -> Result<std::path::PathBuf> {
+    let text = fs::read_to_string(&settings.stream).map_err(Error::io(&settings.stream))?;
+    let copy = settings.folders.config().join("stream.toml");
+    fs::write(&copy, text.replace(SCHEDULE, SOAK_SCHEDULE)).map_err(Error::io(&copy))?;
+    Ok(copy)
+}
+
 async fn whole(
     settings: &Settings,
     fleet: &mut Fleet,
@@ -157,39 +100,52 @@ async fn whole(
     terminal: Terminal,
 ) -> Result<Report> {
     let seed = args.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0 >> 32);
+    let minutes = plan::minutes(args);
     fleet.start_servers().await?;
     finish(settings, services::init(settings)?, INIT_WITHIN).await?;
-    let watch = Watch::begin(settings).await?;
-    let strikes = plan::plan(seed, args.minutes, args.kills_per_minute);
-    terminal.begins("soak", &format!("{} minutes, {} kills, seed {seed}", args.minutes, strikes.len()));
-    under_fire(fleet, strikes, Duration::from_secs(60 * args.minutes)).await?;
-    let drained = drain(settings, fleet, terminal).await?;
+    let partitions = oracle::partitions(settings).await?;
+    let watch = Watch::begin(settings, fleet.epoch()).await?;
+    let strikes = plan::plan(seed, args);
+    terminal.begins("soak", &format!("{minutes} minutes, {} faults, seed {seed}", strikes.len()));
+    let length = Duration::from_secs(60 * minutes);
+    let not_struck = under_fire(fleet, settings, strikes, length, partitions).await?;
+    end_load(fleet).await?;
+    let added = match args.faults.contains(&FaultKind::Partitions) {
+        true => Some(added::add(settings, fleet, partitions, terminal).await?),
+        false => None,
+    };
+    fleet.end(Part::Ingest).await;
+    let drained = drain(fleet, settings, partitions, terminal).await?;
+    fleet.end_processors().await;
     let seen = watch.end().await?;
+    let (verified, verify) = verify(settings, terminal).await?;
     let since = Instant::now();
-    let verified = finish(settings, services::verify(settings)?, VERIFY_WITHIN).await;
-    let said = last_lines(&settings.folders.logs().join("verify.log"), THINGS);
-    let compared = said.iter().rfind(|line| line.contains(" pane rows compared, "));
-    let verify = compared.or(said.last()).cloned().unwrap_or_default();
-    terminal.done("verify", &verify, since.elapsed());
-    let since = Instant::now();
-    let truth = oracle::compare(settings).await?;
+    let truth = oracle::compare(settings, partitions).await?;
     terminal.done("oracle", &format!("{} keys of Kafka's log compared", truth.events), since.elapsed());
-    tell(&truth, &seen, terminal);
+    tell(&truth, &seen, fleet, terminal);
     Ok(Report {
         seed,
-        minutes: args.minutes,
+        minutes,
+        processors: args.processors,
+        own_checkpoints: args.own_checkpoints,
         events: truth.events,
         copies: truth.copies,
-        kills: fleet.kills(),
-        wipes: fleet.wipes,
-        own_ends: fleet.own_ends.len(),
+        kills: fleet.kills,
+        faults: fleet.clock().lock().lines(),
+        not_struck,
+        failed_transactions: fleet.failed_transactions(),
+        own_ends: fleet.own_ends,
+        added,
         looks: seen.looks,
         blind_looks: seen.blind,
+        figures: seen.figures,
+        counts: seen.counts,
         lost: truth.lost,
         doubled: truth.doubled,
         regressed: seen.regressed,
+        untrue: seen.untrue,
         drained,
-        verified: verified.is_ok(),
+        verified,
         verify,
     })
 }
@@ -200,35 +156,55 @@ async fn finish(settings: &Settings, mut spec: crate::process::Spec, within: Dur
     Process::spawn(&spec, &settings.folders)?.finished(within).await
 }
 
-/// Load, and every kill at its time or as soon as its part is up again.
-async fn under_fire(fleet: &mut Fleet, mut strikes: Vec<Strike>, length: Duration) -> Result<()> {
+/// Load, and every fault at its time or as soon as its part is up again; then load until the pipeline has recovered from all of
+/// them. Gives the number of faults that did not find their part up in time.
+async fn under_fire(
+    fleet: &mut Fleet,
+    settings: &Settings,
+    strikes: Vec<Strike>,
+    length: Duration,
+    partitions: i32,
+) -> Result<usize> {
+    let stop = CancellationToken::new();
+    let _stops = stop.clone().drop_guard();
+    recovery::watch(settings, fleet.clock().clone(), partitions, stop).await?;
     fleet.begin_load();
     let since = Instant::now();
-    while since.elapsed() < length {
+    let mut schedule = Schedule::new(strikes);
+    while schedule.goes_on(length) && since.elapsed() < LONGEST * length + STRIKES_WITHIN {
         fleet.tend().await?;
-        let now = since.elapsed();
-        let due = strikes.iter().position(|strike| strike.at <= now && fleet.can_be_hit(strike.part));
-        if let Some(due) = due {
-            fleet.hit(&strikes.remove(due)).await?;
+        let recovered = fleet.clock().lock().all_recovered();
+        if let Some(strike) = schedule.due(recovered, Instant::now(), |fault| fleet.can_strike(fault)) {
+            fleet.strike(&strike).await?;
         }
         tokio::time::sleep(TICK).await;
     }
-    Ok(())
+    let struck = Instant::now();
+    while !fleet.clock().lock().all_recovered() && struck.elapsed() < RECOVERED_WITHIN {
+        fleet.tend().await?;
+        tokio::time::sleep(TICK).await;
+    }
+    Ok(schedule.left())
 }
 
-/// Ends the load and waits until the processor has dealt with the whole log, then ends it; tells whether it has.
-async fn drain(settings: &Settings, fleet: &mut Fleet, terminal: Terminal) -> Result<bool> {
-    let since = Instant::now();
+/// Ends the load once both servers answer.
+async fn end_load(fleet: &mut Fleet) -> Result<()> {
     while !fleet.servers_answer() {
         fleet.tend().await?;
         tokio::time::sleep(TICK).await;
     }
-    fleet.end(Part::Producer).await;
-    let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
+    fleet.end(Part::Load).await;
+    Ok(())
+}
+
+/// Waits until the processors have dealt with the whole log; tells whether they have.
+async fn drain(fleet: &mut Fleet, settings: &Settings, partitions: i32, terminal: Terminal) -> Result<bool> {
+    let since = Instant::now();
+    let session = connect(settings).await?;
     let (mut highest, mut moved) = (-1, Instant::now());
     let drained = loop {
         fleet.tend().await?;
-        match oracle::drained(&session, &reader).await {
+        match oracle::drained(&session, settings, partitions).await {
             Ok((true, _)) => break true,
             Ok((false, passed)) if passed > highest => (highest, moved) = (passed, Instant::now()),
             Ok((false, _)) => {}
@@ -236,18 +212,31 @@ async fn drain(settings: &Settings, fleet: &mut Fleet, terminal: Terminal) -> Re
             Err(error) => terminal.warning(&error.to_string()),
         }
         if moved.elapsed() > STUCK_AFTER {
-            terminal.warning(&format!("the processor stands still at {highest}: {}", fleet.processor_says()));
+            terminal.warning(&format!("the processors stand still at {highest}: {}", fleet.processors_say()));
             break false;
         }
         tokio::time::sleep(LOOK_EVERY).await;
     };
     terminal.done("drain", if drained { "all of the log" } else { "given up" }, since.elapsed());
-    fleet.end(Part::Processor).await;
     Ok(drained)
 }
 
-fn tell(truth: &Truth, seen: &Seen, terminal: Terminal) {
+/// Whether `stream-processor verify` finds no difference, and its closing line.
+async fn verify(settings: &Settings, terminal: Terminal) -> Result<(bool, String)> {
+    let since = Instant::now();
+    let verified = finish(settings, services::verify(settings)?, VERIFY_WITHIN).await;
+    let said = last_lines(&settings.folders.logs().join("verify.log"), THINGS);
+    let compared = said.iter().rfind(|line| line.contains(" pane rows compared, "));
+    let verify = compared.or(said.last()).cloned().unwrap_or_default();
+    terminal.done("verify", &verify, since.elapsed());
+    Ok((verified.is_ok(), verify))
+}
+
+fn tell(truth: &Truth, seen: &Seen, fleet: &Fleet, terminal: Terminal) {
     for line in truth.differences.iter().chain(&seen.examples) {
         terminal.warning(line);
+    }
+    for fault in fleet.clock().lock().waits_for() {
+        terminal.warning(&format!("the pipeline did not go on after: {fault}"));
     }
 }

@@ -1,5 +1,7 @@
 //! One Kafka broker in KRaft's combined mode: its configuration, the formatting of its folder, its command line, and how
-//! a topic is read from outside the pipeline.
+//! a topic is read and changed from outside the pipeline; `sender` writes to it.
+
+pub mod sender;
 
 use std::ffi::OsString;
 use std::fs;
@@ -8,7 +10,10 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
@@ -132,6 +137,7 @@ impl Reader {
         let consumer = common::kafka::client_config(&loopback(settings.ports.kafka), "local-stack")
             .set("group.id", "local-stack")
             .set("enable.auto.commit", "false")
+            .set("enable.partition.eof", "true")
             .create()
             .map_err(failed)?;
         Ok(Self { consumer: Arc::new(consumer), topic: topic.to_owned() })
@@ -143,14 +149,33 @@ impl Reader {
         Ok(metadata.topics().first().map_or(0, |topic| topic.partitions().len()) as i32)
     }
 
-    /// Offset after the last record of a partition.
-    pub fn end(&self, partition: i32) -> Result<i64> {
-        let watermarks = self.consumer.fetch_watermarks(&self.topic, partition, RECORD_TIMEOUT);
+    /// The offset after the last record of a partition that no open transaction holds back.
+    pub fn end(&self, partition: i32, within: Duration) -> Result<i64> {
+        let watermarks = self.consumer.fetch_watermarks(&self.topic, partition, within);
         watermarks.map(|(_, high)| high).map_err(failed)
     }
 
-    /// Hands over every record of a partition up to its present end, which is given back.
+    /// The value of the first record of a partition.
+    pub fn first_value(&self, partition: i32) -> Result<Vec<u8>> {
+        let mut value = None;
+        self.read_while(partition, |message| {
+            value = message.payload().map(<[u8]>::to_vec);
+            value.is_none()
+        })?;
+        value.ok_or_else(|| Error::Refused(format!("topic {}: partition {partition} is empty", self.topic)))
+    }
+
+    /// Hands over every record of a partition up to its present end, which is given back. Aborted records and markers of
+    /// transactions have offsets and are not handed over.
     pub fn read(&self, partition: i32, mut take: impl FnMut(&BorrowedMessage<'_>)) -> Result<i64> {
+        self.read_while(partition, |message| {
+            take(message);
+            true
+        })
+    }
+
+    /// [`Reader::read`] as long as `take` says so.
+    fn read_while(&self, partition: i32, mut take: impl FnMut(&BorrowedMessage<'_>) -> bool) -> Result<i64> {
         let (consumer, topic) = (&self.consumer, &self.topic);
         let (low, high) = consumer.fetch_watermarks(topic, partition, RECORD_TIMEOUT).map_err(failed)?;
         let mut assignment = TopicPartitionList::new();
@@ -158,20 +183,39 @@ impl Reader {
         consumer.assign(&assignment).map_err(failed)?;
         let mut next = low;
         while next < high {
-            let Some(message) = consumer.poll(RECORD_TIMEOUT) else {
-                return Err(Error::Refused(format!(
-                    "topic {topic}, partition {partition}: nothing at offset {next}"
-                )));
-            };
-            let message = message.map_err(failed)?;
-            next = message.offset() + 1;
-            take(&message);
+            match consumer.poll(RECORD_TIMEOUT) {
+                // What was fetched for an earlier assignment may still come.
+                Some(Ok(message)) if message.partition() != partition => {}
+                Some(Ok(message)) if take(&message) => next = message.offset() + 1,
+                Some(Ok(_)) => break,
+                // The log ends with markers or aborted records.
+                Some(Err(KafkaError::PartitionEOF(of))) if of == partition => break,
+                Some(Err(KafkaError::PartitionEOF(_))) => {}
+                Some(Err(error)) => return Err(failed(error)),
+                None => {
+                    let why = format!("topic {topic}, partition {partition}: nothing at offset {next}");
+                    return Err(Error::Refused(why));
+                }
+            }
         }
         Ok(high)
     }
 }
 
-fn failed(error: rdkafka::error::KafkaError) -> Error {
+/// Gives a topic more partitions, `count` in all.
+pub async fn add_partitions(brokers: &str, topic: &str, count: usize) -> Result<()> {
+    let admin: AdminClient<DefaultClientContext> =
+        common::kafka::client_config(brokers, "local-stack").create().map_err(failed)?;
+    let more = NewPartitions::new(topic, count);
+    let answers = admin.create_partitions([&more], &AdminOptions::new()).await.map_err(failed)?;
+    for answer in answers {
+        answer
+            .map_err(|(topic, code)| Error::Refused(format!("topic {topic}, {count} partitions: {code}")))?;
+    }
+    Ok(())
+}
+
+fn failed(error: KafkaError) -> Error {
     Error::Tool {
         tool: "kafka".to_owned(),
         cause: error.to_string(),

@@ -1,272 +1,382 @@
-//! The processes of a soak: started, killed, started again. Which is killed when comes from `plan`.
+//! The processes of a soak: started, struck, started again. Which fault comes when is decided by `plan`, how long the pipeline
+//! needs after it is measured by `recovery`.
 
+mod slot;
+mod snapshot;
+
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinHandle;
-
-use super::plan::{PARTS, Part, Strike};
-use super::{NAME, THINGS};
+use super::NAME;
+use super::plan::{Ending, Fault, Part, Strike};
+use super::recovery::{FaultId, SharedClock};
+use super::transactions::Transactions;
+use crate::cli::SoakArgs;
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::install::Installed;
-use crate::process::{Process, Spec, cause_in_log};
+use crate::process::{LOOK_AGAIN, Process, Spec};
 use crate::servers::{self, Probe};
 use crate::services;
 use crate::terminal::Terminal;
+use slot::{Slot, State};
 
-/// How long one life of the producer is when nothing kills it.
+/// How long one life of the load is when nothing kills it.
 const LOAD_SECONDS: u64 = 20;
-
-/// How long a server may need to answer again; after SIGKILL both check their logs first.
-const SERVER_WITHIN: Duration = Duration::from_secs(180);
-
-/// How often a server that starts is asked.
-const ASK_EVERY: Duration = Duration::from_millis(250);
 
 /// A service that ended by itself is not started again at once: it may do the same again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The processor's exit code for lost history, which a kill is not.
+/// The exit code of a service that refuses to run, which no fault but added partitions explains.
 const REFUSED: i32 = 3;
 
-/// One part with its present process.
-#[derive(Debug)]
-struct Slot {
-    part: Part,
-    process: Option<Process>,
-    /// A server that was started and has not answered yet: since when, and who asks it.
-    starting: Option<(Instant, JoinHandle<()>)>,
-    lives: u64,
-    kills: u64,
-    not_before: Instant,
-    /// Started again whenever it ends.
-    wanted: bool,
-}
+/// Counts up when Cassandra begins to go back to a snapshot, and again once it has: odd meanwhile. What was read
+/// before says nothing about what is read after.
+pub(super) type Epoch = Arc<AtomicU64>;
 
 /// All parts of a soak.
-#[derive(Debug)]
 pub(super) struct Fleet {
     settings: Settings,
     installed: Installed,
     terminal: Terminal,
-    rate: u64,
-    slots: [Slot; 4],
+    args: SoakArgs,
+    slots: BTreeMap<Part, Slot>,
+    clock: SharedClock,
+    epoch: Epoch,
+    transactions: Transactions,
     /// Servers on their first start.
     started: Vec<Process>,
-    /// How often the checkpoint files were removed.
-    pub(super) wipes: u64,
-    /// Why the processor ended without being killed, each time.
-    pub(super) own_ends: Vec<String>,
+    /// Kills so far, with those for a snapshot or a restore.
+    pub(super) kills: u64,
+    /// How often a service ended without being killed.
+    pub(super) own_ends: u64,
 }
 
 impl Fleet {
     /// A fleet of which nothing runs yet.
-    pub(super) fn new(settings: &Settings, installed: &Installed, rate: u64, terminal: Terminal) -> Self {
-        let slot = |part| Slot {
-            part,
-            process: None,
-            starting: None,
-            lives: 0,
-            kills: 0,
-            not_before: Instant::now(),
-            wanted: false,
-        };
+    pub(super) fn new(
+        settings: &Settings,
+        installed: &Installed,
+        args: &SoakArgs,
+        terminal: Terminal,
+    ) -> Self {
+        let services = [Part::Source, Part::Dashboard, Part::Ingest, Part::Load];
+        let processors = (0..args.processors).map(Part::Processor);
+        let parts = [Part::Kafka, Part::Cassandra].into_iter().chain(services).chain(processors);
+        let clock = SharedClock::new();
         Self {
             settings: settings.clone(),
             installed: installed.clone(),
             terminal,
-            rate,
-            slots: PARTS.map(slot),
+            args: args.clone(),
+            slots: parts.map(|part| (part, Slot::new())).collect(),
+            transactions: Transactions::new(settings, clock.clone()),
+            clock,
+            epoch: Epoch::default(),
             started: Vec::new(),
-            wipes: 0,
-            own_ends: Vec::new(),
+            kills: 0,
+            own_ends: 0,
         }
+    }
+
+    /// The measurement of recoveries.
+    pub(super) fn clock(&self) -> &SharedClock {
+        &self.clock
+    }
+
+    /// Tells when Cassandra goes back to a snapshot.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.epoch.clone()
+    }
+
+    /// Transactions that Kafka did not take or end as they were meant to.
+    pub(super) fn failed_transactions(&self) -> u64 {
+        self.transactions.failed()
     }
 
     /// Starts the servers for the first time and waits for them; when this fails, [`Fleet::stop`] ends what runs.
     pub(super) async fn start_servers(&mut self) -> Result<()> {
         let (settings, started) = (&self.settings, &mut self.started);
         servers::start_pair(settings, &self.installed, self.terminal, started).await?;
-        for (part, process) in [Part::Cassandra, Part::Kafka].into_iter().zip(self.started.drain(..)) {
-            let slot = &mut self.slots[part.index()];
-            slot.process = Some(process);
-            slot.lives = 1;
+        for (part, process) in [Part::Cassandra, Part::Kafka].into_iter().zip(std::mem::take(started)) {
+            self.slot(part).runs(process);
+        }
+        Ok(())
+    }
+
+    /// From the next [`Fleet::tend`] on, every service runs.
+    pub(super) fn begin_load(&mut self) {
+        for slot in self.slots.values_mut() {
             slot.wanted = true;
         }
-        Ok(())
     }
 
-    /// From the next [`Fleet::tend`] on, producer and processor run.
-    pub(super) fn begin_load(&mut self) {
-        for part in [Part::Producer, Part::Processor] {
-            self.slots[part.index()].wanted = true;
-        }
-    }
-
-    /// Starts what is not running and should, and notices what has ended or answers again.
+    /// Starts what is not running and should, lets paused processes run again, and notices what has ended or answers again.
     pub(super) async fn tend(&mut self) -> Result<()> {
-        for index in 0..self.slots.len() {
-            self.notice_end(index).await?;
-            let slot = &self.slots[index];
-            if slot.wanted && slot.process.is_none() && Instant::now() >= slot.not_before {
-                self.start(index)?;
+        for part in self.slots.keys().copied().collect::<Vec<_>>() {
+            self.notice_end(part).await?;
+            self.continue_paused(part);
+            let slot = self.slot(part);
+            if slot.wanted && slot.is_due() {
+                slot.prepared().await?;
+                self.start(part)?;
             }
-            self.notice_answer(index)?;
+            self.notice_answer(part)?;
         }
+        self.transactions.tend(self.terminal).await;
         Ok(())
     }
 
-    async fn notice_end(&mut self, index: usize) -> Result<()> {
-        let slot = &mut self.slots[index];
-        let Some(process) = &mut slot.process else { return Ok(()) };
-        let Some(status) = process.ended() else { return Ok(()) };
-        let death = process.death(status).to_string().replace(" while starting", "");
-        if slot.part.is_server() {
+    async fn notice_end(&mut self, part: Part) -> Result<()> {
+        let clock = self.clock.clone();
+        let slot = self.slot(part);
+        let Some((status, death)) = slot.ended() else { return Ok(()) };
+        if part.is_server() {
             return Err(Error::Refused(death));
         }
-        // Reaped already: this only removes its record.
-        process.kill().await;
-        slot.process = None;
-        // A producer ends when its time is over, or when it found no broker for too long.
-        if slot.part == Part::Processor {
-            slot.not_before = Instant::now() + PAUSE;
-            if status.code() == Some(REFUSED) {
-                return Err(Error::Refused(death));
-            }
-            self.terminal.warning(&death);
-            if self.own_ends.len() < THINGS {
-                self.own_ends.push(death);
-            }
+        slot.kill().await;
+        slot.faults_end(&clock);
+        if part == Part::Load {
+            // Its time is over, or it found no broker for too long.
+            return Ok(());
         }
+        slot.down_for(PAUSE);
+        if status.code() == Some(REFUSED) {
+            return Err(Error::Refused(death));
+        }
+        self.terminal.warning(&death);
+        self.own_ends += 1;
         Ok(())
     }
 
-    fn start(&mut self, index: usize) -> Result<()> {
-        let part = self.slots[index].part;
-        let mut spec = self.spec(part)?;
-        let slot = &mut self.slots[index];
-        slot.lives += 1;
-        // Each life has a log of its own: they are the evidence.
-        spec.name = format!("{}-{:04}", spec.name, slot.lives);
-        slot.process = Some(Process::spawn(&spec, &self.settings.folders)?);
+    fn continue_paused(&mut self, part: Part) {
+        let (terminal, clock) = (self.terminal, self.clock.clone());
+        let slot = self.slot(part);
+        let State::Paused { since, until } = slot.state else { return };
+        if Instant::now() >= until {
+            slot.go_on();
+            terminal.done(part.name(), "stood still", since.elapsed());
+            slot.faults_end(&clock);
+        }
+    }
+
+    fn start(&mut self, part: Part) -> Result<()> {
+        let spec = self.spec(part)?;
         let probe = match part {
-            Part::Kafka => Probe::Kafka(loopback(self.settings.ports.kafka)),
-            Part::Cassandra => Probe::Cassandra(loopback(self.settings.ports.cassandra)),
-            Part::Processor | Part::Producer => return Ok(()),
+            Part::Kafka => Some(Probe::Kafka(loopback(self.settings.ports.kafka))),
+            Part::Cassandra => Some(Probe::Cassandra(loopback(self.settings.ports.cassandra))),
+            Part::Source => Some(Probe::Tcp(loopback(self.settings.ports.source))),
+            Part::Dashboard | Part::Ingest | Part::Load | Part::Processor(_) => None,
         };
-        slot.starting = Some((
-            Instant::now(),
-            tokio::spawn(async move {
-                while !probe.answers().await {
-                    tokio::time::sleep(ASK_EVERY).await;
-                }
-            }),
-        ));
-        Ok(())
+        let folders = self.settings.folders.clone();
+        self.slot(part).start(spec, probe, &folders)
     }
 
     fn spec(&self, part: Part) -> Result<Spec> {
+        let settings = &self.settings;
         let mut spec = match part {
-            Part::Processor => services::processor(&self.settings)?,
-            Part::Producer => services::load(&self.settings, LOAD_SECONDS, self.rate)?,
-            Part::Kafka => return servers::kafka::spec(&self.settings, &self.installed),
-            Part::Cassandra => return servers::cassandra::spec(&self.settings, &self.installed),
+            Part::Kafka => return servers::kafka::spec(settings, &self.installed),
+            Part::Cassandra => return servers::cassandra::spec(settings, &self.installed),
+            Part::Source => services::source(settings)?,
+            Part::Dashboard => services::dashboard(settings)?,
+            Part::Ingest => services::producer(settings)?,
+            Part::Load => services::load(settings, LOAD_SECONDS, self.args.rate)?,
+            Part::Processor(number) => services::processor(&self.of_processor(number)?)?,
         };
         spec.environment.extend(services::names(NAME));
+        if let Part::Processor(number) = part {
+            spec.name = format!("{}-{number}", spec.name);
+            spec.environment.push(("PIPELINE_INSTANCE".to_owned(), format!("{NAME}-{number}")));
+        }
         Ok(spec)
     }
 
-    fn notice_answer(&mut self, index: usize) -> Result<()> {
-        let slot = &mut self.slots[index];
-        let Some((since, asking)) = &slot.starting else { return Ok(()) };
-        if asking.is_finished() {
-            self.terminal.done(slot.part.name(), "answers again", since.elapsed());
-            slot.starting = None;
-        } else if since.elapsed() > SERVER_WITHIN {
-            asking.abort();
-            let process = slot.process.as_ref();
-            return Err(process.map_or_else(
-                || Error::Refused(format!("{} does not run", slot.part.name())),
-                |process| process.not_ready("its port after a kill", SERVER_WITHIN),
-            ));
+    /// The settings with a port, and perhaps a checkpoint folder, of this processor's own.
+    fn of_processor(&self, number: u64) -> Result<Settings> {
+        let mut settings = self.settings.clone();
+        settings.checkpoints = self.checkpoints(number);
+        fs::create_dir_all(&settings.checkpoints).map_err(Error::io(&settings.checkpoints))?;
+        settings.ports.processor = self.processor_port(number);
+        Ok(settings)
+    }
+
+    fn checkpoints(&self, number: u64) -> PathBuf {
+        match self.args.own_checkpoints {
+            true => self.settings.checkpoints.join(number.to_string()),
+            false => self.settings.checkpoints.clone(),
+        }
+    }
+
+    /// The first one has the usual port, the others those from Prometheus's on, which does not run here.
+    fn processor_port(&self, number: u64) -> u16 {
+        match number {
+            0 => self.settings.ports.processor,
+            _ => self.settings.ports.prometheus + number as u16 - 1,
+        }
+    }
+
+    /// Where the processors answer.
+    pub(super) fn processors(&self) -> Vec<String> {
+        (0..self.args.processors).map(|n| format!("http://{}", loopback(self.processor_port(n)))).collect()
+    }
+
+    fn notice_answer(&mut self, part: Part) -> Result<()> {
+        let (terminal, clock) = (self.terminal, self.clock.clone());
+        let slot = self.slot(part);
+        let Some(took) = slot.answers()? else { return Ok(()) };
+        terminal.done(part.name(), "answers again", took);
+        slot.faults_end(&clock);
+        if part == Part::Cassandra && !self.epoch.load(Ordering::SeqCst).is_multiple_of(2) {
+            self.epoch.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Whether the part can be killed now: it runs, and a server answers.
-    pub(super) fn can_be_hit(&self, part: Part) -> bool {
-        let slot = &self.slots[part.index()];
-        slot.process.is_some() && slot.starting.is_none()
+    /// Whether the fault can strike now: its part runs, a server answers, and there is a snapshot to restore.
+    pub(super) fn can_strike(&self, fault: Fault) -> bool {
+        let runs = fault.part().is_none_or(|part| self.slots.get(&part).is_some_and(Slot::can_be_hit));
+        match fault {
+            Fault::Restore => runs && self.snapshot().is_dir(),
+            Fault::Transaction(..) => {
+                !self.transactions.is_open() && self.can_strike(Fault::Kill(Part::Kafka))
+            }
+            Fault::Kill(_) | Fault::Wipe(_) | Fault::Pause(..) | Fault::Snapshot | Fault::Outage(_) => runs,
+        }
     }
 
     /// Whether both servers answer.
     pub(super) fn servers_answer(&self) -> bool {
-        self.can_be_hit(Part::Kafka) && self.can_be_hit(Part::Cassandra)
+        [Part::Kafka, Part::Cassandra].iter().all(|part| self.can_strike(Fault::Kill(*part)))
     }
 
-    /// Kills one part with SIGKILL; the next [`Fleet::tend`] starts it again.
-    pub(super) async fn hit(&mut self, strike: &Strike) -> Result<()> {
-        let slot = &mut self.slots[strike.part.index()];
-        if let Some(mut process) = slot.process.take() {
-            process.kill().await;
-            slot.kills += 1;
-            slot.not_before = Instant::now();
-            if strike.part.is_server() {
-                self.terminal.begins(strike.part.name(), "killed");
+    /// Strikes; the next [`Fleet::tend`] begins to put right what was done.
+    pub(super) async fn strike(&mut self, strike: &Strike) -> Result<()> {
+        let fault = strike.fault;
+        let id = self.clock.lock().begin(fault);
+        match fault {
+            Fault::Kill(part) => self.kill(part, id).await,
+            Fault::Wipe(part) => self.wipe(part, id).await?,
+            Fault::Pause(part, length) => self.slot(part).pause(length, id),
+            Fault::Snapshot => {
+                self.kill(Part::Cassandra, id).await;
+                let (data, snapshot) = (self.data(), self.snapshot());
+                self.slot(Part::Cassandra).prepare(move || snapshot::take(&data, &snapshot));
             }
-            if strike.wipes {
-                self.wipe()?;
+            Fault::Restore => {
+                self.epoch.fetch_add(1, Ordering::SeqCst);
+                self.kill(Part::Cassandra, id).await;
+                let (data, snapshot) = (self.data(), self.snapshot());
+                self.slot(Part::Cassandra).prepare(move || snapshot::restore(&snapshot, &data));
             }
+            Fault::Outage(length) => {
+                let slot = self.slot(Part::Source);
+                slot.kill().await;
+                slot.down_for(length);
+                slot.faults.push(id);
+            }
+            Fault::Transaction(ending, open) => self.transactions.begin(id, ending, open),
         }
+        let what = match fault {
+            Fault::Transaction(Ending::Committed | Ending::Aborted, _) => return Ok(()),
+            Fault::Kill(part) if !part.is_server() => return Ok(()),
+            Fault::Pause(_, length) | Fault::Outage(length) => format!(" for {:.0} s", length.as_secs_f64()),
+            _ => String::new(),
+        };
+        self.terminal.begins("fault", &format!("{}{what}", fault.name()));
         Ok(())
     }
 
-    /// Removes the state files; the processor is dead meanwhile.
-    fn wipe(&mut self) -> Result<()> {
-        let folder = &self.settings.checkpoints;
-        for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
-            let file = entry.map_err(Error::io(folder))?.path();
+    /// Kills one part with SIGKILL. A server is on its way until it answers again; a service from now on.
+    async fn kill(&mut self, part: Part, id: FaultId) {
+        self.kills += 1;
+        let clock = self.clock.clone();
+        let slot = self.slot(part);
+        slot.kill().await;
+        slot.faults.push(id);
+        if !part.is_server() {
+            slot.faults_end(&clock);
+        }
+    }
+
+    /// Kills every processor that uses the folder of this one, and removes its state files.
+    async fn wipe(&mut self, part: Part, id: FaultId) -> Result<()> {
+        let Part::Processor(number) = part else { return Ok(()) };
+        let folder = self.checkpoints(number);
+        let sharing = (0..self.args.processors).filter(|other| self.checkpoints(*other) == folder);
+        let clock = self.clock.clone();
+        for other in sharing.map(Part::Processor).collect::<Vec<_>>() {
+            let slot = self.slot(other);
+            slot.kill().await;
+            slot.faults_end(&clock);
+            self.kills += 1;
+        }
+        for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
+            let file = entry.map_err(Error::io(&folder))?.path();
             if file.extension().is_some_and(|extension| extension == "redb") {
                 fs::remove_file(&file).map_err(Error::io(&file))?;
             }
         }
-        self.wipes += 1;
+        self.clock.end(id);
         Ok(())
+    }
+
+    /// Starts a service anew and waits until it refuses to run; tells whether it did.
+    pub(super) async fn refuses(&mut self, part: Part, within: Duration) -> Result<bool> {
+        self.end(part).await;
+        self.start(part)?;
+        let deadline = Instant::now() + within;
+        while Instant::now() < deadline {
+            if let Some((status, _)) = self.slot(part).ended() {
+                self.end(part).await;
+                return Ok(status.code() == Some(REFUSED));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(false)
     }
 
     /// Ends one of our own parts in peace.
     pub(super) async fn end(&mut self, part: Part) {
-        let slot = &mut self.slots[part.index()];
-        slot.wanted = false;
-        if let Some(mut process) = slot.process.take() {
-            process.stop().await;
+        self.slot(part).stop().await;
+    }
+
+    /// Ends every processor in peace.
+    pub(super) async fn end_processors(&mut self) {
+        for number in 0..self.args.processors {
+            self.end(Part::Processor(number)).await;
         }
     }
 
-    /// Kills so far, in the order of [`PARTS`].
-    pub(super) fn kills(&self) -> [u64; 4] {
-        [0, 1, 2, 3].map(|index: usize| self.slots[index].kills)
-    }
-
-    /// The line of the processor's log that says most.
-    pub(super) fn processor_says(&self) -> String {
-        let process = self.slots[Part::Processor.index()].process.as_ref();
-        process.map_or_else(String::new, |process| cause_in_log(&process.record.log))
+    /// The lines of the processors' logs that say most.
+    pub(super) fn processors_say(&self) -> String {
+        let processors = (0..self.args.processors).filter_map(|n| self.slots.get(&Part::Processor(n)));
+        processors.map(Slot::says).collect::<Vec<_>>().join("; ")
     }
 
     /// Stops everything, the servers last.
     pub(super) async fn stop(&mut self) {
-        for slot in &mut self.slots {
-            if let Some((_, asking)) = slot.starting.take() {
-                asking.abort();
-            }
-        }
-        for part in [Part::Producer, Part::Processor, Part::Cassandra, Part::Kafka] {
-            self.end(part).await;
+        // The parts are in the order in which they need each other.
+        for slot in self.slots.values_mut().rev() {
+            slot.stop().await;
         }
         for mut process in self.started.drain(..) {
             process.stop().await;
         }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.settings.folders.data().join("cassandra")
+    }
+
+    fn snapshot(&self) -> PathBuf {
+        self.settings.folders.data().join("cassandra-snapshot")
+    }
+
+    fn slot(&mut self, part: Part) -> &mut Slot {
+        self.slots.entry(part).or_insert_with(Slot::new)
     }
 }

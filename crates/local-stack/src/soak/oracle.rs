@@ -2,12 +2,14 @@
 //! partition by partition. Shares no code with the processor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use chrono::DateTime;
 use common::stream::Definition;
 use futures::TryStreamExt;
 use rdkafka::message::{Headers, Message};
 use scylla::client::session::Session;
+use scylla::statement::Statement;
 use scylla::value::CqlTimestamp;
 
 use super::{NAME, THINGS};
@@ -16,6 +18,12 @@ use crate::error::{Error, Result};
 use crate::servers::cassandra::{connect, failed};
 use crate::servers::kafka::Reader;
 use crate::services;
+
+/// How long Cassandra may take for the progress rows, of which there are few.
+const PROGRESS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long Kafka may take to tell the end of a partition.
+const END_WITHIN: Duration = Duration::from_secs(10);
 
 /// Event time in ms and event id.
 type Key = (i64, Box<[u8]>);
@@ -110,6 +118,14 @@ impl Truth {
         self.number(&place("dead letters"), log.unreadable, progress.dead_letters);
     }
 
+    /// Partitions that something is stored of though the stream is not registered with them.
+    fn others(&mut self, partitions: impl Iterator<Item = i32>) {
+        let partitions: BTreeSet<i32> = partitions.collect();
+        self.differs(0, partitions.len() as u64, || {
+            format!("something is stored of partitions {partitions:?}")
+        });
+    }
+
     fn panes(&mut self, partition: i32, log: &BTreeMap<PaneKey, i64>, stored: &BTreeMap<PaneKey, i64>) {
         let all: BTreeSet<&PaneKey> = log.keys().chain(stored.keys()).collect();
         for pane in all {
@@ -119,23 +135,25 @@ impl Truth {
     }
 }
 
-/// Compares everything; the processor must have dealt with the whole log, and nothing may write meanwhile.
-pub(super) async fn compare(settings: &Settings) -> Result<Truth> {
+/// Compares everything of the registered partitions, and that nothing is stored of others. The processor must have dealt
+/// with the whole log, and nothing may write meanwhile.
+pub(super) async fn compare(settings: &Settings, partitions: i32) -> Result<Truth> {
     let definition = services::definition(settings)?;
     let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
     let progress = progress(&session).await?;
     let stored = stored_panes(&session, &definition).await?;
-    let tables = cassandra_partitions(&session, &definition).await?;
-    let asked = reader.clone();
-    let partitions = blocking(move || asked.partitions()).await?;
+    let tables = cassandra_partitions(&session, &definition.stream.name).await?;
     let mut truth = Truth::default();
+    let shards = definition.store.shards as i32;
+    let in_rows = tables.iter().map(|(_, shard)| shard.div_euclid(shards));
+    let others = progress.keys().chain(stored.keys()).copied().chain(in_rows);
+    truth.others(others.filter(|partition| *partition >= partitions));
     for partition in 0..partitions {
         let of_log = reader.clone();
         let mut log = blocking(move || read(&of_log, partition)).await?;
         truth.totals(partition, &log, progress.get(&partition).copied().unwrap_or_default());
         let empty = BTreeMap::new();
         truth.panes(partition, &panes(&log, &definition), stored.get(&partition).unwrap_or(&empty));
-        let shards = definition.store.shards as i32;
         for (bucket, shard) in tables.iter().filter(|(_, shard)| shard.div_euclid(shards) == partition) {
             let cql = format!(
                 "SELECT event_time, event_id, kafka_offset FROM {NAME}.{} WHERE bucket = ? AND shard = ?",
@@ -152,15 +170,35 @@ pub(super) async fn compare(settings: &Settings) -> Result<Truth> {
     Ok(truth)
 }
 
-/// Whether the progress rows have reached the log's end, and how many records they have passed together.
-pub(super) async fn drained(session: &Session, reader: &Reader) -> Result<(bool, i64)> {
+/// Whether the progress rows of the registered partitions have reached the log's end, and how many records they have
+/// passed together.
+pub(super) async fn drained(session: &Session, settings: &Settings, partitions: i32) -> Result<(bool, i64)> {
+    let next = positions(session, partitions).await?;
+    let ends = ends(settings, partitions, END_WITHIN).await?;
+    Ok((next.iter().zip(&ends).all(|(next, end)| next >= end), next.iter().sum()))
+}
+
+/// The next offset of each registered partition, as the progress rows say it.
+pub(super) async fn positions(session: &Session, partitions: i32) -> Result<Vec<i64>> {
     let progress = progress(session).await?;
-    let reader = reader.clone();
-    let ends = blocking(move || (0..reader.partitions()?).map(|p| reader.end(p)).collect::<Result<Vec<_>>>());
-    let next = |partition: usize| progress.get(&(partition as i32)).map_or(0, |row| row.next_offset);
-    let ends = ends.await?;
-    let behind = ends.iter().enumerate().any(|(partition, end)| next(partition) < *end);
-    Ok((!behind, progress.values().map(|row| row.next_offset).sum()))
+    Ok((0..partitions).map(|partition| progress.get(&partition).map_or(0, |row| row.next_offset)).collect())
+}
+
+/// Where the log of each registered partition ends. Each question has a client of its own: one that lived through a pause of the
+/// broker may never find it again.
+pub(super) async fn ends(settings: &Settings, partitions: i32, within: Duration) -> Result<Vec<i64>> {
+    let settings = settings.clone();
+    blocking(move || {
+        let reader = Reader::new(&settings, NAME)?;
+        (0..partitions).map(|partition| reader.end(partition, within)).collect()
+    })
+    .await
+}
+
+/// How many partitions the events topic has.
+pub(super) async fn partitions(settings: &Settings) -> Result<i32> {
+    let reader = Reader::new(settings, NAME)?;
+    blocking(move || reader.partitions()).await
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -205,9 +243,11 @@ fn panes(log: &Log, definition: &Definition) -> BTreeMap<PaneKey, i64> {
 }
 
 async fn progress(session: &Session) -> Result<HashMap<i32, Progress>> {
-    let query = format!(
+    let mut query = Statement::new(format!(
         "SELECT kafka_partition, next_offset, events, duplicates, dead_letters FROM {NAME}.partition_progress"
-    );
+    ));
+    // A node that stands still must not hold up those who measure.
+    query.set_request_timeout(Some(PROGRESS_WITHIN));
     let rows = session.query_unpaged(query, ()).await.map_err(failed)?.into_rows_result().map_err(failed)?;
     let rows = rows.rows::<(i32, i64, Option<i64>, Option<i64>, Option<i64>)>().map_err(failed)?;
     let mut progress = HashMap::new();
@@ -246,8 +286,8 @@ async fn stored_panes(
 }
 
 /// Bucket and shard of every Cassandra partition of the event table.
-async fn cassandra_partitions(session: &Session, definition: &Definition) -> Result<Vec<(i64, i32)>> {
-    let query = format!("SELECT DISTINCT bucket, shard FROM {NAME}.{}", definition.stream.name);
+pub(super) async fn cassandra_partitions(session: &Session, table: &str) -> Result<Vec<(i64, i32)>> {
+    let query = format!("SELECT DISTINCT bucket, shard FROM {NAME}.{table}");
     let pages = session.query_iter(query, ()).await.map_err(failed)?;
     let rows = pages.rows_stream::<(CqlTimestamp, i32)>().map_err(failed)?;
     rows.map_ok(|(bucket, shard)| (bucket.0, shard)).try_collect().await.map_err(failed)
@@ -278,6 +318,17 @@ mod tests {
         check(&[(5, "a", 2), (6, "b", 1)], 0, 1);
         check(&[(5, "a", 0), (6, "b", 1), (7, "b", 1)], 0, 1);
         check(&[(5, "a", 0), (6, "b", 1), (6, "b", 1)], 0, 1);
+    }
+
+    #[test]
+    fn whatever_is_stored_of_other_partitions_is_too_much() {
+        let check = |partitions: &[i32], doubled| {
+            let mut truth = Truth::default();
+            truth.others(partitions.iter().copied());
+            assert_eq!((truth.lost, truth.doubled), (0, doubled), "{:?}", truth.differences);
+        };
+        check(&[], 0);
+        check(&[6, 7, 6], 2);
     }
 
     #[test]

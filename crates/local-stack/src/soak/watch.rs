@@ -1,7 +1,8 @@
-//! A reader beside the run: looks at progress and panes every second and counts what goes back or away. It knows nothing of
-//! the processor but the tables.
+//! A reader beside the run: looks at the page, the progress and the panes every second and at all rows now and then. It counts what
+//! goes back or away, and what the page says without the tables holding it. It knows nothing of the processor but the tables.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
@@ -10,7 +11,8 @@ use scylla::value::CqlTimestamp;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{NAME, THINGS};
+use super::fleet::Epoch;
+use super::{NAME, THINGS, page};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::servers::cassandra::{connect, failed};
@@ -18,15 +20,25 @@ use crate::servers::cassandra::{connect, failed};
 /// How often is looked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// How long the rows are not counted after a count, at least and as a multiple of its length: it takes Cassandra's time.
+const REST: Duration = Duration::from_secs(10);
+const REST_PER_COUNT: u32 = 9;
+
 /// What the reader saw.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// Complete looks at all rows.
+    /// Complete looks at all progress and pane rows.
     pub(super) looks: u64,
     /// Looks that failed: Cassandra was down.
     pub(super) blind: u64,
+    /// Figures of the page.
+    pub(super) figures: u64,
+    /// How often all rows were counted.
+    pub(super) counts: u64,
     /// Values that went back, and rows that went away.
     pub(super) regressed: u64,
+    /// Figures of the page above what the tables held later.
+    pub(super) untrue: u64,
     /// The first of them in words.
     pub(super) examples: Vec<String>,
 }
@@ -40,16 +52,31 @@ enum Row {
     Pane(i32, i64, String, String),
 }
 
-/// The highest values seen of each row.
+/// A row with its values.
+type Look = Vec<(Row, Vec<Option<i64>>)>;
+
+/// The highest values seen of each row, and what the page said.
 #[derive(Debug, Default)]
 struct Marks {
+    epoch: u64,
     highest: HashMap<Row, Vec<Option<i64>>>,
+    /// Rows as the page said since they were last counted.
+    said: Vec<i64>,
     seen: Seen,
 }
 
 impl Marks {
+    /// Forgets what was seen before Cassandra went back to a snapshot.
+    fn enter(&mut self, epoch: u64) {
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.highest.clear();
+            self.said.clear();
+        }
+    }
+
     /// Takes a complete look: every row there is.
-    fn take(&mut self, rows: Vec<(Row, Vec<Option<i64>>)>, at: Duration) {
+    fn take(&mut self, rows: Look, at: Duration) {
         self.seen.looks += 1;
         let mut present = HashSet::with_capacity(rows.len());
         for (row, values) in rows {
@@ -57,8 +84,8 @@ impl Marks {
                 // An absent value is less than any.
                 let back = before.iter().zip(&values).filter(|(before, now)| now < before).count();
                 if back > 0 {
-                    let what = format!("{row:?} was {before:?}, is {values:?}");
-                    self.note(back, what, at);
+                    self.seen.regressed += back as u64;
+                    self.note(format!("{row:?} was {before:?}, is {values:?}"), at);
                 }
             }
             present.insert(row.clone());
@@ -67,16 +94,47 @@ impl Marks {
         let gone: Vec<Row> = self.highest.keys().filter(|row| !present.contains(*row)).cloned().collect();
         for row in gone {
             self.highest.remove(&row);
-            self.note(1, format!("{row:?} is gone"), at);
+            self.seen.regressed += 1;
+            self.note(format!("{row:?} is gone"), at);
         }
     }
 
-    fn note(&mut self, values: usize, what: String, at: Duration) {
-        self.seen.regressed += values as u64;
+    /// Takes what the page said before the tables were looked at, and the events in all panes then.
+    fn page(&mut self, rows: i64, in_panes: i64, at: Duration) {
+        self.seen.figures += 1;
+        if rows > in_panes {
+            self.seen.untrue += 1;
+            self.note(format!("the page says {rows} rows, later the panes count {in_panes}"), at);
+        } else {
+            self.said.push(rows);
+        }
+    }
+
+    /// Takes a count of all rows that began after everything that the page has said.
+    fn counted(&mut self, rows: i64, at: Duration) {
+        self.seen.counts += 1;
+        for said in std::mem::take(&mut self.said) {
+            if said > rows {
+                self.seen.untrue += 1;
+                self.note(format!("the page said {said} rows, later the table holds {rows}"), at);
+            }
+        }
+    }
+
+    fn note(&mut self, what: String, at: Duration) {
         if self.seen.examples.len() < THINGS {
             self.seen.examples.push(format!("after {:.1} s: {what}", at.as_secs_f64()));
         }
     }
+}
+
+/// Events as the panes of one dimension, that of all events, count them.
+fn in_panes(rows: &Look) -> i64 {
+    let counts = rows.iter().filter_map(|(row, values)| match row {
+        Row::Pane(_, _, dimension, _) if dimension.is_empty() => values.first().copied().flatten(),
+        Row::Pane(..) | Row::Progress(_) => None,
+    });
+    counts.sum()
 }
 
 /// The running reader.
@@ -86,25 +144,41 @@ pub(super) struct Watch {
     task: JoinHandle<Seen>,
 }
 
+/// What the reader works with.
+struct Reader {
+    settings: Settings,
+    session: Session,
+    /// The event table.
+    table: String,
+    epoch: Epoch,
+    begun: Instant,
+    marks: Marks,
+    /// When the rows are counted next.
+    count_at: Instant,
+}
+
 impl Watch {
     /// Begins to look.
-    pub(super) async fn begin(settings: &Settings) -> Result<Self> {
-        let session = connect(settings).await?;
-        let panes = format!("{}_panes", crate::services::definition(settings)?.stream.name);
+    pub(super) async fn begin(settings: &Settings, epoch: Epoch) -> Result<Self> {
+        let mut reader = Reader {
+            settings: settings.clone(),
+            session: connect(settings).await?,
+            table: crate::services::definition(settings)?.stream.name,
+            epoch,
+            begun: Instant::now(),
+            marks: Marks::default(),
+            count_at: Instant::now() + REST,
+        };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let (since, mut marks) = (Instant::now(), Marks::default());
             let mut ticks = tokio::time::interval(LOOK_EVERY);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 let last = stopped.is_cancelled();
-                match look(&session, &panes).await {
-                    Ok(rows) => marks.take(rows, since.elapsed()),
-                    Err(_) => marks.seen.blind += 1,
-                }
+                reader.look(last).await;
                 if last {
-                    return marks.seen;
+                    return reader.marks.seen;
                 }
                 tokio::select! {
                     _ = ticks.tick() => {}
@@ -122,7 +196,43 @@ impl Watch {
     }
 }
 
-async fn look(session: &Session, panes: &str) -> Result<Vec<(Row, Vec<Option<i64>>)>> {
+impl Reader {
+    /// One look at everything; the rows are counted when it is time, and at the end.
+    async fn look(&mut self, last: bool) {
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        if !epoch.is_multiple_of(2) {
+            return;
+        }
+        self.marks.enter(epoch);
+        let said = page::rows_written(&self.settings).await;
+        let rows = look(&self.session, &format!("{}_panes", self.table)).await;
+        if self.epoch.load(Ordering::SeqCst) != epoch {
+            return;
+        }
+        let at = self.begun.elapsed();
+        match rows {
+            Ok(rows) => {
+                if let Some(said) = said {
+                    self.marks.page(said, in_panes(&rows), at);
+                }
+                self.marks.take(rows, at);
+            }
+            Err(_) => self.marks.seen.blind += 1,
+        }
+        if last || Instant::now() >= self.count_at {
+            let since = Instant::now();
+            let counted = page::count_rows(&self.session, &self.table).await;
+            if let Ok(rows) = counted
+                && self.epoch.load(Ordering::SeqCst) == epoch
+            {
+                self.marks.counted(rows, self.begun.elapsed());
+            }
+            self.count_at = Instant::now() + REST.max(REST_PER_COUNT * since.elapsed());
+        }
+    }
+}
+
+async fn look(session: &Session, panes: &str) -> Result<Look> {
     type Progress = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
     let mut seen = Vec::new();
     let query = format!(
@@ -168,5 +278,45 @@ mod tests {
         check(&[&[(0, 1), (1, 5)], &[(0, 1), (1, 6)], &[(0, 2), (1, 6), (2, 0)]], 0);
         check(&[&[(0, 5)], &[(0, 4)], &[(0, 4)], &[(0, 5)]], 1);
         check(&[&[(0, 5), (1, 1)], &[(0, 5)], &[(0, 5)]], 1);
+    }
+    #[test]
+    fn a_figure_of_the_page_is_untrue_when_panes_or_rows_are_fewer_later() {
+        let check = |said: &[(i64, i64)], counts: &[i64], untrue| {
+            let mut marks = Marks::default();
+            for (rows, in_panes) in said {
+                marks.page(*rows, *in_panes, Duration::ZERO);
+            }
+            for rows in counts {
+                marks.counted(*rows, Duration::ZERO);
+            }
+            assert_eq!(marks.seen.untrue, untrue, "{said:?} {counts:?}: {:?}", marks.seen.examples);
+        };
+        check(&[(4, 4), (5, 6)], &[5, 4], 0);
+        check(&[(4, 3)], &[4], 1);
+        check(&[(4, 4), (5, 5), (6, 6)], &[4], 2);
+        check(&[(7, 6)], &[6], 1);
+    }
+
+    #[test]
+    fn what_was_seen_before_a_restore_says_nothing_about_what_comes_after() {
+        let progress = |value| vec![(Row::Progress(0), vec![Some(value)])];
+        let mut marks = Marks::default();
+        marks.take(progress(9), Duration::ZERO);
+        marks.page(9, 9, Duration::ZERO);
+        marks.enter(2);
+        marks.take(progress(4), Duration::ZERO);
+        marks.counted(4, Duration::ZERO);
+        assert_eq!((marks.seen.regressed, marks.seen.untrue), (0, 0), "{:?}", marks.seen.examples);
+        marks.take(progress(3), Duration::ZERO);
+        assert_eq!(marks.seen.regressed, 1);
+    }
+
+    #[test]
+    fn events_are_counted_in_the_panes_of_all_events_alone() {
+        let pane = |dimension: &str, count| {
+            (Row::Pane(0, 0, dimension.to_owned(), String::new()), vec![Some(count), Some(100)])
+        };
+        let rows = vec![(Row::Progress(0), vec![Some(50)]), pane("", 3), pane("gender", 3), pane("", 4)];
+        assert_eq!(in_panes(&rows), 7);
     }
 }

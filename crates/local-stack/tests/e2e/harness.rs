@@ -356,10 +356,7 @@ impl Service {
 
     /// The value of a metric without labels, `None` while it cannot be had.
     pub async fn metric(&self, name: &str) -> Option<f64> {
-        let answer = http_client().unwrap().get(format!("{}/metrics", self.address)).send().await.ok()?;
-        let text = answer.text().await.ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
-        line.parse().ok()
+        local_stack::servers::metric(&self.address, name).await
     }
 
     /// SIGKILL, as `kill -9` does it, and the end of the process.

@@ -6,11 +6,10 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminOptions, NewPartitions};
+use local_stack::servers::kafka::add_partitions;
+use local_stack::servers::kafka::sender::{Events, Sender};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedProducer};
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
@@ -26,9 +25,7 @@ async fn partitions_added_later_are_left_alone_and_told_until_the_topic_is_put_r
     processor.ready().await;
     pipeline.stress(300).await;
     wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events == 300 }).await;
-    let more = NewPartitions::new(&pipeline.topic, 12);
-    let made = pipeline.admin().create_partitions([&more], &AdminOptions::new()).await.unwrap();
-    made.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
+    add_partitions(&pipeline.kafka, &pipeline.topic, 12).await.unwrap();
     pipeline.send_events(PARTITIONS + 1, 0..5).await;
     pipeline.send_events(0, 5..8).await;
     // librdkafka looks for new partitions every half minute.
@@ -156,64 +153,34 @@ async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skip
     assert_eq!(pipeline.rows().await, 40);
 }
 
+fn send(sender: &Sender, partition: Option<i32>, numbers: std::ops::Range<u32>) {
+    let ids: Vec<String> = numbers.map(|number| format!("event-{number}")).collect();
+    let time = chrono::DateTime::from_timestamp_millis(now_ms()).unwrap().to_rfc3339();
+    let value = format!(r#"{{"first_name":"Ada","last_name":"{}"}}"#, "L".repeat(50));
+    sender.send(partition, Events { ids: &ids, time: &time, value: value.as_bytes() }).unwrap();
+}
+
 impl Pipeline {
     /// One event per number, in one batch of one partition.
     async fn send_events(&self, partition: i32, numbers: std::ops::Range<u32>) {
-        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
-            .set("bootstrap.servers", &self.kafka)
-            .set("linger.ms", "200")
-            .create()
-            .unwrap();
-        drop(self.send(producer, Some(partition), numbers).await);
+        let (kafka, topic) = (self.kafka.clone(), self.topic.clone());
+        let send = move || {
+            let sender = Sender::new(&kafka, &topic).unwrap();
+            send(&sender, Some(partition), numbers);
+        };
+        tokio::task::spawn_blocking(send).await.unwrap();
     }
 
     /// One event per number, in one transaction.
     async fn transaction(&self, id: &str, commits: bool, numbers: std::ops::Range<u32>) {
-        let producer: ThreadedProducer<DefaultProducerContext> = ClientConfig::new()
-            .set("bootstrap.servers", &self.kafka)
-            .set("transactional.id", format!("{}.{id}", self.topic))
-            .create()
-            .unwrap();
-        let begun = tokio::task::spawn_blocking(move || {
-            producer.init_transactions(KAFKA_TIMEOUT).unwrap();
-            producer.begin_transaction().unwrap();
-            producer
-        });
-        let producer = self.send(begun.await.unwrap(), None, numbers).await;
-        let ended = tokio::task::spawn_blocking(move || {
-            if commits {
-                producer.commit_transaction(KAFKA_TIMEOUT)
-            } else {
-                producer.abort_transaction(KAFKA_TIMEOUT)
-            }
-        });
-        ended.await.unwrap().unwrap();
-    }
-
-    async fn send(
-        &self,
-        producer: ThreadedProducer<DefaultProducerContext>,
-        partition: Option<i32>,
-        numbers: std::ops::Range<u32>,
-    ) -> ThreadedProducer<DefaultProducerContext> {
-        let topic = self.topic.clone();
-        let time = chrono::DateTime::from_timestamp_millis(now_ms()).unwrap().to_rfc3339();
-        let sent = tokio::task::spawn_blocking(move || {
-            for number in numbers {
-                let id = format!("event-{number}");
-                let headers = [("ce_id", id.as_str()), ("ce_time", time.as_str())];
-                let headers = headers.into_iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
-                    headers.insert(Header { key, value: Some(value) })
-                });
-                let value = format!(r#"{{"first_name":"Ada","last_name":"{}"}}"#, "L".repeat(50));
-                let mut record = BaseRecord::to(&topic).key(&id).payload(&value).headers(headers);
-                record.partition = partition;
-                producer.send(record).map_err(|(error, _)| error).unwrap();
-            }
-            producer.flush(KAFKA_TIMEOUT).unwrap();
-            producer
-        });
-        sent.await.unwrap()
+        let (kafka, topic) = (self.kafka.clone(), self.topic.clone());
+        let id = format!("{topic}.{id}");
+        let send = move || {
+            let sender = Sender::begin(&kafka, &topic, &id).unwrap();
+            send(&sender, None, numbers);
+            sender.end(commits).unwrap();
+        };
+        tokio::task::spawn_blocking(send).await.unwrap();
     }
 
     /// Flips a byte in the middle of the batch that begins at `offset`, as a failing disk would.
