@@ -198,9 +198,10 @@ impl Pipeline {
         let settings = [("PIPELINE_INSTANCE", "ends"), ("PIPELINE_HTTP_LISTEN", "127.0.0.1:0")];
         let settings = settings.map(|(name, value)| (name, value.to_owned()));
         let arguments = [argument];
-        let run = self.run(program, &arguments, &settings);
-        let output = tokio::time::timeout(SOON, run).await;
-        let output = output.unwrap_or_else(|_| panic!("{program} {argument} goes on"));
+        let output = tokio::select! {
+            output = self.run(program, &arguments, &settings) => output,
+            () = tokio::time::sleep(SOON) => panic!("{program} {argument} does not end"),
+        };
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{program} {argument}: {said}");
         for words in words {
