@@ -30,7 +30,7 @@ async fn a_column_is_appended_to_a_stream_with_data() {
     }
     pipeline.init().await;
     assert_eq!(running.end().await.code(), Some(1), "{}", running.words());
-    assert!(running.words().contains("was registered anew"), "{}", running.words());
+    assert!(running.words().contains("was registered again, with changes"), "{}", running.words());
     assert_eq!((pipeline.panes().await, pipeline.progress().await), (panes, progress));
 
     let mut processor = pipeline.processor("one");
@@ -261,7 +261,7 @@ impl Pipeline {
 
     /// Sets these of a topic's settings, leaves the events topic's time stamps as they are, and the rest at the broker's defaults
     /// or as `init` sets it.
-    async fn configure(&self, topic: &str, changes: &[(&str, &str)]) {
+    pub async fn configure(&self, topic: &str, changes: &[(&str, &str)]) {
         let stamps = if topic == self.topic { "LogAppendTime" } else { "CreateTime" };
         let mut settings = vec![
             ("cleanup.policy", "delete"),

@@ -153,6 +153,19 @@ async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skip
     assert_eq!(pipeline.rows().await, 40);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn records_of_every_codec_are_processed() {
+    let pipeline = Pipeline::initialised("codecs").await;
+    let mut processor = pipeline.processor("one");
+    processor.ready().await;
+    for (codec, sent) in ["gzip", "snappy", "lz4", "zstd", "uncompressed"].into_iter().zip(1..) {
+        pipeline.configure(&pipeline.topic, &[("compression.type", codec)]).await;
+        pipeline.stress(100).await;
+        wait_until(codec, SOON, || async { pipeline.progress().await.events == 100 * sent }).await;
+    }
+    pipeline.verify().await;
+}
+
 fn send(sender: &Sender, partition: Option<i32>, numbers: std::ops::Range<u32>) {
     let ids: Vec<String> = numbers.map(|number| format!("event-{number}")).collect();
     let time = chrono::DateTime::from_timestamp_millis(now_ms()).unwrap().to_rfc3339();
