@@ -7,6 +7,7 @@ mod bare;
 mod kafka_perf;
 mod loads;
 mod measure;
+mod worst;
 
 use std::time::{Duration, Instant};
 
@@ -70,7 +71,7 @@ pub async fn run(settings: &Settings, args: &BenchArgs, terminal: Terminal) -> R
     let measured = tokio::select! {
         measured = async {
             stack.start(&own.installed, Extent::Servers).await?;
-            finish(&own.settings, services::init(&own.settings)?, INIT_WITHIN).await?;
+            init(&own.settings, NAME).await?;
             part(&own, args, bench_heaps, terminal).await
         } => measured,
         error = private::interrupted() => Err(error),
@@ -93,6 +94,7 @@ async fn part(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Term
         }
         BenchPart::Cold => serde_json::to_string_pretty(&loads::cold(private, args, terminal).await?),
         BenchPart::Latency => serde_json::to_string_pretty(&loads::latency(private, terminal).await?),
+        BenchPart::Worst => serde_json::to_string_pretty(&worst::run(private, terminal).await?),
         BenchPart::Backlog => serde_json::to_string_pretty(&loads::backlog(private, args, terminal).await?),
     };
     terminal.data(&figures.unwrap_or_default());
@@ -131,9 +133,7 @@ async fn all(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Termi
 
 /// Fills a topic of its own; gives messages per second as the producer itself counts them, all acknowledged.
 async fn producer(private: &Settings, messages: u64, terminal: Terminal) -> Result<f64> {
-    let mut init = services::init(private)?;
-    init.environment.extend(services::names(PRODUCED));
-    Process::spawn(&init, &private.folders)?.finished(INIT_WITHIN).await?;
+    init(private, PRODUCED).await?;
     let since = Instant::now();
     stress(private, PRODUCED, &["--messages", &messages.to_string()]).await?;
     let log = private.folders.logs().join("stress.log");
@@ -149,13 +149,16 @@ async fn producer(private: &Settings, messages: u64, terminal: Terminal) -> Resu
 
 /// `ingest-producer stress` into a topic, to its end.
 async fn stress(private: &Settings, name: &str, arguments: &[&str]) -> Result<()> {
-    let mut spec = services::stress(private, arguments)?;
-    spec.environment.extend(services::names(name));
-    Process::spawn(&spec, &private.folders)?.finished(PRELOAD_WITHIN).await
+    finish(private, name, services::stress(private, arguments)?, PRELOAD_WITHIN).await
 }
 
-async fn finish(private: &Settings, mut spec: Spec, within: Duration) -> Result<()> {
-    spec.environment.extend(services::names(NAME));
+/// `stream-processor init` of a keyspace and topic.
+async fn init(private: &Settings, name: &str) -> Result<()> {
+    finish(private, name, services::init(private)?, INIT_WITHIN).await
+}
+
+async fn finish(private: &Settings, name: &str, mut spec: Spec, within: Duration) -> Result<()> {
+    spec.environment.extend(services::names(name));
     Process::spawn(&spec, &private.folders)?.finished(within).await
 }
 

@@ -128,6 +128,8 @@ pub enum BenchPart {
     Latency,
     /// The processor's memory against a large backlog
     Backlog,
+    /// The processor's memory under the worst definition that passes the checks
+    Worst,
 }
 
 /// How long and how hard to soak.

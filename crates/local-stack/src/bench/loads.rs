@@ -70,6 +70,17 @@ pub(super) struct Backlog {
     pub(super) peak_resident_mib: f64,
 }
 
+impl Backlog {
+    pub(super) fn new(messages: u64, drained: &Drained) -> Backlog {
+        Backlog {
+            messages,
+            events_per_second: messages as f64 / drained.whole.as_secs_f64(),
+            cpu_seconds_per_million: drained.cpu_seconds / (messages as f64 / 1e6),
+            peak_resident_mib: drained.peak_resident_mib,
+        }
+    }
+}
+
 /// Drains old events with new ones among them, while more new ones keep coming; then holds the panes against the rows.
 pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Cold> {
     stress(private, NAME, &["--messages", &NEW_EVENTS.to_string()]).await?;
@@ -81,7 +92,7 @@ pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Termina
     let drained = old(private, args, terminal).await;
     live.stop().await;
     let drained = drained?;
-    finish(private, services::verify(private)?, VERIFY_WITHIN).await?;
+    finish(private, NAME, services::verify(private)?, VERIFY_WITHIN).await?;
     Ok(Cold {
         old_events: args.messages,
         live_events_per_second: LIVE_RATE,
@@ -142,12 +153,7 @@ pub(super) async fn backlog(private: &Settings, args: &BenchArgs, terminal: Term
     stress(private, NAME, &["--messages", &args.messages.to_string()]).await?;
     terminal.done("backlog", &format!("{} events", args.messages), since.elapsed());
     let drained = measure::drain(private, NAME, args.messages, terminal).await?;
-    Ok(Backlog {
-        messages: args.messages,
-        events_per_second: args.messages as f64 / drained.whole.as_secs_f64(),
-        cpu_seconds_per_million: drained.cpu_seconds / (args.messages as f64 / 1e6),
-        peak_resident_mib: drained.peak_resident_mib,
-    })
+    Ok(Backlog::new(args.messages, &drained))
 }
 
 /// Cumulative counts by upper bound of the bucket.
