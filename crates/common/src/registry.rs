@@ -77,7 +77,7 @@ pub enum RegistryError {
     },
     /// `init` has registered changes since this process started: it has to start again.
     #[error(
-        "stream `{stream}` was registered anew:\n{differences}\nstart again with the stream file that `stream-processor init` was \
+        "stream `{stream}` was registered again, with changes:\n{differences}\nstart again with the stream file that `stream-processor init` was \
          run with"
     )]
     Changed {
@@ -125,6 +125,23 @@ pub enum RegistryError {
         registered: i32,
         /// As it is.
         found: i32,
+    },
+    /// A partition of its topic is beyond the registered ones.
+    #[error(
+        "partition {partition} of topic `{topic}` is not processed: stream `{stream}` was registered with {registered} \
+         partitions, and with more of them keys hash to other partitions, so repeated events would be counted twice. Kafka \
+         cannot remove partitions: give the stream a new name, or delete the topic, create it again with {registered} \
+         partitions and fill it from a copy"
+    )]
+    AddedPartition {
+        /// The stream.
+        stream: String,
+        /// Its topic.
+        topic: String,
+        /// As it was made.
+        registered: i32,
+        /// The one that was added.
+        partition: i32,
     },
     /// Its topic is in another cluster: exit code 3.
     #[error(

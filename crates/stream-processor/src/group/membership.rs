@@ -195,13 +195,13 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
 
     /// Events in a partition that was added later have other copies elsewhere: to count them would count twice.
     fn leave_alone(&self, partition: i32) -> Slot {
-        let other = RegistryError::OtherPartitions {
+        let added = RegistryError::AddedPartition {
             stream: self.parts.who.stream.clone(),
             topic: self.parts.settings.topic.clone(),
             registered: self.parts.opener.partitions,
-            found: partition + 1,
+            partition,
         };
-        self.parts.health.set(&partition_dependency(partition), Err(other.to_string()));
+        self.parts.health.set(&partition_dependency(partition), Err(added.to_string()));
         self.parts.holdings.set(partition, Hold::Unregistered);
         self.parts.metrics.unregistered_partitions.inc();
         Slot::Unregistered
