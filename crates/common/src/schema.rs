@@ -17,7 +17,7 @@ pub const CONTROL_RETENTION_MS: i64 = 86_400_000;
 pub const SEGMENT_MS: i64 = 86_400_000;
 /// Most rows of one statement of the processor.
 pub const MAX_BATCH_ROWS: usize = 200;
-/// Most bytes of values in one statement; a mutation over half a commit-log segment (16 MiB) is refused for ever.
+/// Most bytes of values in one statement; a mutation over half a commit-log segment (16 MiB) is refused forever.
 pub const MAX_BATCH_BYTES: usize = 512 << 10;
 /// Seconds a row of `services` lives after its last heartbeat.
 pub const SERVICE_TTL_SECONDS: i64 = 60;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Exit code of a process that was to stop for a reason of its own and did not end in time.
+/// Exit code of a process that began to stop without a signal and did not end in time.
 const HUNG: u8 = 1;
 
 /// Handed to everything that loops. Cloning shares it.
@@ -20,8 +20,8 @@ pub struct Shutdown {
 
 impl Shutdown {
     /// Listens for SIGTERM and SIGINT from now on. Once stopping has begun, the process may take `grace` to end; after that,
-    /// what still runs is logged, and the process ends with the signal's exit code. A thread of its own sees to both: a
-    /// runtime whose threads are all blocked cannot hold it up.
+    /// what still runs is logged, and the process ends with the signal's exit code. A dedicated thread does both: a
+    /// runtime whose threads are all blocked cannot delay it.
     pub fn on_signals(grace: Duration) -> std::io::Result<Shutdown> {
         let shutdown = Shutdown::default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;

@@ -294,7 +294,7 @@ pub struct Store {
     pub bucket: Bucket,
     /// Cassandra partitions per bucket and Kafka partition.
     pub shards: u32,
-    /// Seconds rows live; 0: for ever.
+    /// Seconds rows live; 0: forever.
     pub ttl_seconds: i64,
     /// Shortest time that rows of this stream have ever lived, as registered; `None`: not longer registered than the file says.
     #[serde(skip)]
@@ -302,7 +302,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Seconds that every row of the stream lives at least, also those that were written before the TTL was raised; 0: for ever.
+    /// Seconds that every row of the stream lives at least, also those that were written before the TTL was raised; 0: forever.
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 const CHILD: &str = "SHUTDOWN_TEST_CHILD";
 
-/// Blocks its only thread for ever, after it has begun to listen; `how` says who asks it to stop.
+/// Blocks its only thread forever once it listens; `how` says what asks it to stop.
 fn hang(how: &str) -> ! {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

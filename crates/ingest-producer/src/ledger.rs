@@ -151,20 +151,20 @@ pub fn failures(attempts: &[Attempt]) -> u32 {
     u32::try_from(recent.filter(|a| a.outcome == OUTCOME_FAILED).count()).unwrap_or(u32::MAX)
 }
 
-/// Attempt, epoch and start of the first attempt that a claim of that type gives a run as `seen`. One that begins anew gets the
-/// number after next: [`OUTCOME_CLEARED`] stands in between. Time in which it was due and nobody was there does not count
-/// towards its deadline: the start moves on by as much.
+/// Attempt, epoch and start of the first attempt that a claim of that type gives a run as `seen`. One that starts over gets
+/// the number after next: [`OUTCOME_CLEARED`] stands in between. Time in which it was due but no producer ran does not count
+/// towards its deadline: its start moves forward by that time.
 pub fn taken_up(seen: Option<&Run>, run_type: RunType, now_ms: i64) -> (i32, i64, i64) {
     let Some(run) = seen else { return (1, 1, now_ms) };
     let due_ms = match run.state {
         RunState::Running => run.lease_until_ms,
         _ => run.retry_at_ms,
     };
-    let anew = run.begins_anew(run_type);
-    let goes_on = !anew && run.state != RunState::Scheduled && run.started_at_ms > 0;
+    let starts_over = run.starts_over(run_type);
+    let goes_on = !starts_over && run.state != RunState::Scheduled && run.started_at_ms > 0;
     let idle_ms = if due_ms > 0 { (now_ms - due_ms).max(0) } else { 0 };
     let first_started_ms = if goes_on { run.started_at_ms + idle_ms } else { now_ms };
-    (run.attempt + 1 + i32::from(anew), run.epoch + 1, first_started_ms)
+    (run.attempt + 1 + i32::from(starts_over), run.epoch + 1, first_started_ms)
 }
 
 /// The run ledger of one stream.

@@ -128,7 +128,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Counts a run that goes on until the guard is dropped.
+    /// Counts a run as active until the guard is dropped.
     pub fn active_run(&self) -> ActiveRun {
         self.runs_active.inc();
         ActiveRun(self.runs_active.clone())

@@ -50,7 +50,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Planning goes on behind it: it is finished, or has failed so often that the intervals after it do not wait for it.
+    /// Whether later intervals need not wait for it: it is finished, or it has failed often enough.
     pub fn is_over(&self) -> bool {
         matches!(self.state, RunState::Succeeded | RunState::Failed | RunState::GivenUp)
     }
@@ -60,8 +60,8 @@ impl Run {
         self.state == RunState::Failed && self.attempt == 0
     }
 
-    /// Whether a claim of that type forgets earlier failures. A failed run that is tried again by itself goes on where it was.
-    pub fn begins_anew(&self, run_type: RunType) -> bool {
+    /// Whether a claim of that type forgets earlier failures. A failed run that is retried automatically keeps its count.
+    pub fn starts_over(&self, run_type: RunType) -> bool {
         match self.state {
             RunState::Succeeded | RunState::GivenUp => true,
             RunState::Failed => run_type == RunType::Backfill,
@@ -569,7 +569,7 @@ pub(crate) mod tests {
         };
         world.settled_to_ms = T0 - 3 * MINUTE;
         world.add(failed(-3, T0));
-        assert_eq!(starts(&world.plan(T0)), [-3, -2, -1], "one failure may have a reason of its own");
+        assert_eq!(starts(&world.plan(T0)), [-3, -2, -1], "a single failure does not hold up the others");
         world.add(failed(-2, T0 + 1));
         assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![], 0), "a pause");
         assert_eq!(begun_and_waiting(world.plan(T0 + 1001)), (vec![-1], 0), "the one that was never tried");

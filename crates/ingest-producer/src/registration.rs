@@ -90,7 +90,7 @@ pub struct RegisteredTopic {
 }
 
 impl RegisteredTopic {
-    /// Asks Cassandra and Kafka anew, and lets the publisher know the number of partitions.
+    /// Asks Cassandra and Kafka again, and lets the publisher know the number of partitions.
     pub async fn compare(&self) -> anyhow::Result<()> {
         let registered = registered(&self.session, &self.keyspace, &self.stream).await?;
         let publisher = self.publisher.clone();

@@ -133,7 +133,7 @@ impl Runner {
         let pauses = ExponentialBuilder::default().with_min_delay(LEDGER_PAUSE).with_max_times(CLAIM_AGAIN);
         let claim = (|| self.ledger.claim(interval, run_type, seen, &lease)).retry(pauses);
         let claimed = claim.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
-        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.begins_anew(run_type))) {
+        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.starts_over(run_type))) {
             let cause = format!("was {}; run again by a {}", over.state, run_type);
             let cleared = noted(over, claim.attempt - 1, OUTCOME_CLEARED, cause);
             let cleared = Attempt { owner: self.owner.clone(), started_ms: now_ms, ..cleared };

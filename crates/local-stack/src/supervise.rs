@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_to_a_minute_and_begin_anew_after_a_steady_run() {
+    fn pauses_double_to_a_minute_and_start_over_after_a_steady_run() {
         let mut pauses = Pauses::new();
         let mut after = |ran: u64| pauses.after(Duration::from_secs(ran)).as_millis();
         let grown: Vec<u128> = (0..11).map(|_| after(1)).collect();

@@ -160,7 +160,7 @@ fn a_process_that_only_has_the_pid_of_a_part_is_never_killed() {
     let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
     let mut record = Record::of_this_process("kafka");
     record.pid = bystander.id();
-    // As if the part had ended long ago and the pid were given anew.
+    // As if the part had ended long ago and its pid belonged to another process now.
     record.started_ticks -= 1;
     record.write(&checkout.run_folder()).unwrap();
     let output = checkout.call(&["stop"]);

@@ -33,7 +33,7 @@ pub const CASSANDRA: &str = "cassandra";
 const REFRESH: Duration = Duration::from_secs(1);
 /// Age from which an answer counts as none.
 const STALE_AFTER: Duration = Duration::from_secs(5);
-/// After this long without an answer the session is made anew: the nodes may have new addresses.
+/// After this long without an answer a new session is made: the nodes may have new addresses.
 const REOPEN_AFTER: Duration = Duration::from_secs(30);
 
 /// What is watched.

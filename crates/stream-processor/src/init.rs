@@ -190,7 +190,7 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
     // About 24 bytes a cell with its share of the row's head, as measured on the default stream.
     let mebibytes = rows * (definition.columns.len() as i64 + 4) * 24 / (1 << 20);
     let horizon = match store.least_ttl_seconds() {
-        0 => "none: rows are kept for ever".to_owned(),
+        0 => "none: rows are kept forever".to_owned(),
         ttl => format!("{} days back", (ttl * 1000 - TOPIC_RETENTION_MS) / 86_400_000 - 2),
     };
     vec![

@@ -3,7 +3,7 @@
 //! processor: each pane row is compared with the event rows below its own `upto`.
 //!
 //! [`Verifier`] is what a service calls, partition by partition; [`command`] is `stream-processor verify`. `compare` says what
-//! a difference is, `rows` reads Cassandra, `log` compares with Kafka's log, and `rebuild` writes panes anew.
+//! a difference is, `rows` reads Cassandra, `log` compares with Kafka's log, and `rebuild` rewrites panes.
 
 pub mod command;
 mod compare;

@@ -120,7 +120,7 @@ impl Layout {
         serde_json::from_value(value).map_err(unreadable)
     }
 
-    /// Seconds that every row of the stream lives at least; 0: for ever.
+    /// Seconds that every row of the stream lives at least; 0: forever.
     pub fn shortest_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds
     }
@@ -167,10 +167,10 @@ impl Changes {
     fn ttl(&mut self, old: i64, new: i64) {
         let for_ever = |ttl: i64| if ttl == 0 { i64::MAX } else { ttl };
         if for_ever(new) > for_ever(old) {
-            self.allowed.push(format!("`store.ttl`: from {old} s to {new} s (0: for ever)"));
+            self.allowed.push(format!("`store.ttl`: from {old} s to {new} s (0: forever)"));
         } else if new != old {
             self.refused.push(format!(
-                "`store.ttl`: registered as {old} s, now {new} s (0: for ever); it can be raised, not lowered: copies of events \
+                "`store.ttl`: registered as {old} s, now {new} s (0: forever); it can be raised, not lowered: copies of events \
                  whose rows expire sooner would be counted twice"
             ));
         }

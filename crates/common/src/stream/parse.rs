@@ -363,7 +363,7 @@ fn store(s: &mut Section<'_>) -> Store {
     let ttl_ms = match ttl.as_deref() {
         None | Some("0") => 0,
         Some(text) => parse_duration(text).unwrap_or_else(|e| {
-            s.problem("ttl", format!("{e}, or \"0\" to keep rows for ever"));
+            s.problem("ttl", format!("{e}, or \"0\" to keep rows forever"));
             0
         }),
     };

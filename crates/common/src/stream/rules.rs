@@ -111,7 +111,7 @@ fn check_source(d: &Definition, problems: &mut Vec<String>) {
     match url::Url::parse(&bare) {
         Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {}
         _ if url.is_empty() => {}
-        _ => problems.push(format!("`source.url`: `{}` is no http or https URL", redacted(url))),
+        _ => problems.push(format!("`source.url`: `{}` is not an http or https URL", redacted(url))),
     }
     check_secrets(d, problems);
     let (needed, kind) = match d.source.pagination {

@@ -20,7 +20,7 @@ pub async fn all(make: impl AsyncFn(&str) -> Arc<dyn Ledger>) {
     a_claim_gives_the_lease_to_one(&*make("claim").await).await;
     a_lease_that_was_taken_writes_nothing(&*make("fence").await).await;
     a_run_retries_and_succeeds(&*make("retry").await).await;
-    a_run_that_is_over_begins_anew(&*make("anew").await).await;
+    a_run_that_is_over_starts_over(&*make("over").await).await;
     a_failed_run_that_is_tried_again_by_itself_goes_on(&*make("goes_on").await).await;
     unfinished_runs_are_found_by_themselves(&*make("unfinished").await).await;
     idle_time_does_not_count(&*make("idle").await).await;
@@ -138,7 +138,7 @@ async fn a_run_retries_and_succeeds(ledger: &dyn Ledger) {
     assert_eq!((over.attempt, over.records, over.acked), (2, 30, 29));
 }
 
-async fn a_run_that_is_over_begins_anew(ledger: &dyn Ledger) {
+async fn a_run_that_is_over_starts_over(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     ledger.finish(&first, &ending(RunState::Failed, "404", now)).await.unwrap();

@@ -324,7 +324,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Starts a service anew and waits until it refuses to run; tells whether it did.
+    /// Starts another process of a service and returns whether it refused to run.
     pub(super) async fn refuses(&mut self, part: Part, within: Duration) -> Result<bool> {
         self.end(part).await;
         self.start(part)?;

@@ -1,5 +1,5 @@
 //! Orders in a second shape: nested objects, an opaque cursor, event time in a field. Time is cut into slots; a slot has an
-//! order or not by its number alone, so every interval answers the same for ever and neighbours never overlap. Pure.
+//! order or not by its number alone, so every interval answers the same forever and neighbours never overlap. Pure.
 
 use super::random::Random;
 use chrono::{DateTime, SecondsFormat};

@@ -1,5 +1,5 @@
 //! The shapes of three well-known public APIs: GitHub's commits, Stripe's charges, Stack Exchange's questions. Time is cut
-//! into slots; a slot has a record or not by its number alone, so every interval answers the same for ever. Pure.
+//! into slots; a slot has a record or not by its number alone, so every interval answers the same forever. Pure.
 
 use super::random::Random;
 use chrono::{DateTime, SecondsFormat};

@@ -57,7 +57,7 @@ impl Prometheus {
         answer
     }
 
-    /// What is asked from now on is asked anew.
+    /// Forgets all answers: from now on Prometheus is asked again.
     pub fn look_again(&mut self) {
         self.kept.clear();
     }

@@ -1,5 +1,5 @@
 //! The Kafka client of one membership in the consumer group: how it is set up, what it reports, and how it is closed without
-//! waiting for ever.
+//! waiting forever.
 
 use crate::error::ProcessorError;
 use common::admin::Health;
@@ -116,7 +116,7 @@ pub fn build(
     Ok((Arc::new(consumer), changes))
 }
 
-/// Commits `offsets` and closes the client, on a thread of its own: librdkafka can wait for ever for a group that does not answer
+/// Commits `offsets` and closes the client, on a thread of its own: librdkafka can wait forever for a group that does not answer
 /// (rust-rdkafka#611). A client that does not close in time is left behind. Fails once too many are.
 pub fn close(
     consumer: Arc<BaseConsumer<GroupContext>>,

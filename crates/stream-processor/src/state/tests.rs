@@ -65,7 +65,7 @@ fn a_file_is_never_open_twice_and_its_holder_is_named() {
 }
 
 #[test]
-fn a_file_whose_making_was_cut_off_is_made_anew_and_any_other_is_kept() {
+fn a_file_whose_creation_was_interrupted_is_replaced_and_any_other_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = super::path_of(folder.path(), "s", 0);
     std::fs::write(&path, vec![0; 8192]).unwrap();

@@ -1,4 +1,4 @@
-//! `verify --rebuild`: writes panes anew from the event rows, with the partition's state file held, so that no processor runs
+//! `verify --rebuild`: rewrites panes from the event rows, with the partition's state file held, so that no processor runs
 //! it meanwhile. Pane rows that say too much keep what they say, so the pane table is truncated first.
 
 use super::compare::{EventRow, fold};

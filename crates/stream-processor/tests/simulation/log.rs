@@ -62,7 +62,7 @@ step = 10
 count = 2
 "#;
 
-/// The stream of every simulated log; `ttl_seconds` 0: rows live for ever.
+/// The stream of every simulated log; `ttl_seconds` 0: rows live forever.
 pub fn definition(ttl_seconds: i64) -> Definition {
     let mut definition = Definition::parse("simulated.toml", DEFINITION).unwrap();
     definition.store.ttl_seconds = ttl_seconds;

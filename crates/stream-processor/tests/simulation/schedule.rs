@@ -415,7 +415,7 @@ impl Sim {
                 self.owner.iter().for_each(|owner| owner.stop.cancel());
             }
             8 => self.trim(),
-            9 => self.make_topic_anew(machine),
+            9 => self.recreate_topic(machine),
             11 => self.restore(machine),
             12 => self.damage(),
             _ => {

@@ -83,8 +83,8 @@ impl Sim {
         }
     }
 
-    /// The topic is made anew, of as many records, until somebody notices; nothing may be taken from it.
-    pub(super) fn make_topic_anew(&mut self, machine: usize) {
+    /// The topic is recreated with as many records, until somebody notices; nothing may be taken from it.
+    pub(super) fn recreate_topic(&mut self, machine: usize) {
         self.crash();
         self.kill_zombies();
         if self.world().choices.pick(2, 50) == 1 {
@@ -104,7 +104,7 @@ impl Sim {
         let written = |world: &World| (world.rows.clone(), world.panes.clone(), world.dead.clone());
         let (before, replay) = {
             let mut world = self.world();
-            world.say(|| "the topic is made anew".into());
+            world.say(|| "the topic is recreated".into());
             world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
             (written(&world), world.choices.pick(2, 30) == 1)
         };
@@ -117,7 +117,7 @@ impl Sim {
             ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
         });
         if !is_refused || written(&world) != before {
-            world.bad("a topic made anew is not refused at once", String::new);
+            world.bad("a recreated topic is not refused at once", String::new);
         }
         world.other = None;
     }

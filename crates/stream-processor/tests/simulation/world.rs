@@ -123,7 +123,7 @@ pub struct World {
     pub hash_mask: u64,
     /// Steps let through, and the one at which a fault strikes.
     pub steps: u64,
-    /// The process and the step at which a write fails for ever.
+    /// The process and the step at which a write fails forever.
     pub fail_at: Option<u64>,
 }
 
