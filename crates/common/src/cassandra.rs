@@ -65,6 +65,9 @@ pub enum DatacenterError {
         /// Those that there are.
         there: Vec<String>,
     },
+    /// A session that could not read the cluster's nodes, because Cassandra stopped meanwhile, knows only its contact points.
+    #[error("no cassandra node has reported its datacenter yet")]
+    NotReported,
 }
 
 /// The datacenter to ask, of those that the cluster's nodes are in.
@@ -72,6 +75,7 @@ fn choose_datacenter(named: Option<&str>, nodes: &[Option<String>]) -> Result<St
     let there: BTreeSet<&String> = nodes.iter().flatten().collect();
     let there: Vec<String> = there.into_iter().cloned().collect();
     match (named.filter(|named| !named.is_empty()), &there[..]) {
+        (_, []) => Err(DatacenterError::NotReported),
         (Some(named), there) if there.iter().any(|name| name == named) => Ok(named.to_owned()),
         (Some(named), _) => Err(DatacenterError::Unknown { named: named.to_owned(), there }),
         (None, [one]) => Ok(one.clone()),
@@ -133,10 +137,11 @@ pub async fn connect(
         let cause = tokio::select! {
             () = shutdown.begun() => return Err(ConnectError::Stopped),
             connected = builder.build() => match connected {
-                Ok(session) => {
-                    local_datacenter(&session, settings)?;
-                    return Ok(Arc::new(session));
-                }
+                Ok(session) => match local_datacenter(&session, settings) {
+                    Ok(_) => return Ok(Arc::new(session)),
+                    Err(error @ DatacenterError::NotReported) => error.to_string(),
+                    Err(error) => return Err(error.into()),
+                },
                 Err(e) => e.to_string(),
             },
         };
@@ -257,6 +262,8 @@ mod tests {
         check(None, &["dc1", "dc1"], Ok("dc1"));
         check(Some(""), &["dc1"], Ok("dc1"));
         check(Some("dc2"), &["dc1", "dc2"], Ok("dc2"));
+        check(None, &[], Err("no cassandra node has reported its datacenter"));
+        check(Some("dc1"), &[], Err("no cassandra node has reported its datacenter"));
         check(None, &["dc2", "dc1", "dc1"], Err("2 datacenters (dc1, dc2): name the one"));
         check(
             Some("dc3"),

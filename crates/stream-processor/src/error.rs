@@ -74,7 +74,10 @@ impl From<ConnectError> for ProcessorError {
 
 impl From<DatacenterError> for ProcessorError {
     fn from(error: DatacenterError) -> Self {
-        ProcessorError::Refused(error.to_string())
+        match error {
+            DatacenterError::NotReported => ProcessorError::Retryable(error.to_string()),
+            error => ProcessorError::Refused(error.to_string()),
+        }
     }
 }
 
