@@ -1,6 +1,7 @@
-# Sourced by ./run and ./test: finds or installs what the build and the servers need, then builds. Everything else
-# is in the program local-stack. As root on Debian it installs by apt, saying so; otherwise it lists all that is
-# missing with the one command that installs it. Nothing here calls sudo.
+# Sourced by ./run and ./test: finds or installs the prerequisites of the build and the servers, then builds the
+# programs. Everything else is done by the program local-stack. As root on Debian, missing packages are installed with
+# apt and announced. Otherwise the script lists everything that is missing and prints one command that installs it.
+# Nothing here calls sudo.
 # shellcheck shell=bash
 
 toolchain=$(sed -n 's/^channel *= *"\(.*\)"/\1/p' rust-toolchain.toml)
@@ -11,19 +12,20 @@ say() { printf '%s\n' "$*" >&2; }
 die() { say "fail $*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# The major version of a JVM, nothing where it does not run: 17, 21, 8.
+# Prints the major version of a JVM, such as 17, 21 or 8. Prints nothing if the JVM does not run.
 java_major() {
   "$1" -version 2>&1 | sed -n '1s/.*version "\(1\.\)\{0,1\}\([0-9]*\).*/\2/p'
 }
 
-# Sets JAVA_HOME to a JDK 17. 1: none found. 2: JAVA_HOME names another version, told in java_problem.
+# Sets JAVA_HOME to a JDK 17. Returns 1 if none was found. Returns 2 if JAVA_HOME is set to anything else, and describes
+# the problem in java_problem.
 find_java() {
   local candidate major
   if [ -n "${JAVA_HOME:-}" ]; then
     major=$(java_major "$JAVA_HOME/bin/java")
     [ "$major" != 17 ] || return 0
-    if [ -n "$major" ]; then major="is Java $major"; else major="holds no bin/java"; fi
-    java_problem="JAVA_HOME=$JAVA_HOME $major, and Cassandra 5.0 needs Java 17: set it to a JDK 17, or unset it"
+    if [ -n "$major" ]; then major="is Java $major"; else major="has no bin/java"; fi
+    java_problem="JAVA_HOME=$JAVA_HOME $major, but Cassandra 5.0 needs Java 17; set JAVA_HOME to a JDK 17 or unset it"
     return 2
   fi
   if have java && [ "$(java_major java)" = 17 ]; then
@@ -43,7 +45,7 @@ find_java() {
 
 node_is_missing() { ! have node || ! have npm || [ "$(node -p 'process.versions.node.split(".")[0] >= 18')" != true ]; }
 
-# The pinned toolchain by rustup, or any rustc of that version or later.
+# With rustup, the pinned toolchain must be installed. Without rustup, any rustc of that version or later is accepted.
 rust_is_missing() {
   if have rustup; then
     ! rustup toolchain list 2>/dev/null | grep -q "^$toolchain-"
@@ -53,13 +55,13 @@ rust_is_missing() {
   fi
 }
 
-# Fills the lists: what is missing (for people), the Debian packages that bring it.
+# `missing` holds descriptions for the user, `packages` the Debian packages to install.
 missing=() packages=() java_problem=
-need() { # what it is, Debian packages
+need() { # description, Debian packages...
   local what=$1; shift
   missing+=("$what"); packages+=("$@")
 }
-look() { # "page-tests" adds the browser
+look() { # argument "page-tests" also requires a browser
   missing=() packages=()
   find_java
   [ $? -ne 1 ] || need "JDK 17" openjdk-17-jdk-headless
@@ -72,7 +74,7 @@ look() { # "page-tests" adds the browser
   have curl || need "curl" curl
   [ -e /etc/ssl/certs/ca-certificates.crt ] || need "CA certificates" ca-certificates
   if [ "${1:-}" = page-tests ]; then
-    have chromium || have google-chrome || need "Chromium, for the tests of the page" chromium
+    have chromium || have google-chrome || need "Chromium, for the browser tests of the page" chromium
   fi
   if rust_is_missing; then missing+=("Rust $toolchain"); rust_missing=1; else rust_missing=; fi
 }
@@ -85,12 +87,12 @@ rust_command() {
   fi
 }
 
-# The one command that installs all that is missing.
+# Prints one command that installs everything that is missing.
 the_command() {
   local command=
   if [ ${#packages[@]} -gt 0 ]; then
     command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
-    # The JDK's package fails without it, and slim images have none.
+    # The JDK package fails to install without this folder, and slim images do not have it.
     [ -d /usr/share/man/man1 ] || command="mkdir -p /usr/share/man/man1 && $command"
     [ "$(id -u)" = 0 ] || command="sudo sh -c '$command'"
   fi
@@ -101,11 +103,11 @@ the_command() {
 report_missing() {
   local what
   for what in "${missing[@]}"; do say "missing: $what"; done
-  say "install all of it with:"
+  say "to install everything, run:"
   say "  $(the_command)"
 }
 
-# Everything a build needs, installed as root or named.
+# Makes sure that everything the build needs is installed: installs it as root, otherwise reports it and exits.
 require() {
   look "$@"
   [ -z "$java_problem" ] || die "$java_problem"
@@ -119,18 +121,19 @@ require() {
     say "  apt-get install ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
     { mkdir -p /usr/share/man/man1 && apt-get -qq update && apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null; } ||
-      die "apt-get could not install them; its words are above"
+      die "apt-get could not install the packages; see its output above"
   fi
   if [ -n "$rust_missing" ]; then
     say "  $(rust_command)"
-    sh -c "$(rust_command)" >&2 || die "the Rust toolchain could not be installed; https://rustup.rs has other ways"
+    sh -c "$(rust_command)" >&2 ||
+      die "the Rust toolchain could not be installed; see the output above, or https://rustup.rs for other ways to install it"
     PATH="$HOME/.cargo/bin:$PATH"
   fi
   look "$@"
   [ ${#missing[@]} -eq 0 ] || { report_missing; die "still missing after the installation"; }
 }
 
-# The page is embedded into the dashboard, so it is built first, when it is older than its sources.
+# Builds the page if it is older than its sources. The dashboard embeds it, so it must be built first.
 build_page() {
   local web=crates/metrics-dashboard/web stamp=crates/metrics-dashboard/web/node_modules/.page-built
   [ -e "$web/package.json" ] || return 0
@@ -140,24 +143,24 @@ build_page() {
   fi
   say "building the page"
   (cd "$web" && npm ci --no-audit --no-fund --loglevel=error >&2 && npm run --silent build >&2) ||
-    die "the page could not be built; npm's words are above"
+    die "the page could not be built; see the output of npm above"
   : >"$stamp"
 }
 
 # Builds the whole workspace and sets `program`. The profile is "release" or "dev".
 build() {
-  # Tests kill the processor at steps of its own.
+  # The tests use failpoints to kill the processor at specific steps.
   local flag='--features stream-processor/failpoints' folder=debug
   if [ "$1" = release ]; then flag=--release folder=release; fi
   build_page
   say "building the programs ($1)"
   # shellcheck disable=SC2086
-  cargo build $flag --workspace || die "the programs could not be built; cargo's words are above"
+  cargo build $flag --workspace || die "the programs could not be built; see the output of cargo above"
   # shellcheck disable=SC2034 # the scripts that source this execute it
   program=$target/$folder/local-stack
 }
 
-# ./run doctor: only reports, on stdout.
+# Implements ./run doctor. Changes nothing and reports to stdout.
 doctor() {
   local healthy=0
   exec 2>&1
@@ -167,7 +170,7 @@ doctor() {
   if [ -x "$target/release/local-stack" ]; then
     "$target/release/local-stack" doctor "$@" || healthy=1
   else
-    # The program that checks exactly is not built yet; the same figures in short.
+    # local-stack makes these checks precisely, but it is not built yet. Check the same limits here.
     local free_mib disk_mib port
     free_mib=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
     disk_mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
@@ -176,7 +179,7 @@ doctor() {
     if [ "$disk_mib" -ge 8192 ]; then say "ok    disk     $disk_mib MiB free"; else say "fail  disk     $disk_mib MiB free, 8192 MiB needed to build and start"; healthy=1; fi
     for port in 9092 9093 9042 7000 7199 9404 9405 8090 9101 9102 8050 9090; do
       if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-        say "fail  port     $port is taken; free it, or move every port with --port-base 20000"; healthy=1
+        say "fail  port     $port is in use; free it, or move all ports with --port-base 20000"; healthy=1
       fi
     done
   fi

@@ -1,7 +1,7 @@
-//! Tells cargo to look at the page again when it was built: the program embeds `web/dist`.
+//! Makes cargo rebuild the program after the page was built, because the program embeds `web/dist`.
 
 fn main() {
-    // Watching a folder that is not there would run this each time.
+    // If a watched path does not exist, cargo runs this script on every build.
     let dist = std::path::Path::new("web/dist");
     println!("cargo:rerun-if-changed={}", if dist.is_dir() { "web/dist" } else { "web" });
 }

@@ -1,7 +1,7 @@
-//! `/healthz`, `/readyz` and `/metrics` of every service, and by which host names a service may be asked ([`hosts`]).
+//! `/healthz`, `/readyz` and `/metrics` of every service, and the check of the requested host name ([`hosts`]).
 //!
-//! Healthy: the service's main loop moved within its stall limit. Ready: every dependency it named is up; stopping makes it
-//! not ready first.
+//! A service is healthy if its main loop made progress within the stall limit. It is ready if all of its dependencies
+//! are up. A service that shuts down reports not ready before it stops serving.
 
 pub mod hosts;
 
@@ -20,7 +20,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What `/healthz` and `/readyz` answer from.
+/// The state that `/healthz` and `/readyz` report.
 #[derive(Debug)]
 pub struct Health {
     stall_limit: Duration,
@@ -29,17 +29,18 @@ pub struct Health {
 
 #[derive(Debug)]
 struct Inner {
-    moved_at: Instant,
+    last_beat: Instant,
     dependencies: BTreeMap<String, Result<(), String>>,
     stopping: bool,
 }
 
 impl Health {
-    /// `stall_limit`: how long the main loop may stand still before it counts as dead. `dependencies` start as not ready.
+    /// The service counts as unhealthy if [`Health::beat`] is not called for `stall_limit`. All `dependencies` start as
+    /// not ready.
     pub fn new(stall_limit: Duration, dependencies: &[&str]) -> Arc<Health> {
-        let waiting = |name: &&str| ((*name).to_owned(), Err("not yet known".to_owned()));
+        let waiting = |name: &&str| ((*name).to_owned(), Err("not checked yet".to_owned()));
         let dependencies = dependencies.iter().map(waiting).collect();
-        let inner = Inner { moved_at: Instant::now(), dependencies, stopping: false };
+        let inner = Inner { last_beat: Instant::now(), dependencies, stopping: false };
         Arc::new(Health { stall_limit, inner: Mutex::new(inner) })
     }
 
@@ -47,12 +48,13 @@ impl Health {
         act(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The main loop moved.
+    /// Records that the main loop made progress.
     pub fn beat(&self) {
-        self.with(|i| i.moved_at = Instant::now());
+        self.with(|i| i.last_beat = Instant::now());
     }
 
-    /// Notes that a dependency is up, or why it is not. Bounded: the names are the program's own.
+    /// Records that a dependency is up, or why it is not, and logs each change. The names come from the program, so
+    /// their number is bounded.
     pub fn set(&self, dependency: &str, state: Result<(), String>) {
         self.with(|i| {
             if i.dependencies.get(dependency) != Some(&state) {
@@ -65,33 +67,33 @@ impl Health {
         });
     }
 
-    /// Forgets a dependency, such as a partition that moved elsewhere.
+    /// Removes a dependency, such as a partition that was assigned to another instance.
     pub fn forget(&self, dependency: &str) {
         self.with(|i| i.dependencies.remove(dependency));
     }
 
-    /// Whether a dependency was last known to be up.
+    /// Whether a dependency was up when it was last set. An unknown name counts as down.
     pub fn is_up(&self, dependency: &str) -> bool {
         self.with(|i| i.dependencies.get(dependency).is_some_and(Result::is_ok))
     }
 
-    /// Why a dependency is not up; `None`: it is, or is not known by this name.
+    /// Why a dependency is not up. `None` if it is up, or if no dependency has this name.
     pub fn problem(&self, dependency: &str) -> Option<String> {
         self.with(|i| i.dependencies.get(dependency).and_then(|state| state.as_ref().err().cloned()))
     }
 
-    /// From now on not ready, whatever the dependencies say.
+    /// Makes the service not ready for good, whatever the state of its dependencies.
     pub fn stopping(&self) {
         self.with(|i| i.stopping = true);
     }
 
-    /// Whether every dependency is up and stopping has not begun.
+    /// Whether every dependency is up and the service is not stopping.
     pub fn is_ready(&self) -> bool {
         self.with(|i| !i.stopping && i.dependencies.values().all(Result::is_ok))
     }
 
     fn is_healthy(&self) -> bool {
-        self.with(|i| i.moved_at.elapsed() <= self.stall_limit)
+        self.with(|i| i.last_beat.elapsed() <= self.stall_limit)
     }
 
     fn report(&self) -> serde_json::Value {
@@ -113,7 +115,7 @@ struct Admin {
     registry: Registry,
 }
 
-/// The three routes, to be served alone or merged into a service's own router.
+/// The routes `/healthz`, `/readyz` and `/metrics`. Serve them alone or merge them into the router of a service.
 pub fn router(health: Arc<Health>, registry: Registry) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
@@ -127,7 +129,7 @@ async fn healthz(State(admin): State<Admin>) -> impl IntoResponse {
         (StatusCode::OK, "ok\n".to_owned())
     } else {
         let limit = admin.health.stall_limit.as_secs();
-        (StatusCode::SERVICE_UNAVAILABLE, format!("the main loop has not moved for over {limit} s\n"))
+        (StatusCode::SERVICE_UNAVAILABLE, format!("the main loop has made no progress for over {limit} s\n"))
     }
 }
 
@@ -141,47 +143,48 @@ async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
     match TextEncoder::new().encode(&admin.registry.gather(), &mut text) {
         Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text),
         Err(e) => {
-            let text = format!("metrics cannot be encoded: {e}\n").into_bytes();
+            let text = format!("cannot encode the metrics: {e}\n").into_bytes();
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text)
         }
     }
 }
 
-/// Client closed the request: no official code, but a widespread one.
-const CLIENT_GONE: u16 = 499;
+/// The client closed the connection before the response. The code is not a standard one; nginx introduced it.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
 
-/// One request; noted when it is dropped, whatever became of it.
-struct Asked {
+/// A request in progress. Dropping it records the metrics, so a cancelled request is counted too.
+struct RequestInProgress {
     metrics: HttpMetrics,
     route: Option<MatchedPath>,
-    since: Instant,
+    started: Instant,
     status: u16,
 }
 
-impl Drop for Asked {
+impl Drop for RequestInProgress {
     fn drop(&mut self) {
         let route = self.route.as_ref().map(MatchedPath::as_str);
-        self.metrics.answered(route, self.status, self.since.elapsed());
+        self.metrics.request_finished(route, self.status, self.started.elapsed());
     }
 }
 
-/// The same router, answering only to the names of `hosts`, with every request measured into `registry`: by which route it
-/// was taken, how it was answered, how long that took. Once per registry.
+/// Restricts `router` to requests for `hosts` and counts each request in `registry` by route, status class and
+/// duration. Call it once per registry: a second call fails because the metrics are already registered.
 pub fn guarded(router: Router, hosts: &Hosts, registry: &Registry) -> Result<Router, prometheus::Error> {
     let checked = router.layer(from_fn_with_state(hosts.clone(), hosts::check));
     Ok(checked.layer(from_fn_with_state(HttpMetrics::new(registry)?, measure)))
 }
 
 async fn measure(State(metrics): State<HttpMetrics>, request: Request, next: Next) -> Response {
-    metrics.asked();
+    metrics.request_started();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let mut asked = Asked { metrics, route, since: Instant::now(), status: CLIENT_GONE };
-    let answer = next.run(request).await;
-    asked.status = answer.status().as_u16();
-    answer
+    let mut in_progress =
+        RequestInProgress { metrics, route, started: Instant::now(), status: CLIENT_CLOSED_REQUEST };
+    let response = next.run(request).await;
+    in_progress.status = response.status().as_u16();
+    response
 }
 
-/// The address cannot be listened on.
+/// The service cannot listen on its address.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {listen}: {cause}; choose another with --http-listen or PIPELINE_HTTP_LISTEN")]
 pub struct ListenError {
@@ -189,8 +192,8 @@ pub struct ListenError {
     cause: std::io::Error,
 }
 
-/// Listens, then serves `router` in a task until shutdown is complete. Returns the address really bound (port 0 asks
-/// for any).
+/// Binds `listen`, then serves `router` in a task until `shutdown` begins and all open requests are finished. Returns
+/// the bound address, which differs from `listen` if its port is 0.
 pub async fn serve(
     listen: SocketAddr,
     router: Router,
@@ -204,7 +207,7 @@ pub async fn serve(
         let served =
             axum::serve(listener, router).with_graceful_shutdown(async move { shutdown.begun().await });
         if let Err(e) = served.await {
-            tracing::error!(error = %e, "http server ended");
+            tracing::error!(error = %e, "the HTTP server failed");
         }
     });
     Ok(bound)
@@ -215,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn readiness_needs_every_dependency_and_ends_with_stopping() {
+    fn a_service_is_ready_while_every_dependency_is_up_and_it_is_not_stopping() {
         let health = Health::new(Duration::from_secs(1), &["kafka", "cassandra"]);
         assert!(!health.is_ready());
         health.set("kafka", Ok(()));
@@ -230,34 +233,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_request_is_measured_under_the_route_that_took_it() {
+    async fn every_request_is_counted_under_the_route_that_served_it() {
         let (registry, shutdown) = (Registry::new(), Shutdown::default());
         let health = Health::new(Duration::from_secs(60), &["kafka"]);
         let router = guarded(router(health, registry.clone()), &Hosts::default(), &registry).unwrap();
         let address = serve("127.0.0.1:0".parse().unwrap(), router, shutdown.clone()).await.unwrap();
-        let ask = async |path: &str| {
+        let get = async |path: &str| {
             let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
             let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
             tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut answer).await.unwrap();
-            answer
+            let mut response = String::new();
+            tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut response).await.unwrap();
+            response
         };
-        for path in ["/healthz", "/readyz", "/made/up/1", "/made/up/2"] {
-            ask(path).await;
+        for path in ["/healthz", "/readyz", "/unknown/1", "/unknown/2"] {
+            get(path).await;
         }
-        let answer = ask("/metrics").await;
+        let response = get("/metrics").await;
         for (route, status, count) in [("/healthz", "2xx", 1), ("/readyz", "5xx", 1), ("other", "4xx", 2)] {
             let line =
                 format!("pipeline_http_requests_total{{route=\"{route}\",status=\"{status}\"}} {count}\n");
-            assert!(answer.contains(&line), "{line}{answer}");
+            assert!(response.contains(&line), "{line}{response}");
         }
-        assert!(answer.contains("pipeline_http_requests_active 1\n"), "the one that asks: {answer}");
+        assert!(
+            response.contains("pipeline_http_requests_active 1\n"),
+            "the request for /metrics itself is active: {response}"
+        );
         shutdown.begin();
     }
 
     #[test]
-    fn a_loop_that_stands_still_is_not_healthy() {
+    fn a_stalled_loop_is_unhealthy() {
         let health = Health::new(Duration::ZERO, &[]);
         assert!(!health.is_healthy());
         assert!(Health::new(Duration::from_secs(60), &[]).is_healthy());

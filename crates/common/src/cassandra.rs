@@ -1,5 +1,6 @@
-//! The Cassandra session set up the one right way: `LOCAL_QUORUM`, no retries and no client-side timeouts of the driver's
-//! own (a request given up on keeps its stream id), dead connections found by keepalive. What to ask is each service's own.
+//! Opens the Cassandra session that every service uses: consistency `LOCAL_QUORUM`, no driver retries, and no
+//! client-side request timeouts, because an abandoned request keeps its stream id. Keepalive requests detect dead
+//! connections. Each service has its own statements.
 
 use crate::config::{CommonArgs, ConfigError, read_secret};
 use crate::shutdown::Shutdown;
@@ -16,15 +17,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often an idle connection is asked whether it lives.
+/// Interval between keepalive requests on an idle connection.
 const KEEPALIVE: Duration = Duration::from_secs(3);
-/// How long it may take to answer.
+/// A connection is closed if a keepalive request takes longer than this.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(6);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Pause between attempts to prepare a statement.
 const PREPARE_PAUSE: Duration = Duration::from_millis(250);
 
-/// Cassandra could not be reached in time.
+/// No session could be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// No node answered before the deadline.
@@ -34,43 +35,44 @@ pub enum ConnectError {
     Unreachable {
         /// Contact points.
         nodes: String,
-        /// The driver's words.
+        /// The error of the driver.
         cause: String,
     },
     /// The password file cannot be read.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// It is not said which datacenter to ask, or that one is not there: exit code 3.
+    /// The datacenter to connect to is missing from the settings or from the cluster. The caller exits with code 3.
     #[error(transparent)]
     Datacenter(#[from] DatacenterError),
-    /// Asked to stop while connecting.
+    /// Shutdown began before the connection was established.
     #[error("stopped while connecting to cassandra")]
     Stopped,
 }
 
-/// The datacenter whose quorum is asked is not known. What one quorum acknowledged another need not have.
+/// The local datacenter is not known. All services must use the same one: what a quorum of one datacenter acknowledged
+/// may be missing from a quorum of another.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DatacenterError {
-    /// Several, and none is named.
+    /// The cluster has several datacenters, and the setting names none.
     #[error(
-        "the cassandra cluster has {} datacenters ({}): name the one that all services of this pipeline ask with \
-         PIPELINE_CASSANDRA_DATACENTER", .0.len(), .0.join(", ")
+        "the cassandra cluster has {} datacenters ({}): set PIPELINE_CASSANDRA_DATACENTER to the one that all \
+         services of this pipeline connect to", .0.len(), .0.join(", ")
     )]
     Unnamed(Vec<String>),
-    /// None of that name.
+    /// The cluster has no datacenter with the configured name.
     #[error("PIPELINE_CASSANDRA_DATACENTER={named}: the cassandra cluster has {}", there.join(", "))]
     Unknown {
-        /// As set.
+        /// The configured name.
         named: String,
-        /// Those that there are.
+        /// The datacenters of the cluster.
         there: Vec<String>,
     },
-    /// A session that could not read the cluster's nodes, because Cassandra stopped meanwhile, knows only its contact points.
+    /// Cassandra stopped before the session could read the nodes of the cluster, so the session knows only its contact points.
     #[error("no cassandra node has reported its datacenter yet")]
     NotReported,
 }
 
-/// The datacenter to ask, of those that the cluster's nodes are in.
+/// Chooses the datacenter to connect to. `nodes` holds the datacenter of each node, where known.
 fn choose_datacenter(named: Option<&str>, nodes: &[Option<String>]) -> Result<String, DatacenterError> {
     let there: BTreeSet<&String> = nodes.iter().flatten().collect();
     let there: Vec<String> = there.into_iter().cloned().collect();
@@ -83,14 +85,14 @@ fn choose_datacenter(named: Option<&str>, nodes: &[Option<String>]) -> Result<St
     }
 }
 
-/// The datacenter that a session asks.
+/// The datacenter that the session sends its requests to.
 pub fn local_datacenter(session: &Session, settings: &CommonArgs) -> Result<String, DatacenterError> {
     let state = session.get_cluster_state();
     let nodes: Vec<_> = state.get_nodes_info().iter().map(|node| node.datacenter.clone()).collect();
     choose_datacenter(settings.cassandra_datacenter.as_deref(), &nodes)
 }
 
-/// Asks the nodes of the named datacenter only, or those of the cluster.
+/// Restricts requests to the configured datacenter. Without one, requests may go to every node.
 fn balancing(settings: &CommonArgs) -> Arc<dyn LoadBalancingPolicy> {
     let builder = DefaultPolicy::builder();
     let named = settings.cassandra_datacenter.clone().filter(|named| !named.is_empty());
@@ -100,7 +102,7 @@ fn balancing(settings: &CommonArgs) -> Arc<dyn LoadBalancingPolicy> {
     }
 }
 
-/// Connects, trying again until `deadline` has passed or shutdown begins.
+/// Connects, and retries with backoff until `deadline` has passed since the call or shutdown begins.
 pub async fn connect(
     settings: &CommonArgs,
     deadline: Duration,
@@ -149,7 +151,7 @@ pub async fn connect(
         if started.elapsed() + pause > deadline {
             return Err(ConnectError::Unreachable { nodes: settings.cassandra_nodes.clone(), cause });
         }
-        tracing::debug!(cause, "cassandra not yet reachable");
+        tracing::debug!(cause, "cannot connect to cassandra yet, retrying");
         tokio::select! {
             () = shutdown.begun() => return Err(ConnectError::Stopped),
             () = tokio::time::sleep(pause) => {}
@@ -157,18 +159,18 @@ pub async fn connect(
     }
 }
 
-/// What the caller does about a failed request.
+/// How the caller handles a failed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// The cluster has too much to do: shrink what is in flight, then try again.
+    /// The cluster is overloaded: reduce the load, then retry.
     Overloaded,
-    /// It may work later: try again.
+    /// The request may succeed later: retry.
     Unavailable,
-    /// It will never work: the statement, the schema or the rights are wrong.
+    /// The request can never succeed, because the statement, the schema or the permissions are wrong.
     Refused,
 }
 
-/// Sorts an error of a request by what the caller does about it.
+/// Maps the error of a request to the way the caller handles it.
 pub fn classify(error: &ExecutionError) -> Failure {
     match error {
         ExecutionError::LastAttemptError(error) => classify_attempt(error),
@@ -212,7 +214,7 @@ fn classify_attempt(error: &RequestAttemptError) -> Failure {
 /// A statement could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum StatementError {
-    /// Cassandra knows no such table or column, or denies the right to it.
+    /// The table or column does not exist, or the user lacks the permission.
     #[error("cassandra: {0}; run `stream-processor init` for this stream")]
     NotSetUp(String),
     /// Cassandra did not answer before the deadline.
@@ -220,7 +222,7 @@ pub enum StatementError {
     Unavailable(String),
 }
 
-/// Prepares an idempotent statement; tries again while Cassandra is unavailable, at most until `deadline`.
+/// Prepares a statement and marks it idempotent. Retries until `deadline` while Cassandra is unavailable or overloaded.
 pub async fn prepare(
     session: &Session,
     cql: &str,
@@ -249,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_datacenter_needs_no_name_and_several_are_refused_without_one() {
+    fn the_datacenter_setting_is_required_only_if_the_cluster_has_several() {
         let check = |named: Option<&str>, nodes: &[&str], expected: Result<&str, &str>| {
             let nodes: Vec<_> = nodes.iter().map(|name| Some((*name).to_owned())).collect();
             let chosen = choose_datacenter(named, &nodes);
@@ -264,7 +266,7 @@ mod tests {
         check(Some("dc2"), &["dc1", "dc2"], Ok("dc2"));
         check(None, &[], Err("no cassandra node has reported its datacenter"));
         check(Some("dc1"), &[], Err("no cassandra node has reported its datacenter"));
-        check(None, &["dc2", "dc1", "dc1"], Err("2 datacenters (dc1, dc2): name the one"));
+        check(None, &["dc2", "dc1", "dc1"], Err("2 datacenters (dc1, dc2): set PIPELINE"));
         check(
             Some("dc3"),
             &["dc1", "dc2"],

@@ -1,5 +1,6 @@
-//! Settings shared by the services, and how settings are read: flag, then environment (`PIPELINE_…`), then the file of
-//! `--config`, then the default. Every service flattens [`CommonArgs`] into its own clap type and calls [`parse`].
+//! Settings that all services share, and the parser for all settings. A flag takes precedence over a `PIPELINE_…`
+//! environment variable, which takes precedence over the file given with `--config`, which takes precedence over the
+//! default. Each service flattens [`CommonArgs`] into its own clap type and calls [`parse`].
 
 use crate::stream::{Definition, DefinitionError};
 use clap::{Args, CommandFactory, FromArgMatches};
@@ -16,13 +17,13 @@ pub struct CommonArgs {
     /// Cassandra contact points, comma separated
     #[arg(long, global = true, env = "PIPELINE_CASSANDRA_NODES", default_value = "127.0.0.1:9042")]
     pub cassandra_nodes: String,
-    /// Cassandra user, where the cluster asks for one
+    /// Cassandra user, if the cluster requires authentication
     #[arg(long, global = true, env = "PIPELINE_CASSANDRA_USER")]
     pub cassandra_user: Option<String>,
-    /// File that holds the Cassandra user's password
+    /// File with the password of the Cassandra user
     #[arg(long, global = true, env = "PIPELINE_CASSANDRA_PASSWORD_FILE")]
     pub cassandra_password_file: Option<PathBuf>,
-    /// Datacenter whose Cassandra nodes are asked, where the cluster has more than one
+    /// Cassandra datacenter to connect to; required if the cluster has more than one [default: the only one]
     #[arg(long, global = true, env = "PIPELINE_CASSANDRA_DATACENTER")]
     pub cassandra_datacenter: Option<String>,
     /// Cassandra keyspace
@@ -36,81 +37,82 @@ pub struct CommonArgs {
         default_value = "streams/user_created.toml"
     )]
     pub stream: PathBuf,
-    /// Events topic; its dead letters go to `<topic>.dlq` [default: the stream's name]
+    /// Events topic; dead letters go to `<topic>.dlq` [default: the name of the stream]
     #[arg(long, global = true, env = "PIPELINE_TOPIC")]
     pub topic: Option<String>,
-    /// Topic of commands to the producer
+    /// Topic of the commands to the producer
     #[arg(long, global = true, env = "PIPELINE_CONTROL_TOPIC", default_value = "pipeline.control")]
     pub control_topic: String,
-    /// Name of this instance, unique within its service [default: the host name]
+    /// Name of this instance, unique within its service; also its static member name in the consumer group
+    /// [default: the host name]
     #[arg(long, global = true, env = "PIPELINE_INSTANCE")]
     pub instance: Option<String>,
-    /// Host names the service answers to besides localhost and IP addresses, comma separated
+    /// Host names accepted in HTTP requests besides localhost and IP addresses, comma separated; others get status 421
     #[arg(long, global = true, env = "PIPELINE_HTTP_HOSTS", default_value = "")]
     pub http_hosts: String,
     /// Log filter, such as `info` or `info,rdkafka=debug`
     #[arg(long, global = true, env = "PIPELINE_LOG", default_value = "info")]
     pub log: String,
-    /// Log format; auto: pretty on a terminal, else json
+    /// Log format: `auto` (pretty on a terminal, otherwise json), `json` or `pretty`
     #[arg(long, global = true, env = "PIPELINE_LOG_FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
-    /// TOML file with settings (names as flags, `_` for `-`)
+    /// TOML file with settings: the names of the flags, with `_` instead of `-`
     #[arg(long = "config", global = true, env = "PIPELINE_CONFIG")]
     #[serde(skip)]
     pub config_file: Option<PathBuf>,
-    /// Print the settings in force as JSON, and exit
+    /// Print the effective settings as JSON and exit
     #[arg(long, global = true)]
     #[serde(skip)]
     pub print_config: bool,
 }
 
-/// How logs are written to stderr.
+/// Format of the logs on stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// Pretty on a terminal, JSON lines elsewhere.
+    /// `Pretty` on a terminal, otherwise `Json`.
     Auto,
-    /// JSON lines.
+    /// One JSON object per line.
     Json,
-    /// For people.
+    /// Human-readable.
     Pretty,
 }
 
-/// A setting that cannot be used.
+/// An invalid setting.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The stream file cannot be read.
-    #[error("stream file {file}: {cause}; name another with --stream or PIPELINE_STREAM")]
+    #[error("stream file {file}: {cause}; choose another with --stream or PIPELINE_STREAM")]
     StreamUnreadable {
-        /// As given.
+        /// Path as given.
         file: String,
-        /// The system's words.
+        /// The error of the operating system.
         cause: std::io::Error,
     },
-    /// The stream file has mistakes.
+    /// The stream file is invalid.
     #[error(transparent)]
     Stream(#[from] DefinitionError),
     /// A secret file cannot be read.
     #[error("secret file {file}: {cause}")]
     Secret {
-        /// As given.
+        /// Path as given.
         file: String,
-        /// The system's words.
+        /// The error of the operating system.
         cause: std::io::Error,
     },
-    /// A secret file has nothing in it.
+    /// A secret file is empty.
     #[error("secret file {file} is empty")]
     EmptySecret {
-        /// As given.
+        /// Path as given.
         file: String,
     },
 }
 
-/// Settings that mean nothing without each other, by the names of their flags.
+/// Pairs of settings that must be set together, by their clap ids.
 const PAIRS: [(&str, &str); 1] = [("cassandra_user", "cassandra_password_file")];
 
 impl CommonArgs {
-    /// Reads and checks the stream definition.
+    /// Reads and validates the stream definition.
     pub fn definition(&self) -> Result<Definition, ConfigError> {
         let file = self.stream.display().to_string();
         let text = std::fs::read_to_string(&self.stream)
@@ -118,18 +120,18 @@ impl CommonArgs {
         Ok(Definition::parse(&file, &text)?)
     }
 
-    /// The events topic of `definition`.
+    /// The configured events topic. Defaults to the name of the stream.
     pub fn topic_of(&self, definition: &Definition) -> String {
         self.topic.clone().unwrap_or_else(|| definition.stream.name.clone())
     }
 
-    /// This instance's name.
+    /// The configured instance name. Defaults to the host name.
     pub fn instance_name(&self) -> String {
         self.instance.clone().unwrap_or_else(host_name)
     }
 }
 
-/// The machine's name, or `localhost` where it has none.
+/// The name of this host, or `localhost` if it cannot be read.
 fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname")
         .or_else(|_| std::fs::read_to_string("/etc/hostname"))
@@ -139,7 +141,7 @@ fn host_name() -> String {
         .unwrap_or_else(|| "localhost".to_owned())
 }
 
-/// Reads a secret from a file, without the line end.
+/// Reads a secret from a file, without trailing newlines.
 pub fn read_secret(file: &std::path::Path) -> Result<String, ConfigError> {
     let name = || file.display().to_string();
     let text = std::fs::read_to_string(file).map_err(|cause| ConfigError::Secret { file: name(), cause })?;
@@ -149,13 +151,14 @@ pub fn read_secret(file: &std::path::Path) -> Result<String, ConfigError> {
     }
 }
 
-/// Parses the command line and environment of this process; a mistake prints its message and ends with exit code 2.
+/// Parses the command line and the environment of this process. Prints an error and exits with code 2 if a setting is
+/// invalid.
 pub fn parse<T: CommandFactory + FromArgMatches>() -> T {
     let environment = std::env::var_os("PIPELINE_CONFIG");
     parse_from(std::env::args_os().collect(), environment).unwrap_or_else(|e| e.exit())
 }
 
-/// [`parse`] over given arguments; `config_variable` is the value of `PIPELINE_CONFIG`.
+/// Like [`parse`], but with the given arguments. `config_variable` is the value of `PIPELINE_CONFIG`.
 pub fn parse_from<T: CommandFactory + FromArgMatches>(
     arguments: Vec<OsString>,
     config_variable: Option<OsString>,
@@ -169,7 +172,7 @@ pub fn parse_from<T: CommandFactory + FromArgMatches>(
     T::from_arg_matches(&matches)
 }
 
-/// Refuses settings of which one is given without the other; all in one message. An empty value is none.
+/// Fails if only one setting of a pair is set. The error names all such pairs. An empty value counts as not set.
 fn check_pairs(matches: &clap::ArgMatches) -> Result<(), clap::Error> {
     let given = |name: &str| {
         let values = matches.try_get_raw(name).ok().flatten();
@@ -185,7 +188,7 @@ fn check_pairs(matches: &clap::ArgMatches) -> Result<(), clap::Error> {
     if problems.is_empty() {
         return Ok(());
     }
-    let text = format!("settings that need each other:\n{}\nset both or neither\n", problems.join("\n"));
+    let text = format!("settings that belong together:\n{}\nset both or neither\n", problems.join("\n"));
     Err(clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, text))
 }
 
@@ -203,7 +206,7 @@ fn config_file(arguments: &[OsString]) -> Option<OsString> {
     None
 }
 
-/// Makes the file's values the defaults of the arguments of the same names; all mistakes in one message.
+/// Makes the values of the file the defaults of the arguments with the same names. The error names all mistakes.
 fn with_file_defaults(command: clap::Command, file: &std::path::Path) -> Result<clap::Command, clap::Error> {
     let fail = |text: String| clap::Error::raw(clap::error::ErrorKind::InvalidValue, text + "\n");
     let name = file.display();
@@ -292,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_a_pair_is_refused_wherever_it_comes_from() {
+    fn a_setting_without_its_counterpart_is_refused_whatever_its_source() {
         let half = "PIPELINE_CASSANDRA_USER is set, but PIPELINE_CASSANDRA_PASSWORD_FILE is not";
         for (file, arguments) in
             [("cassandra_user = \"ada\"", &["run"][..]), ("", &["run", "--cassandra-user", "ada"])]
@@ -318,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn all_unknown_settings_are_named_at_once() {
+    fn one_error_names_all_unknown_settings() {
         let error = parse_with("keyspaec = \"x\"\nbrokers = [1]", &["run"]).unwrap_err();
         assert!(error.contains("`keyspaec`: unknown setting") && error.contains("`brokers`"), "{error}");
     }

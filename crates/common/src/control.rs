@@ -1,9 +1,9 @@
-//! Commands to the producer: what can be asked for, within which bounds, and what can become of it. Pure; carrying them out
-//! is the producer's, sending them the dashboard's and the CLI's.
+//! Commands to the producer: their actions, their limits and their states. Pure. The dashboard and the CLI send
+//! commands, and the producer executes them.
 //!
 //! A command is one JSON object in the control topic, for example
 //! `{"id": "…uuid…", "stream": "user_created", "issued_by": "cli", "issued_at_ms": 0, "expires_at_ms": 60000,
-//! "action": {"spike": {"rate": 3000, "seconds": 10}}}`. What became of it is a row of `control_log`.
+//! "action": {"spike": {"rate": 3000, "seconds": 10}}}`. Its outcome is a row of table `control_log`.
 
 use crate::event::{MAX_EVENT_TIME_MS, floor_to};
 use crate::run_ledger::{Reprocess, RunState};
@@ -13,9 +13,9 @@ use uuid::Uuid;
 
 /// Longest command in bytes.
 pub const MAX_COMMAND_BYTES: usize = 16 << 10;
-/// Longest time from issue to expiry: an hour.
+/// Longest time from issue to expiry: one hour.
 pub const MAX_LIFETIME_MS: i64 = 3_600_000;
-/// How far a sender's clock may be ahead of the producer's: a minute.
+/// How far the clock of a sender may be ahead of the clock of the producer: one minute.
 pub const MAX_AHEAD_MS: i64 = 60_000;
 /// Most messages of one `produce`.
 pub const MAX_MESSAGES: u64 = 5_000_000;
@@ -23,69 +23,69 @@ pub const MAX_MESSAGES: u64 = 5_000_000;
 pub const MAX_RATE: u64 = 100_000;
 /// Longest `spike`: ten minutes.
 pub const MAX_SPIKE_SECONDS: u64 = 600;
-/// Most runs at once of one `backfill`.
+/// Most concurrent runs of one `backfill`.
 pub const MAX_ACTIVE_RUNS: u32 = 16;
 /// Longest span of one `backfill` or `clear`: 366 days.
 pub const MAX_SPAN_MS: i64 = 366 * 86_400_000;
 const DAY_MS: i64 = 86_400_000;
 
-/// A command.
+/// A command to the producer of a stream.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Command {
-    /// A UUID, used once.
+    /// Unique id, a UUID.
     pub id: String,
-    /// Stream whose producer is meant.
+    /// Name of the stream.
     pub stream: String,
-    /// Who asks, for people.
+    /// Sender of the command. Informational.
     pub issued_by: String,
-    /// When it was issued, Unix milliseconds.
+    /// Time of issue in Unix milliseconds, on the clock of the sender.
     pub issued_at_ms: i64,
-    /// From when on it is not begun any more, Unix milliseconds.
+    /// The producer does not start the command at or after this time, in Unix milliseconds.
     pub expires_at_ms: i64,
-    /// What is asked for.
+    /// The requested action.
     pub action: Action,
 }
 
-/// What can be asked for.
+/// An action that a command can request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Action {
-    /// Made-up events, as fast as possible.
+    /// Produces synthetic events as fast as possible. At most one `produce` or `spike` runs at a time.
     Produce {
-        /// How many.
+        /// Number of events.
         messages: u64,
     },
-    /// Made-up events at a rate. One load, a spike or a `produce`, goes on at a time.
+    /// Produces synthetic events at a fixed rate. At most one `produce` or `spike` runs at a time.
     Spike {
         /// Messages per second.
         rate: u64,
-        /// For how long.
+        /// Duration in seconds.
         seconds: u64,
     },
-    /// Stops a command that goes on.
+    /// Stops running commands.
     Cancel {
-        /// Which; none: all of them.
+        /// Id of the command to stop. `None` stops all.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<String>,
     },
-    /// Runs the intervals that begin in `[from_ms, to_ms)`.
+    /// Runs the intervals that start in `[from_ms, to_ms)`.
     Backfill {
         /// Unix milliseconds.
         from_ms: i64,
         /// Unix milliseconds.
         to_ms: i64,
-        /// Which runs that are over are run again.
+        /// Which finished runs are repeated.
         #[serde(default)]
         reprocess: Reprocess,
-        /// Most runs at once.
+        /// Most concurrent runs.
         #[serde(default = "one")]
         max_active_runs: u32,
-        /// Begin with the newest.
+        /// Whether to start with the newest interval.
         #[serde(default)]
         newest_first: bool,
     },
-    /// Makes runs of intervals that begin in `[from_ms, to_ms)` due again.
+    /// Makes the runs of the intervals that start in `[from_ms, to_ms)` due again.
     Clear {
         /// Unix milliseconds.
         from_ms: i64,
@@ -95,9 +95,9 @@ pub enum Action {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         state: Option<RunState>,
     },
-    /// Nothing new of the schedule begins.
+    /// Stops starting scheduled runs.
     Pause,
-    /// It begins again.
+    /// Starts scheduled runs again after `pause`.
     Resume,
 }
 
@@ -106,7 +106,7 @@ fn one() -> u32 {
 }
 
 impl Action {
-    /// As stored in `control_log.command`.
+    /// The name stored in `control_log.command`.
     pub fn name(&self) -> &'static str {
         match self {
             Action::Produce { .. } => "produce",
@@ -119,7 +119,7 @@ impl Action {
         }
     }
 
-    /// Its arguments as JSON; empty where it has none.
+    /// The arguments as JSON. Empty for an action without arguments.
     pub fn arguments(&self) -> String {
         match serde_json::to_value(self) {
             Ok(Value::Object(object)) => object.values().next().map(Value::to_string).unwrap_or_default(),
@@ -156,13 +156,16 @@ fn check_span(from_ms: i64, to_ms: i64) -> Result<(), String> {
         return Err(format!("`from_ms` {from_ms} must be before `to_ms` {to_ms}, both after 1970"));
     }
     if to_ms - from_ms > MAX_SPAN_MS {
-        return Err(format!("the span is longer than {} days; ask in parts", MAX_SPAN_MS / DAY_MS));
+        return Err(format!(
+            "the span is longer than {} days; split it into several commands",
+            MAX_SPAN_MS / DAY_MS
+        ));
     }
     Ok(())
 }
 
 impl Command {
-    /// A new command with an id of its own.
+    /// Creates a command with a new id that expires `lifetime_ms` after `now_ms`.
     pub fn new(stream: &str, issued_by: &str, now_ms: i64, lifetime_ms: i64, action: Action) -> Command {
         Command {
             id: Uuid::new_v4().to_string(),
@@ -174,21 +177,21 @@ impl Command {
         }
     }
 
-    /// Where its outcome stands.
+    /// The key of the row that holds the outcome.
     pub fn key(&self) -> LogKey {
         LogKey { issued_at_ms: self.issued_at_ms, id: self.id.clone() }
     }
 
-    /// Whether it may be begun now; the error says why not, and what is allowed.
+    /// Checks whether the command may start now. The error names the problem and the allowed values.
     pub fn check(&self, now_ms: i64) -> Result<(), String> {
         if self.issued_at_ms > now_ms + MAX_AHEAD_MS {
             let ahead = (self.issued_at_ms - now_ms) / 1000;
-            return Err(format!("issued {ahead} s in the future: the sender's clock is wrong"));
+            return Err(format!("issued {ahead} s in the future: check the clock of the sender"));
         }
         let lifetime_ms = self.expires_at_ms.saturating_sub(self.issued_at_ms);
         if !(1..=MAX_LIFETIME_MS).contains(&lifetime_ms) {
             let most = MAX_LIFETIME_MS / 1000;
-            return Err(format!("expires {lifetime_ms} ms after its issue; from 1 ms to {most} s"));
+            return Err(format!("expires {lifetime_ms} ms after its issue; must be from 1 ms to {most} s"));
         }
         if self.expires_at_ms <= now_ms {
             return Err(format!("expired {} ms before it was read", now_ms - self.expires_at_ms));
@@ -197,42 +200,42 @@ impl Command {
     }
 }
 
-/// A row of `control_log` within its stream.
+/// Key of a row of `control_log` within its stream.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct LogKey {
     /// Unix milliseconds.
     pub issued_at_ms: i64,
-    /// The command's id; `offset-N` for a record without one.
+    /// Id of the command, or `offset-N` for a record without a valid id.
     pub id: String,
 }
 
 impl LogKey {
-    /// Start of the day, UTC, that the row is kept with.
+    /// Start of the UTC day in Unix milliseconds, which is part of the partition key of the row.
     pub fn day_ms(&self) -> i64 {
         floor_to(self.issued_at_ms, DAY_MS)
     }
 }
 
-/// What became of a command. `running → done | failed | cancelled | interrupted`, or `refused` at once.
+/// State of a command: `running → done | failed | cancelled | interrupted`. A command that never starts is `refused`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CommandState {
-    /// A producer is at it.
+    /// A producer is executing it.
     Running,
-    /// It did what was asked for.
+    /// It succeeded.
     Done,
-    /// It was begun and did not succeed.
+    /// It started but did not succeed.
     Failed,
-    /// Somebody stopped it.
+    /// A `cancel` command stopped it.
     Cancelled,
-    /// Its producer ended before it did; it is never begun again.
+    /// The producer stopped while it was running. It is never restarted.
     Interrupted,
-    /// It was never begun.
+    /// It was rejected before it started.
     Refused,
 }
 
 impl CommandState {
-    /// All of them.
+    /// All variants.
     pub const ALL: [CommandState; 6] = [
         CommandState::Running,
         CommandState::Done,
@@ -242,7 +245,7 @@ impl CommandState {
         CommandState::Refused,
     ];
 
-    /// As stored.
+    /// The name stored in `control_log.state`.
     pub fn name(self) -> &'static str {
         match self {
             CommandState::Running => "running",
@@ -254,32 +257,33 @@ impl CommandState {
         }
     }
 
-    /// Reads what [`CommandState::name`] wrote.
+    /// Parses a name written by [`CommandState::name`].
     pub fn from_name(name: &str) -> Option<CommandState> {
         CommandState::ALL.into_iter().find(|state| state.name() == name)
     }
 }
 
-/// A record of the control topic as read.
+/// A record read from the control topic.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Received {
-    /// Where its outcome stands.
+    /// The key of the row that holds the outcome.
     pub key: LogKey,
-    /// Its stream, where it can be read.
+    /// Name of the stream. `None` if it cannot be parsed.
     pub stream: Option<String>,
-    /// Name of the command, `(unreadable)` where there is none.
+    /// Name of the command, or `(unreadable)`.
     pub name: String,
-    /// Arguments as JSON, or the beginning of what cannot be read.
+    /// Arguments as JSON. For an unreadable record, the start of its text.
     pub arguments: String,
-    /// The command, or why it is none.
+    /// The command, or why the record is not a valid one.
     pub command: Result<Command, String>,
 }
 
-/// Most of an unreadable command that is kept, in characters.
+/// Characters that are kept of an unreadable record.
 const MAX_SHOWN: usize = 200;
 
-/// Reads a record. One that is no command is named by its own id and time of issue where it has them, so that its sender
-/// finds the refusal, else by its offset and time stamp: the same record has the same name each time it is read.
+/// Parses a record. The key of an invalid command is its id and its time of issue if it has both, so that the sender
+/// finds the refusal. Otherwise the key is the offset and the timestamp of the record. Either way, the same record
+/// always has the same key.
 pub fn read(bytes: &[u8], offset: i64, timestamp_ms: i64) -> Received {
     let refused = |value: Option<&Value>, reason: String| {
         let text = |name: &str| value.and_then(|v| v.get(name)?.as_str().map(str::to_owned));
@@ -297,17 +301,17 @@ pub fn read(bytes: &[u8], offset: i64, timestamp_ms: i64) -> Received {
     }
     let value: Value = match serde_json::from_slice(bytes) {
         Ok(value) => value,
-        Err(e) => return refused(None, format!("no JSON: {e}")),
+        Err(e) => return refused(None, format!("not valid JSON: {e}")),
     };
     let command = match serde_json::from_value::<Command>(value.clone()) {
         Ok(command) => command,
-        Err(e) => return refused(Some(&value), format!("no command: {e}")),
+        Err(e) => return refused(Some(&value), format!("not a valid command: {e}")),
     };
     if Uuid::parse_str(&command.id).is_err() {
-        return refused(Some(&value), "`id` is no UUID".to_owned());
+        return refused(Some(&value), "`id` is not a UUID".to_owned());
     }
     if !is_time(command.issued_at_ms) {
-        return refused(Some(&value), format!("`issued_at_ms` {} is no time", command.issued_at_ms));
+        return refused(Some(&value), format!("`issued_at_ms` {} is not a valid time", command.issued_at_ms));
     }
     Received {
         key: command.key(),
@@ -357,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_is_read_as_it_was_sent() {
+    fn every_command_survives_a_round_trip() {
         for action in actions() {
             let sent = command(action);
             let text = serde_json::to_string(&sent).unwrap();
@@ -371,21 +375,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_command_is_refused_with_a_reason_and_a_name() {
+    fn an_invalid_command_is_refused_with_a_reason_and_a_key() {
         let id = "7a0f0e8e-0f83-4dd3-90c2-2a4f3a4f2b1c";
         let whole = |action: &str| {
             format!(
                 r#"{{"id":"{id}","stream":"users","issued_by":"t","issued_at_ms":{NOW},"expires_at_ms":{NOW},"action":{action}}}"#
             )
         };
-        let check = |text: &str, named: &str, words: &str| {
+        let check = |text: &str, key_id: &str, expected: &str| {
             let received = read_text(text);
-            assert_eq!(received.key.id, named, "{text}");
+            assert_eq!(received.key.id, key_id, "{text}");
             let reason = received.command.unwrap_err();
-            assert!(reason.contains(words), "`{words}` is not in `{reason}`");
+            assert!(reason.contains(expected), "`{expected}` is not in `{reason}`");
         };
-        check("{", "offset-7", "no JSON");
-        check("[]", "offset-7", "no command");
+        check("{", "offset-7", "not valid JSON");
+        check("[]", "offset-7", "not a valid command");
         check(&"x".repeat(MAX_COMMAND_BYTES + 1), "offset-7", "at most 16384");
         check(
             &whole(r#"{"explode":{}}"#),
@@ -394,15 +398,15 @@ mod tests {
         );
         check(&whole(r#"{"spike":{"rate":1}}"#), id, "missing field `seconds`");
         check(&whole(r#"{"spike":{"rate":-1,"seconds":1}}"#), id, "invalid value");
-        check(&whole("\"pause\"").replace(id, "one"), "offset-7", "`id` is no UUID");
+        check(&whole("\"pause\"").replace(id, "one"), "offset-7", "`id` is not a UUID");
         check(&whole("\"pause\"").replace("\"issued_by\"", "\"by\""), id, "unknown field `by`");
     }
 
     #[test]
-    fn bounds_are_named_with_the_value() {
-        let check = |action: Action, words: &str| {
+    fn an_error_names_the_value_and_its_bounds() {
+        let check = |action: Action, expected: &str| {
             let reason = command(action).check(NOW).unwrap_err();
-            assert!(reason.contains(words), "`{words}` is not in `{reason}`");
+            assert!(reason.contains(expected), "`{expected}` is not in `{reason}`");
         };
         check(
             Action::Spike { rate: 100_001, seconds: 1 },
@@ -414,14 +418,14 @@ mod tests {
         check(Action::Clear { from_ms: 0, to_ms: MAX_SPAN_MS + 1, state: None }, "longer than 366 days");
         let expired = command(Action::Pause);
         assert_eq!(expired.check(NOW + 60_000).unwrap_err(), "expired 0 ms before it was read");
-        let for_ever = Command { expires_at_ms: i64::MAX, ..command(Action::Pause) };
-        assert!(for_ever.check(NOW).unwrap_err().contains("from 1 ms to 3600 s"));
+        let without_end = Command { expires_at_ms: i64::MAX, ..command(Action::Pause) };
+        assert!(without_end.check(NOW).unwrap_err().contains("from 1 ms to 3600 s"));
         assert!(command(Action::Pause).check(NOW - MAX_AHEAD_MS - 1).unwrap_err().contains("in the future"));
     }
 
     proptest! {
         #[test]
-        fn no_bytes_stop_the_reader(bytes in prop::collection::vec(any::<u8>(), 0..200), now in any::<i64>()) {
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), now in any::<i64>()) {
             let received = read(&bytes, 1, NOW);
             prop_assert!(received.arguments.len() <= 4 * MAX_SHOWN);
             if let Ok(command) = received.command {

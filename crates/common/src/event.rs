@@ -1,14 +1,14 @@
-//! The contract of one event: its headers in Kafka, its id, and where its row lives in Cassandra. Pure; decoding with the
-//! declared columns is the processor's, extracting from the source's records the producer's.
+//! The contract of one event: its Kafka headers, its id, and the placement of its row in Cassandra. Pure. The producer
+//! extracts events from source records, and the processor decodes them with the declared columns.
 
 use crate::run_ledger::Interval;
 use serde::Serialize;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// CloudEvents attribute headers (binary mode for Kafka).
+/// CloudEvents id. All `ce_` headers follow the binary content mode of the Kafka protocol binding.
 pub const HEADER_ID: &str = "ce_id";
-/// CloudEvents source: the stream's URL without placeholders' values.
+/// CloudEvents source: the source URL of the stream up to the query or the first placeholder.
 pub const HEADER_SOURCE: &str = "ce_source";
 /// CloudEvents type.
 pub const HEADER_TYPE: &str = "ce_type";
@@ -22,42 +22,44 @@ pub const HEADER_CONTENT_TYPE: &str = "content-type";
 pub const HEADER_RUN_ID: &str = "run_id";
 /// W3C trace context.
 pub const HEADER_TRACEPARENT: &str = "traceparent";
-/// Microseconds since the epoch on the producer's clock when it handed the event over: for latency figures only.
+/// Time at which the producer passed the event to the Kafka client, in Unix microseconds on its own clock. Used only to
+/// measure latency.
 pub const HEADER_PRODUCED_AT: &str = "produced_at";
-/// Why the producer could not make an event of the record that it carries: such a record is always a dead letter.
+/// Why the producer could not extract an event from the source record. A record with this header is always a dead
+/// letter.
 pub const HEADER_REFUSED: &str = "ingest_refused";
 /// The CloudEvents version this pipeline writes.
 pub const SPEC_VERSION: &str = "1.0";
 /// Earliest event time in Unix milliseconds.
 pub const MIN_EVENT_TIME_MS: i64 = 0;
-/// Latest event time: the last millisecond of year 9999.
+/// Latest event time in Unix milliseconds: the last millisecond of the year 9999.
 pub const MAX_EVENT_TIME_MS: i64 = 253_402_300_799_999;
 
-/// Namespace of event ids without an id of their own (a v4 UUID drawn once for this project).
+/// Namespace of derived event ids (a random UUID generated once for this project).
 const EVENT_NAMESPACE: Uuid = Uuid::from_u128(0x6f1d_2c5e_8a43_4b0e_9d57_3e1f_70c2_a9b4);
 
-/// The id of record `index` (in the order of pages and records) of the interval that starts at `interval_start_ms`:
-/// UUID v5, so that fetching an interval again gives the same ids.
+/// The UUID v5 of an event whose record has no id. `index` counts the records of the interval in the order of its
+/// pages. A repeated fetch of the interval yields the same ids.
 pub fn derived_event_id(stream: &str, interval_start_ms: i64, index: u64) -> Uuid {
     Uuid::new_v5(&EVENT_NAMESPACE, format!("{stream}\n{interval_start_ms}\n{index}").as_bytes())
 }
 
-/// The time of an event whose record has none, within the interval that it was fetched for. It depends on stream, interval
-/// and id alone: when the interval is fetched again, a record has the same time, whatever other records come with it.
+/// The time of an event whose record has no time: a point within the interval, in Unix milliseconds. It depends only on
+/// stream, interval and id, so a repeated fetch yields the same time even if other records were added or removed.
 pub fn derived_event_time(stream: &str, interval: Interval, id: &str) -> i64 {
     let hash = xxh3_64(format!("{stream}\n{}\n{id}", interval.start_ms).as_bytes());
     let length = u128::from(interval.end_ms.abs_diff(interval.start_ms));
-    // The hash as a fraction of 2^64, times the length: always below the length.
+    // Scales the hash, a fraction of 2^64, to the length. The result is always below the length.
     interval.start_ms + ((u128::from(hash) * length) >> 64) as i64
 }
 
-/// The Kafka partition of a key, as Java's clients place it. Producers name it themselves: partitions that are added to a topic
-/// while they run must not change where a key goes.
+/// The Kafka partition of a key, computed like the Java client does. Producers set the partition explicitly, so that
+/// partitions added to a topic while they run do not move any key.
 pub fn partition_of(key: &[u8], partitions: i32) -> i32 {
     (murmur2(key) & i32::MAX) % partitions.max(1)
 }
 
-/// MurmurHash2 as Kafka has it.
+/// MurmurHash2 with Kafka's seed.
 fn murmur2(data: &[u8]) -> i32 {
     const M: u32 = 0x5bd1_e995;
     const SEED: u32 = 0x9747_b28c;
@@ -76,24 +78,24 @@ fn murmur2(data: &[u8]) -> i32 {
     (hash ^ (hash >> 15)).cast_signed()
 }
 
-/// The Cassandra shard of an event: each Kafka partition owns `shards` of them per bucket.
+/// The Cassandra shard of an event. Each Kafka partition owns `shards` shards per bucket.
 pub fn shard(kafka_partition: i32, shards: u32, event_id: &[u8]) -> i32 {
     let within = (xxh3_64(event_id) % u64::from(shards.max(1))) as i32;
     kafka_partition * shards.max(1) as i32 + within
 }
 
-/// The 64-bit hash by which the processor's filters know a key (event time, id).
+/// The 64-bit hash of event time and id that the deduplication filters of the processor store.
 pub fn seen_hash(event_time_ms: i64, event_id: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64_with_seed(event_id, event_time_ms as u64)
 }
 
-/// Identity of one record of the log: key, value and broker time stamp.
+/// A hash that identifies a record of the log by its key, its value and its broker timestamp.
 pub fn fingerprint(key: &[u8], value: &[u8], timestamp_ms: i64) -> i64 {
     let seed = xxhash_rust::xxh3::xxh3_64_with_seed(key, timestamp_ms as u64);
     xxhash_rust::xxh3::xxh3_64_with_seed(value, seed) as i64
 }
 
-/// The start of the span of length `span_ms` that holds `at_ms`; spans are aligned to the epoch.
+/// Rounds `at_ms` down to a multiple of `span_ms`.
 pub fn floor_to(at_ms: i64, span_ms: i64) -> i64 {
     at_ms.div_euclid(span_ms) * span_ms
 }
@@ -110,10 +112,10 @@ pub enum Bucket {
 }
 
 impl Bucket {
-    /// All of them, for messages and parsing.
+    /// All variants.
     pub const ALL: [Bucket; 3] = [Bucket::TenMinutes, Bucket::Hour, Bucket::Day];
 
-    /// As written in a stream file.
+    /// The name used in stream files.
     pub fn name(self) -> &'static str {
         match self {
             Bucket::TenMinutes => "10m",
@@ -131,7 +133,7 @@ impl Bucket {
         }
     }
 
-    /// Start of the bucket that holds `event_time_ms`.
+    /// Start of the bucket that contains `event_time_ms`, in Unix milliseconds.
     pub fn start_of(self, event_time_ms: i64) -> i64 {
         floor_to(event_time_ms, self.millis())
     }
@@ -143,7 +145,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_derived_time_depends_on_stream_interval_and_id_alone() {
+    fn a_derived_time_depends_only_on_stream_interval_and_id() {
         let minute = Interval { start_ms: 60_000, end_ms: 120_000 };
         let at = |stream, id| derived_event_time(stream, minute, id);
         assert_eq!(at("s", "a"), 81_942, "stored times depend on this value");
@@ -154,7 +156,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn derived_times_lie_within_their_interval(
+        fn derived_times_are_within_their_interval(
             start_ms in 0i64..2_000_000_000_000, length in 1i64..100_000_000, id in ".{0,40}",
         ) {
             let interval = Interval { start_ms, end_ms: start_ms + length };
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn derived_times_fill_the_interval_evenly() {
+    fn derived_times_are_spread_evenly_over_the_interval() {
         let hour = Interval { start_ms: 0, end_ms: 3_600_000 };
         let mut tenths = [0; 10];
         for n in 0..10_000 {
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_hashed_as_kafka_hashes_them() {
+    fn keys_are_hashed_like_in_the_java_client() {
         // From org.apache.kafka.common.utils.UtilsTest.
         for (key, hash) in [
             ("21", -973_932_308),
@@ -199,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shards_of_two_kafka_partitions_never_meet() {
+    fn two_kafka_partitions_never_share_a_shard() {
         for id in 0..1000u32 {
             let id = id.to_string();
             assert!((0..4).contains(&shard(0, 4, id.as_bytes())));
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_before_the_epoch_floor_downwards() {
+    fn times_before_the_epoch_are_rounded_down() {
         assert_eq!(floor_to(-1, 10), -10);
         assert_eq!(floor_to(19, 10), 10);
     }

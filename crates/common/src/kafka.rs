@@ -1,4 +1,5 @@
-//! Kafka clients set up the one right way, and the names of things in Kafka. What to send or read is each service's own.
+//! Kafka client settings that all services share, metadata requests, and the replacement of broken clients. Each
+//! service decides what it sends and reads.
 
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext};
@@ -8,43 +9,44 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The partitioner of every producer: Java's own for keyed records, so that one id always lands in one partition.
+/// The partitioner of every producer. It places keyed records like the Java client does, so equal keys always go to the
+/// same partition.
 pub const PARTITIONER: &str = "murmur2_random";
-/// A client is kept at least this long: while no broker answers, a new one would fare no better.
-const KEPT_AT_LEAST: Duration = Duration::from_secs(5);
-/// Most replaced clients that are still closing.
-const CLOSING_MOST: usize = 4;
-/// Longest record value and batch the pipeline handles.
+/// A suspected client is replaced only after this time: while no broker responds, a new client would not help.
+const MIN_CLIENT_AGE: Duration = Duration::from_secs(5);
+/// Most replaced clients that may still be closing.
+const MAX_CLOSING_CLIENTS: usize = 4;
+/// Largest record value and batch in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 
-/// Kafka could not be asked.
+/// A request to Kafka failed.
 #[derive(Debug, thiserror::Error)]
 pub enum KafkaError {
-    /// No broker answered.
+    /// No broker responded.
     #[error(
         "kafka at {brokers} does not answer ({cause}); is it running, and is PIPELINE_KAFKA_BROKERS right?"
     )]
     Unreachable {
         /// Bootstrap servers.
         brokers: String,
-        /// librdkafka's words.
+        /// The error of librdkafka.
         cause: String,
     },
     /// A topic is missing.
     #[error("kafka topic `{topic}` does not exist; run `stream-processor init` first")]
     NoTopic {
-        /// Its name.
+        /// Name of the topic.
         topic: String,
     },
-    /// The client could not be made.
+    /// The client could not be created.
     #[error("kafka client: {0}")]
     Client(String),
-    /// The cluster has no name.
-    #[error("kafka at {0} does not tell its cluster id")]
+    /// The brokers did not report a cluster id in time.
+    #[error("kafka at {0} does not report its cluster id")]
     NoClusterId(String),
 }
 
-/// Settings that all clients share.
+/// Settings of every client.
 pub fn client_config(brokers: &str, client_id: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
@@ -54,13 +56,13 @@ pub fn client_config(brokers: &str, client_id: &str) -> ClientConfig {
         .set("socket.keepalive.enable", "true")
         .set("reconnect.backoff.ms", "100")
         .set("reconnect.backoff.max.ms", "2000")
-        // Brokers move in tests and in Compose: a cached address would outlive them.
+        // Brokers change their addresses in tests and in Compose. A cached address would be stale.
         .set("broker.address.ttl", "1000")
         .set("topic.metadata.refresh.interval.ms", "30000");
     config
 }
 
-/// Settings of every producer: idempotent, all acks, the partitioner that all share.
+/// Settings of every producer: idempotent, `acks=all`, and [`PARTITIONER`].
 pub fn producer_config(brokers: &str, client_id: &str) -> ClientConfig {
     let mut config = client_config(brokers, client_id);
     config
@@ -72,7 +74,7 @@ pub fn producer_config(brokers: &str, client_id: &str) -> ClientConfig {
     config
 }
 
-/// Number of partitions of `topic`, asked with a deadline.
+/// Fetches the number of partitions of `topic`. Blocks for at most `deadline`.
 pub fn partition_count<C: ClientContext>(
     client: &Client<C>,
     brokers: &str,
@@ -90,16 +92,17 @@ pub fn partition_count<C: ClientContext>(
         .ok_or_else(|| KafkaError::NoTopic { topic: topic.to_owned() })
 }
 
-/// A topic as it is now.
+/// What identifies the topic of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topic {
-    /// Its cluster.
+    /// Id of the Kafka cluster.
     pub cluster_id: String,
-    /// How many partitions it has.
+    /// Number of partitions.
     pub partitions: i32,
 }
 
-/// Asks for the cluster and the number of partitions of `topic`; each question has the deadline. Blocking.
+/// Fetches the cluster id and the number of partitions of `topic`. Blocks for at most twice `deadline`, once per
+/// request.
 pub fn describe<C: ClientContext>(
     client: &Client<C>,
     brokers: &str,
@@ -112,10 +115,10 @@ pub fn describe<C: ClientContext>(
     Ok(Topic { cluster_id, partitions })
 }
 
-/// A client that can become unusable for good: an idempotent producer that lost count of its sequence, was fenced off or has
-/// lost its rights never sends again, whatever is asked of it.
+/// A client that can fail permanently. An idempotent producer never sends again after a fatal error, for example after
+/// a gap in its sequence numbers, after it was fenced, or after it lost its permissions.
 pub trait Mortal {
-    /// Why it will never work again; `None`: it may.
+    /// The fatal error of the client. `None` if the client is usable.
     fn fatal_error(&self) -> Option<String>;
 }
 
@@ -147,13 +150,13 @@ impl Mortal for StreamConsumer {
     }
 }
 
-/// A client that is replaced by a new one once it has become unusable or deaf. A broker that stood still is fenced when it
-/// continues, and answers once with the topic and no broker at all; librdkafka 2.12 then forgets every broker it knew and
-/// never asks a bootstrap server again.
+/// A client that is replaced by a new one after a fatal error, or if it no longer reaches any broker. The latter
+/// happens when a suspended broker resumes: it is fenced, and its first metadata response contains the topic but no
+/// brokers. librdkafka 2.12 then forgets all brokers and never contacts a bootstrap server again.
 pub struct Replaced<P> {
     build: Box<dyn Fn() -> Result<P, KafkaError> + Send + Sync>,
     current: Mutex<Current<P>>,
-    /// Shared with the threads that close replaced clients.
+    /// Each thread that closes a replaced client holds a clone, so the strong count bounds their number.
     closing: Arc<()>,
 }
 
@@ -170,7 +173,7 @@ impl<P> Current<P> {
 }
 
 impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
-    /// Builds the first client; `build` is called again for each that follows.
+    /// Builds the first client. `build` is called again for each replacement.
     pub fn new(
         build: impl Fn() -> Result<P, KafkaError> + Send + Sync + 'static,
     ) -> Result<Replaced<P>, KafkaError> {
@@ -182,17 +185,18 @@ impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The client to use now. What a replaced one still held is reported as not delivered.
+    /// The current client, replaced first if it is broken. A replaced producer reports its queued records as not
+    /// delivered.
     pub fn get(&self) -> Result<Arc<P>, KafkaError> {
         let mut current = self.lock();
-        let doubt = current.doubt.clone().filter(|_| current.built.elapsed() >= KEPT_AT_LEAST);
+        let doubt = current.doubt.clone().filter(|_| current.built.elapsed() >= MIN_CLIENT_AGE);
         if let Some(cause) = current.client.fatal_error().or(doubt)
-            && Arc::strong_count(&self.closing) <= CLOSING_MOST
+            && Arc::strong_count(&self.closing) <= MAX_CLOSING_CLIENTS
         {
-            tracing::warn!(cause, "a kafka client no longer works and is replaced");
+            tracing::warn!(cause, "replacing a kafka client that no longer works");
             let replaced = std::mem::replace(&mut *current, Current::new((self.build)()?));
             let closing = Arc::clone(&self.closing);
-            // Its destructor waits for its threads, and they for brokers.
+            // Dropping a client waits for its threads, which may wait for brokers.
             std::thread::spawn(move || {
                 drop(replaced);
                 drop(closing);
@@ -201,19 +205,20 @@ impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
         Ok(Arc::clone(&current.client))
     }
 
-    /// The client has had no answer within its time: it may be deaf. [`Replaced::get`] replaces it, but not one that is new.
+    /// Marks the current client as suspect because a request timed out. [`Replaced::get`] replaces it once it is at
+    /// least five seconds old.
     pub fn doubt(&self, cause: &impl Display) {
         self.lock().doubt.get_or_insert_with(|| cause.to_string());
     }
 }
 
-/// A consumer that only asks for offsets and metadata, replaced as needed.
+/// A consumer that only fetches offsets and metadata.
 pub fn plain_consumer(brokers: &str, client_id: &str) -> Result<Replaced<BaseConsumer>, KafkaError> {
     let config = client_config(brokers, client_id);
     Replaced::new(move || config.create().map_err(|e| KafkaError::Client(e.to_string())))
 }
 
-/// Waits until a broker answers, at most `deadline`; the error names the brokers. Blocking.
+/// Waits for a broker to respond. Blocks for at most `deadline`. The error names the brokers.
 pub fn wait_for_broker(brokers: &str, deadline: Duration) -> Result<BaseConsumer, KafkaError> {
     let consumer: BaseConsumer =
         client_config(brokers, "pipeline-probe").create().map_err(|e| KafkaError::Client(e.to_string()))?;

@@ -1,10 +1,11 @@
-//! Contracts and plumbing that all parts of the pipeline share; no business logic.
+//! Contracts and plumbing that every part of the pipeline shares. This crate contains no business logic.
 //!
-//! Pure contracts: [`stream`] (the stream definition), [`event`] (envelope, ids, placement), [`schema`] (tables as CQL),
-//! [`run_ledger`] (words of the ledger), [`control`] (commands), [`windows`] (what readers make of panes). Plumbing: [`config`]
-//! (settings), [`telemetry`] (logs), [`admin`] (health, readiness, `/metrics`), [`metrics`] (made and registered at once),
-//! [`presence`] (who is alive), [`registry`] (how a stream was made), [`shutdown`] (signals), [`kafka`] and [`cassandra`] (clients set up the one right way),
-//! [`pane_reader`] (pane rows for [`windows`]).
+//! Pure contracts: [`stream`] (the stream definition), [`event`] (envelope, ids, placement), [`schema`] (tables as
+//! CQL), [`run_ledger`] (states and types of runs), [`control`] (commands), [`windows`] (windows computed from panes).
+//!
+//! Plumbing: [`config`] (settings), [`telemetry`] (logs), [`admin`] (health, readiness, `/metrics`), [`metrics`]
+//! (metric registration), [`presence`] (heartbeats of instances), [`registry`] (how a stream is registered),
+//! [`shutdown`] (signals), [`kafka`] and [`cassandra`] (client setup), [`pane_reader`] (pane rows for [`windows`]).
 
 pub mod admin;
 pub mod cassandra;

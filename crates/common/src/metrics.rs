@@ -1,5 +1,5 @@
-//! Makes metrics and registers them at once; and those that every service has. What all others are called and say is each
-//! service's own `metrics.rs`.
+//! Creates and registers metrics, and defines the metrics that every service exports. Each service defines all of its
+//! other metrics in its own `metrics.rs`.
 
 use prometheus::{
     CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
@@ -9,74 +9,74 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-/// A registry that is being filled.
+/// Creates metrics and registers them in its registry.
 #[derive(Debug, Default)]
 pub struct Maker {
-    /// What `/metrics` gathers.
+    /// The registry that `/metrics` exports.
     pub registry: Registry,
 }
 
 impl Maker {
-    /// A registry with the process's own figures and `pipeline_build_info`, as every service has it.
+    /// A maker whose registry contains the process metrics and `pipeline_build_info`.
     pub fn new(service: &str, version: &str) -> Result<Maker, Error> {
         let maker = Maker::default();
         maker.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         let build = maker.gauges(
             "pipeline_build_info",
-            "Always 1; the labels say what runs",
+            "Always 1; the labels name the service and its version",
             &["service", "version"],
         )?;
         build.with_label_values(&[service, version]).set(1);
         Ok(maker)
     }
 
-    fn registered<C: Collector + Clone + 'static>(&self, made: Result<C, Error>) -> Result<C, Error> {
-        let made = made?;
-        self.registry.register(Box::new(made.clone()))?;
-        Ok(made)
+    fn registered<C: Collector + Clone + 'static>(&self, metric: Result<C, Error>) -> Result<C, Error> {
+        let metric = metric?;
+        self.registry.register(Box::new(metric.clone()))?;
+        Ok(metric)
     }
 
-    /// A whole number that only rises.
+    /// An integer counter.
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
         self.registered(IntCounter::new(name, help))
     }
 
-    /// Whole numbers that only rise, by label.
+    /// Integer counters with labels.
     pub fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels))
     }
 
-    /// Amounts such as seconds that only rise, by label.
+    /// Floating-point counters with labels, for amounts such as seconds.
     pub fn amounts(&self, name: &str, help: &str, labels: &[&str]) -> Result<CounterVec, Error> {
         self.registered(CounterVec::new(Opts::new(name, help), labels))
     }
 
-    /// A whole number.
+    /// An integer gauge.
     pub fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, Error> {
         self.registered(IntGauge::new(name, help))
     }
 
-    /// Whole numbers by label.
+    /// Integer gauges with labels.
     pub fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels))
     }
 
-    /// Numbers by label.
+    /// Floating-point gauges with labels.
     pub fn levels(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, Error> {
         self.registered(GaugeVec::new(Opts::new(name, help), labels))
     }
 
-    /// A whole number without a series until it has a value.
+    /// An integer gauge that exports no series until it has a value.
     pub fn eventual(&self, name: &str, help: &str) -> Result<Eventual, Error> {
         Ok(Eventual { series: self.gauges(name, help, &[])?, highest: Arc::default() })
     }
 
-    /// How often what was observed lay below each of `bounds`.
+    /// A histogram with these upper bounds.
     pub fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, Error> {
         self.registered(Histogram::with_opts(HistogramOpts::new(name, help).buckets(bounds.to_vec())))
     }
 
-    /// The same by label.
+    /// Histograms with labels and these upper bounds.
     pub fn histograms(
         &self,
         (name, help): (&str, &str),
@@ -87,7 +87,8 @@ impl Maker {
     }
 }
 
-/// A gauge without a series until it has a value: a time of something that has never happened would be one in 1970 as 0.
+/// A gauge that exports no series until it has a value. A timestamp gauge needs this: 0 would mean that the event
+/// happened in 1970.
 #[derive(Debug, Clone)]
 pub struct Eventual {
     series: IntGaugeVec,
@@ -95,12 +96,12 @@ pub struct Eventual {
 }
 
 impl Eventual {
-    /// Gives it a value.
+    /// Sets the value.
     pub fn set(&self, value: i64) {
         self.series.with_label_values(&[] as &[&str]).set(value);
     }
 
-    /// Gives it a positive value, unless a higher one was raised before.
+    /// Sets the value to the highest one passed to this method so far. Exports nothing while that is not positive.
     pub fn raise(&self, value: i64) {
         let highest = self.highest.fetch_max(value, Ordering::Relaxed).max(value);
         if highest > 0 {
@@ -109,14 +110,14 @@ impl Eventual {
     }
 }
 
-/// Label of a request that no route takes.
+/// Label of a request that matches no route.
 const OTHER_ROUTE: &str = "other";
 /// Classes of HTTP status, as labels.
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
-/// Upper bounds in seconds of the time until an answer begins.
-const ANSWER_SECONDS: [f64; 9] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0];
+/// Upper bounds of the histogram of response times, in seconds.
+const RESPONSE_SECONDS: [f64; 9] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0];
 
-/// Requests to a service. Routes are those of its router, so labels are bounded whatever is asked.
+/// Metrics of HTTP requests. The `route` label is a route of the router, so clients cannot create new series.
 #[derive(Debug, Clone)]
 pub struct HttpMetrics {
     requests: IntCounterVec,
@@ -125,15 +126,15 @@ pub struct HttpMetrics {
 }
 
 impl HttpMetrics {
-    /// Registers them; once per registry.
+    /// Registers the metrics. Fails if `registry` already contains them.
     pub fn new(registry: &Registry) -> Result<HttpMetrics, Error> {
         let make = Maker { registry: registry.clone() };
-        let seconds = ("pipeline_http_request_seconds", "Time until an answer begins");
-        let requests = "Requests answered, by route and class of status";
+        let seconds = ("pipeline_http_request_seconds", "Time from a request to the start of its response");
+        let requests = "HTTP requests by route and status class";
         let metrics = HttpMetrics {
             requests: make.counters("pipeline_http_requests_total", requests, &["route", "status"])?,
-            seconds: make.histograms(seconds, &["route"], &ANSWER_SECONDS)?,
-            active: make.gauge("pipeline_http_requests_active", "Requests not answered yet")?,
+            seconds: make.histograms(seconds, &["route"], &RESPONSE_SECONDS)?,
+            active: make.gauge("pipeline_http_requests_active", "HTTP requests in progress")?,
         };
         for status in ["2xx", "5xx"] {
             metrics.requests.with_label_values(&["/metrics", status]);
@@ -141,13 +142,13 @@ impl HttpMetrics {
         Ok(metrics)
     }
 
-    /// A request has come; [`HttpMetrics::answered`] follows.
-    pub(crate) fn asked(&self) {
+    /// Counts a request in progress. The caller calls [`HttpMetrics::request_finished`] once for each.
+    pub(crate) fn request_started(&self) {
         self.active.inc();
     }
 
-    /// How it was answered, by which route.
-    pub(crate) fn answered(&self, route: Option<&str>, status: u16, took: Duration) {
+    /// Counts a finished request. `route` is `None` if no route matched.
+    pub(crate) fn request_finished(&self, route: Option<&str>, status: u16, took: Duration) {
         let route = route.unwrap_or(OTHER_ROUTE);
         let class = CLASSES[usize::from(status / 100).clamp(1, CLASSES.len()) - 1];
         self.active.dec();
@@ -162,7 +163,7 @@ mod tests {
     use prometheus::TextEncoder;
 
     #[test]
-    fn what_has_never_happened_has_no_series_and_the_latest_time_counts() {
+    fn a_gauge_without_a_value_has_no_series_and_the_latest_timestamp_wins() {
         let make = Maker::default();
         let success = make.eventual("last_success_timestamp_seconds", "When it last succeeded.").unwrap();
         let text = || TextEncoder::new().encode_to_string(&make.registry.gather()).unwrap();

@@ -1,4 +1,4 @@
-//! Reads pane rows and how far they are settled. What is made of them is [`crate::windows`]'s.
+//! Reads pane rows, and the event time up to which panes are complete. [`crate::windows`] computes windows from them.
 
 use crate::event::floor_to;
 use crate::schema::panes_table;
@@ -12,15 +12,15 @@ use scylla::value::{CqlTimestamp, CqlValue, Row};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Requests in flight for one question.
+/// Concurrent requests of one query.
 const IN_FLIGHT: usize = 8;
-/// Panes asked for in one request.
-const PANES_OF_REQUEST: usize = 200;
+/// Most panes read by one request.
+const PANES_PER_REQUEST: usize = 200;
 
-/// Panes cannot be read.
+/// Why panes could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum PaneReadError {
-    /// The tables are not there.
+    /// The tables do not exist.
     #[error("cassandra: {0}; run `stream-processor init` for this stream first")]
     NotPrepared(#[from] PrepareError),
     /// A request failed.
@@ -46,7 +46,7 @@ impl From<RowsError> for PaneReadError {
     }
 }
 
-/// The prepared reads of one stream.
+/// The prepared statements that read the panes of one stream.
 #[derive(Debug)]
 pub struct PaneReader {
     session: Arc<Session>,
@@ -57,7 +57,7 @@ pub struct PaneReader {
 }
 
 impl PaneReader {
-    /// Prepares them; fails where `init` has not run for the stream.
+    /// Prepares the statements. Fails if `init` has not run for the stream.
     pub async fn new(
         session: Arc<Session>,
         keyspace: &str,
@@ -71,13 +71,16 @@ impl PaneReader {
             panes_table(definition)
         );
         let progress = format!("SELECT seen_to FROM {keyspace}.partition_progress WHERE stream = ?");
-        let of_stream = format!("SELECT partitions FROM {keyspace}.streams WHERE stream = ?");
-        let of_stream = session.prepare(of_stream).await?;
-        let found = session.execute_unpaged(&of_stream, (&definition.stream.name,)).await?;
+        let registered = format!("SELECT partitions FROM {keyspace}.streams WHERE stream = ?");
+        let registered = session.prepare(registered).await?;
+        let found = session.execute_unpaged(&registered, (&definition.stream.name,)).await?;
         let found = found.into_rows_result()?.maybe_first_row::<(Option<i32>,)>();
         let partitions = found.map_err(|e| PaneReadError::Failed(e.to_string()))?.and_then(|(n,)| n);
         let partitions = partitions.ok_or_else(|| {
-            PaneReadError::Failed(format!("stream `{}` is not registered", definition.stream.name))
+            PaneReadError::Failed(format!(
+                "stream `{}` is not registered; run `stream-processor init`",
+                definition.stream.name
+            ))
         })?;
         Ok(PaneReader {
             panes: session.prepare(panes).await?,
@@ -88,17 +91,17 @@ impl PaneReader {
         })
     }
 
-    /// The stream whose panes it reads.
+    /// The definition of the stream.
     pub fn definition(&self) -> &Definition {
         &self.definition
     }
 
-    /// Checks what is asked against the stream and the bounds of one question.
+    /// Validates a query. Fails if it does not fit the stream or would read or return too many values.
     pub fn question(&self, asked: &Asked<'_>, now_ms: i64) -> Result<Question, Unanswerable> {
         Question::new(&self.definition, self.partitions, asked, now_ms)
     }
 
-    /// Every pane that `question` needs.
+    /// Reads all panes that `question` needs.
     pub async fn panes(&self, question: &Question) -> Result<Panes, PaneReadError> {
         let (span, pane_ms, bucket) =
             (question.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
@@ -110,12 +113,12 @@ impl PaneReader {
         }
         let mut requests = Vec::new();
         for (bucket, starts) in &starts {
-            for starts in starts.chunks(PANES_OF_REQUEST) {
+            for starts in starts.chunks(PANES_PER_REQUEST) {
                 requests.extend((0..self.partitions).map(|partition| (*bucket, partition, starts)));
             }
         }
         let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &question.dimension)).collect();
-        // In this order, so that sums of floats come out alike each time.
+        // The order of the requests is fixed, so sums of floats are reproducible.
         let read = futures::stream::iter(reads).buffered(IN_FLIGHT);
         read.try_fold(Panes::new(), async |mut panes, rows| {
             for (start, value, sum) in rows {
@@ -142,8 +145,8 @@ impl PaneReader {
         Ok(read)
     }
 
-    /// Until when no event is expected any more, in Unix milliseconds: the slowest partition's highest event time less the allowed
-    /// lateness. `None`: no partition has seen an event.
+    /// The time up to which panes are complete, in Unix milliseconds: the lowest of the partitions' highest event
+    /// times, minus the allowed lateness. `None` if no partition has seen an event.
     pub async fn settled_ms(&self) -> Result<Option<i64>, PaneReadError> {
         let found = self.session.execute_unpaged(&self.progress, (&self.definition.stream.name,)).await?;
         let found = found.into_rows_result()?;
@@ -159,7 +162,7 @@ impl PaneReader {
     }
 }
 
-/// Pane start, value and what was counted.
+/// Decodes the start, the group value and the sums of a pane row. `None` if the columns do not match the statement.
 fn pane_row(row: &Row) -> Option<(i64, String, Sum)> {
     let column = |i: usize| row.columns.get(i).and_then(Option::as_ref);
     let measure = |at: usize| {

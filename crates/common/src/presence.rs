@@ -1,6 +1,6 @@
-//! A row of table `services` each second: which instances are alive, and which partitions each holds. Rows expire by
-//! themselves. Whether the write succeeds is also how a service learns, busy or idle, that Cassandra answers. A row of table
-//! `refusals` says why an instance ended with exit code 3; the instance empties it when it starts again.
+//! Heartbeats. Each instance writes a row to table `services` every second, with the partitions it holds. The rows have
+//! a TTL. The result of the write also tells an instance, even an idle one, whether Cassandra is up. A row of table
+//! `refusals` says why an instance exited with code 3. The instance clears the row when it starts again.
 
 use crate::admin::Health;
 use crate::config::CommonArgs;
@@ -15,35 +15,36 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-const EVERY: Duration = Duration::from_secs(1);
-/// Failures in a row before Cassandra counts as down: one lost packet is no outage.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// Consecutive failures after which Cassandra counts as down: a single lost packet is not an outage.
 const FAILURES_TO_UNREADY: u32 = 2;
-/// An instance whose row has not changed for this long is no longer alive.
+/// An instance counts as dead if its row has not changed for this long.
 pub const ALIVE_FOR: Duration = Duration::from_secs(5);
-/// How long a process that refuses to run may take to leave word.
-const REFUSAL_LIMIT: Duration = Duration::from_secs(3);
-/// Characters of a refusal that are kept.
-const REFUSAL_CHARACTERS: usize = 2000;
+/// How long a process that refuses to run may take to write the reason.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Most characters that are stored of a reason.
+const MAX_REFUSAL_CHARACTERS: usize = 2000;
 
-/// Who announces itself.
+/// An instance of a service.
 #[derive(Debug, Clone)]
 pub struct Instance {
-    /// Keyspace.
+    /// Keyspace of tables `services` and `refusals`.
     pub keyspace: String,
-    /// Service, such as `stream-processor`.
+    /// Name of the service, such as `stream-processor`.
     pub service: &'static str,
-    /// Stream it works on.
+    /// Name of the stream that it works on.
     pub stream: String,
-    /// Instance name.
+    /// Name of the instance.
     pub instance: String,
-    /// Differs with each start of the process: tells a restart, or a second process of the same name, from this one.
+    /// A UUID generated at each start. It distinguishes this process from a restarted one and from a second process
+    /// with the same instance name.
     pub life: String,
     /// When the process started, in Unix milliseconds.
     pub started_at_ms: i64,
 }
 
 impl Instance {
-    /// This process, just started, of `service` with these settings.
+    /// Describes this process, started now, as an instance of `service`.
     pub fn new(settings: &CommonArgs, service: &'static str, stream: &str) -> Instance {
         Instance {
             keyspace: settings.keyspace.clone(),
@@ -55,7 +56,7 @@ impl Instance {
         }
     }
 
-    /// Writes why this instance refuses to run; empty: it runs.
+    /// Writes why this instance refuses to run. An empty `reason` clears an earlier refusal.
     async fn put_refusal(&self, session: &Session, reason: &str) -> Result<(), String> {
         let insert = format!(
             "INSERT INTO {}.refusals (service, instance, reason, at) VALUES (?, ?, ?, ?)",
@@ -66,23 +67,23 @@ impl Instance {
     }
 }
 
-/// What an instance does with a partition it holds.
+/// State of a partition that an instance holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {
-    /// It finds out where to start.
+    /// The instance determines the start position.
     Opening,
-    /// It processes.
+    /// The instance processes the partition.
     Running,
-    /// It waits until an operator accepts the poison.
+    /// The instance waits until an operator accepts the dead letters.
     Paused,
-    /// It cannot go on at an offset, and tries again.
+    /// The instance cannot get past an offset, and retries.
     Halted,
-    /// It leaves it alone, because the stream was registered with fewer partitions.
+    /// The instance ignores the partition, because the stream was registered with fewer partitions.
     Unregistered,
 }
 
 impl Hold {
-    /// As stored.
+    /// The name stored in `services.partitions`.
     pub fn name(self) -> &'static str {
         match self {
             Hold::Opening => "opening",
@@ -94,7 +95,7 @@ impl Hold {
     }
 }
 
-/// The partitions that an instance holds. Cloning shares it.
+/// The partitions that an instance holds. Clones share the same state.
 #[derive(Debug, Clone, Default)]
 pub struct Holdings(Arc<Mutex<BTreeMap<i32, Held>>>);
 
@@ -109,28 +110,28 @@ impl Holdings {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The instance holds `partition` now, or does something else with it.
+    /// Adds `partition`, or changes its state.
     pub fn set(&self, partition: i32, hold: Hold) {
         let mut held = self.lock();
         held.entry(partition).and_modify(|held| held.hold = hold).or_insert(Held { hold, committed: None });
     }
 
-    /// It processes `partition`; `committed` follows its committed next offset.
+    /// Marks `partition` as running. `committed` holds its committed next offset, and the caller keeps it up to date.
     pub fn runs(&self, partition: i32, committed: Arc<AtomicI64>) {
         self.lock().insert(partition, Held { hold: Hold::Running, committed: Some(committed) });
     }
 
-    /// It holds `partition` no more.
+    /// Removes `partition`.
     pub fn remove(&self, partition: i32) {
         self.lock().remove(&partition);
     }
 
-    /// Every partition it holds.
+    /// All partitions that the instance holds, with their states.
     pub fn all(&self) -> BTreeMap<i32, Hold> {
         self.lock().iter().map(|(partition, held)| (*partition, held.hold)).collect()
     }
 
-    /// The committed next offset of each partition that it processes.
+    /// The committed next offset of each running partition.
     pub fn committed(&self) -> BTreeMap<i32, i64> {
         let held = self.lock();
         let running = held.iter().filter(|(_, held)| held.hold == Hold::Running);
@@ -138,7 +139,7 @@ impl Holdings {
     }
 }
 
-/// The name under which a partition's readiness is kept in [`Health`].
+/// Name of the [`Health`] dependency that tracks the readiness of a partition.
 pub fn partition_dependency(partition: i32) -> String {
     format!("partition {partition}")
 }
@@ -147,7 +148,8 @@ fn now() -> CqlTimestamp {
     CqlTimestamp(chrono::Utc::now().timestamp_millis())
 }
 
-/// Announces `who` until shutdown, and keeps the readiness of `cassandra` true to what it finds.
+/// Writes a heartbeat of `who` every second until shutdown, and keeps the `cassandra` dependency of `health` up to
+/// date.
 pub async fn announce(
     session: Arc<Session>,
     who: Instance,
@@ -167,7 +169,7 @@ pub async fn announce(
         let partitions: BTreeMap<i32, String> = holdings
             .all()
             .into_iter()
-            .map(|(partition, hold)| (partition, told(partition, hold, &health)))
+            .map(|(partition, hold)| (partition, describe_hold(partition, hold, &health)))
             .collect();
         let Instance { service, instance, stream, life, .. } = &who;
         let values =
@@ -196,31 +198,32 @@ pub async fn announce(
         }
         tokio::select! {
             () = shutdown.begun() => return,
-            () = tokio::time::sleep(EVERY) => {}
+            () = tokio::time::sleep(HEARTBEAT_INTERVAL) => {}
         }
     }
 }
 
-/// Leaves word for the page that this instance ends because it refuses to run, if Cassandra takes it soon.
+/// Stores why this process refuses to run, so that the dashboard can show it. Gives up after a few seconds and logs the
+/// failure.
 pub async fn refuse(settings: &CommonArgs, service: &'static str, reason: &str) {
     let who = Instance::new(settings, service, "");
-    let reason: String = reason.chars().take(REFUSAL_CHARACTERS).collect();
+    let reason: String = reason.chars().take(MAX_REFUSAL_CHARACTERS).collect();
     let write = async {
-        let session = crate::cassandra::connect(settings, REFUSAL_LIMIT, &Shutdown::default()).await;
+        let session = crate::cassandra::connect(settings, REFUSAL_TIMEOUT, &Shutdown::default()).await;
         who.put_refusal(&*session.map_err(|e| e.to_string())?, &reason).await
     };
     let written = tokio::select! {
         written = write => written,
-        // The process ends: nobody misses the request that is dropped.
-        () = tokio::time::sleep(REFUSAL_LIMIT) => Err("no answer".to_owned()),
+        // The process exits, so it does not matter that the dropped request keeps its stream id.
+        () = tokio::time::sleep(REFUSAL_TIMEOUT) => Err("timed out".to_owned()),
     };
     if let Err(error) = written {
-        tracing::warn!(error, "the refusal could not be left in table refusals");
+        tracing::warn!(error, "cannot write the refusal to table refusals");
     }
 }
 
-/// What is done with a partition, and why where it does not run.
-fn told(partition: i32, hold: Hold, health: &Health) -> String {
+/// The state of a partition, with the problem that its [`Health`] dependency reports, if any.
+fn describe_hold(partition: i32, hold: Hold, health: &Health) -> String {
     match health.problem(&partition_dependency(partition)) {
         Some(problem) => format!("{}: {problem}", hold.name()),
         None => hold.name().to_owned(),
@@ -230,19 +233,19 @@ fn told(partition: i32, hold: Hold, health: &Health) -> String {
 /// A row of `services`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Announced {
-    /// Instance name.
+    /// Name of the instance.
     pub instance: String,
-    /// Its process.
+    /// See [`Instance::life`].
     pub life: String,
-    /// When the process started, on its own clock, in Unix milliseconds.
+    /// When the process started, in Unix milliseconds on its own clock.
     pub started_at_ms: i64,
-    /// When it wrote the row, on its own clock, in Unix milliseconds.
+    /// When the process wrote the row, in Unix milliseconds on its own clock.
     pub seen_at_ms: i64,
-    /// The partitions it holds, and what it does with each.
+    /// The partitions that the instance holds: the name of the [`Hold`], then `: ` and a reason if there is one.
     pub partitions: BTreeMap<i32, String>,
 }
 
-/// The instances of `who`'s service and stream that announced themselves within the last minute.
+/// The instances that work on the same service and stream as `who` and wrote a heartbeat within the last minute.
 pub async fn announced(session: &Session, who: &Instance) -> Result<Vec<Announced>, PagerExecutionError> {
     type Row =
         (String, CqlTimestamp, CqlTimestamp, Option<String>, Option<String>, Option<BTreeMap<i32, String>>);
@@ -264,12 +267,14 @@ pub async fn announced(session: &Session, who: &Instance) -> Result<Vec<Announce
     Ok(announced.collect())
 }
 
-/// When each instance's row last changed, on the reader's own clock: instances' clocks may differ.
+/// Tracks when the row of each instance last changed. It uses the clock of the reader, because the clocks of the
+/// instances may differ.
 #[derive(Debug, Default)]
 pub struct Sightings(HashMap<String, (i64, Instant)>);
 
 impl Sightings {
-    /// Notes a row read at `now`; gives how long it has not changed. A row that is new to the reader counts as changed.
+    /// Records a row read at `now` and returns the time since it last changed. A row that was not seen before counts as
+    /// changed.
     pub fn age(&mut self, instance: &str, seen_at_ms: i64, now: Instant) -> Duration {
         let seen = self.0.entry(instance.to_owned()).or_insert((seen_at_ms, now));
         if seen.0 != seen_at_ms {
@@ -289,21 +294,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_instance_is_as_old_as_its_last_change_on_the_readers_clock() {
+    fn the_age_of_an_instance_is_measured_on_the_clock_of_the_reader() {
         let (mut sightings, start) = (Sightings::default(), Instant::now());
         let mut age =
             |seen_at_ms, after| sightings.age("a", seen_at_ms, start + Duration::from_secs(after)).as_secs();
-        assert_eq!(age(-5_000_000, 0), 0, "a clock that is behind is no sign of death");
+        assert_eq!(age(-5_000_000, 0), 0, "an instance whose clock is behind is still alive");
         assert_eq!(age(-5_000_000, 4), 4);
         assert_eq!(age(-4_999_000, 5), 0);
         assert_eq!(age(-4_999_000, 11), 6);
     }
 
     #[test]
-    fn a_partition_is_told_with_the_reason_why_it_does_not_run() {
+    fn the_state_of_a_partition_includes_the_reason_why_it_does_not_run() {
         let health = Health::new(Duration::from_secs(1), &[]);
-        assert_eq!(told(3, Hold::Running, &health), "running");
-        health.set(&partition_dependency(3), Err("stands at offset 7".into()));
-        assert_eq!(told(3, Hold::Halted, &health), "halted: stands at offset 7");
+        assert_eq!(describe_hold(3, Hold::Running, &health), "running");
+        health.set(&partition_dependency(3), Err("stuck at offset 7".into()));
+        assert_eq!(describe_hold(3, Hold::Halted, &health), "halted: stuck at offset 7");
     }
 }

@@ -1,5 +1,5 @@
-//! The row of table `streams`, which `stream-processor init` writes and every service must agree with, and the version of the
-//! tables.
+//! The registration of a stream, and the version of the tables. `stream-processor init` writes the registration to
+//! table `streams`. Every service checks that its stream file, topic and tables match it.
 
 use crate::cassandra::{Failure, classify};
 use crate::kafka::Topic;
@@ -9,157 +9,158 @@ use crate::stream::{Definition, Store};
 use scylla::client::session::Session;
 use std::time::Duration;
 
-/// How often a service looks whether the registration has changed.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Version of the tables that do not note it.
+/// Interval between checks whether the registration has changed.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
+/// Version of tables that have no row in `schema_versions`.
 const FIRST_TABLES_VERSION: i32 = 1;
 
-/// A stream as it was made.
+/// The registration of a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Registered {
     /// Layout of the stream.
     pub layout: Layout,
-    /// The layout as stored.
+    /// The layout as stored, one line of JSON.
     pub layout_text: String,
-    /// Kafka cluster.
+    /// Id of the Kafka cluster that holds the events topic.
     pub cluster_id: String,
-    /// Partitions of the events topic.
+    /// Number of partitions of the events topic.
     pub partitions: i32,
 }
 
-/// Why a service does not work on a stream.
+/// Why a service cannot work on a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// Nothing says how it was made.
+    /// The stream has no registration.
     #[error("stream `{stream}` is not set up ({cause}); run `stream-processor init` first")]
     NotSetUp {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// The driver's words.
+        /// The error of the driver, or what is missing.
         cause: String,
     },
-    /// Cassandra did not answer.
-    #[error("cassandra does not answer what stream `{stream}` was registered with: {cause}")]
+    /// Cassandra did not respond.
+    #[error("cannot read the registration of stream `{stream}` from cassandra: {cause}")]
     Unavailable {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// The driver's words.
+        /// The error of the driver.
         cause: String,
     },
-    /// Its layout cannot be compared: exit code 3.
-    #[error("the registered layout of stream `{stream}` is of no use: {cause}")]
+    /// The registered layout cannot be parsed. The process exits with code 3.
+    #[error("the registered layout of stream `{stream}` cannot be used: {cause}")]
     Unknown {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// Why.
+        /// Why the layout cannot be used.
         cause: String,
     },
-    /// It was made otherwise, and its data would not survive the change: exit code 3.
+    /// The stream file makes changes that the stored data does not survive. The process exits with code 3.
     #[error(
-        "stream `{stream}` is registered with another layout than the stream file has:\n{differences}\nuse the stream file that \
-         `stream-processor init` was run with last, or give the changed stream a new name"
+        "stream `{stream}` is registered with another layout than the one in the stream file:\n{differences}\nuse the \
+         stream file that `stream-processor init` was last run with, or give the changed stream a new name"
     )]
     Another {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// One a line.
+        /// One difference per line.
         differences: String,
     },
-    /// The stream file has changes that the stream's data survives, but that are not registered.
+    /// The stream file makes changes that the stored data survives, but that are not registered.
     #[error(
-        "the stream file changes stream `{stream}`:\n{differences}\nrun `stream-processor init` to register that"
+        "the stream file changes stream `{stream}`:\n{differences}\nrun `stream-processor init` to register the changes"
     )]
     NotRegistered {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// One a line.
+        /// One difference per line.
         differences: String,
     },
-    /// `init` has registered changes since this process started: it has to start again.
+    /// `init` has registered changes since this process started. The process has to restart.
     #[error(
-        "stream `{stream}` was registered again, with changes:\n{differences}\nstart again with the stream file that `stream-processor init` was \
-         run with"
+        "stream `{stream}` was registered again, with changes:\n{differences}\nrestart with the stream file that \
+         `stream-processor init` was run with"
     )]
     Changed {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// One a line.
+        /// One difference per line.
         differences: String,
     },
-    /// An earlier version made the tables.
+    /// The tables have an older version than this program needs.
     #[error(
-        "the tables of keyspace `{keyspace}` have version {found}, this program needs {TABLES_VERSION}; run its `stream-processor \
-         init` first"
+        "the tables of keyspace `{keyspace}` have version {found}, this program needs {TABLES_VERSION}; run its \
+         `stream-processor init` first"
     )]
     OlderTables {
-        /// The keyspace.
+        /// Name of the keyspace.
         keyspace: String,
-        /// Their version.
+        /// Version of the tables.
         found: i32,
     },
-    /// A later version made the tables: exit code 3.
+    /// The tables have a newer version than this program knows. The process exits with code 3.
     #[error(
-        "the tables of keyspace `{keyspace}` have version {found}, made by {made_by}; this program knows {TABLES_VERSION}: run \
-         that version of it"
+        "the tables of keyspace `{keyspace}` have version {found}, made by {made_by}; this program knows \
+         {TABLES_VERSION}: run that version of the program"
     )]
     NewerTables {
-        /// The keyspace.
+        /// Name of the keyspace.
         keyspace: String,
-        /// Their version.
+        /// Version of the tables.
         found: i32,
-        /// Program and version that brought them there.
+        /// Program and version that created or migrated the tables.
         made_by: String,
     },
-    /// Its topic has another number of partitions: exit code 3.
+    /// The topic has another number of partitions than registered. The process exits with code 3.
     #[error(
-        "topic `{topic}` has {found} partitions, but stream `{stream}` was registered with {registered}: keys hash to other \
-         partitions than before, so repeated events would be counted twice. Kafka cannot remove partitions: give the stream a \
-         new name, or delete the topic, create it again with {registered} partitions and fill it from a copy"
+        "topic `{topic}` has {found} partitions, but stream `{stream}` was registered with {registered}: keys hash to \
+         other partitions than before, so repeated events would be counted twice. Kafka cannot remove partitions: give \
+         the stream a new name, or delete the topic, create it again with {registered} partitions and fill it from a \
+         copy"
     )]
     OtherPartitions {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// Its topic.
+        /// Name of the topic.
         topic: String,
-        /// As it was made.
+        /// Registered number of partitions.
         registered: i32,
-        /// As it is.
+        /// Current number of partitions.
         found: i32,
     },
-    /// A partition of its topic is beyond the registered ones.
+    /// A partition of the topic is not among the registered ones.
     #[error(
         "partition {partition} of topic `{topic}` is not processed: stream `{stream}` was registered with {registered} \
-         partitions, and with more of them keys hash to other partitions, so repeated events would be counted twice. Kafka \
-         cannot remove partitions: give the stream a new name, or delete the topic, create it again with {registered} \
-         partitions and fill it from a copy"
+         partitions. With more partitions, keys hash to other partitions than before, so repeated events would be \
+         counted twice. Kafka cannot remove partitions: give the stream a new name, or delete the topic, create it \
+         again with {registered} partitions and fill it from a copy"
     )]
     AddedPartition {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// Its topic.
+        /// Name of the topic.
         topic: String,
-        /// As it was made.
+        /// Registered number of partitions.
         registered: i32,
-        /// The one that was added.
+        /// The added partition.
         partition: i32,
     },
-    /// Its topic is in another cluster: exit code 3.
+    /// The topic is in another cluster than registered. The process exits with code 3.
     #[error(
         "the Kafka cluster is `{found}`, but stream `{stream}` was registered with cluster `{registered}`: point \
          PIPELINE_KAFKA_BROKERS at that cluster, or give the stream a new name"
     )]
     OtherCluster {
-        /// The stream.
+        /// Name of the stream.
         stream: String,
-        /// As it was made.
+        /// Id of the registered cluster.
         registered: String,
-        /// As it is.
+        /// Id of the current cluster.
         found: String,
     },
 }
 
 impl RegistryError {
-    /// Whether the stream was made otherwise, which no retry changes: exit code 3.
+    /// Whether the mismatch is permanent, so that a retry cannot succeed and the process exits with code 3.
     pub fn is_refusal(&self) -> bool {
         !matches!(
             self,
@@ -173,7 +174,7 @@ impl RegistryError {
 }
 
 impl Registered {
-    /// Refuses a definition of another layout. What the stream's data would survive has to be registered first.
+    /// Fails if `definition` has another layout. `init` must register even the changes that the stored data survives.
     pub fn check_layout(&self, definition: &Definition) -> Result<(), RegistryError> {
         let stream = definition.stream.name.clone();
         let changes = self.layout.changes_to(&definition.layout());
@@ -187,13 +188,13 @@ impl Registered {
         Ok(())
     }
 
-    /// The definition with what only the registration knows.
+    /// Adds the values to `definition` that only the registration contains.
     pub fn complete(&self, definition: Definition) -> Definition {
         let shortest_ttl_seconds = Some(self.layout.shortest_ttl_seconds());
         Definition { store: Store { shortest_ttl_seconds, ..definition.store }, ..definition }
     }
 
-    /// Refuses a topic that is not the one that stream `stream` was made with.
+    /// Fails if `found` is in another cluster or has another number of partitions than registered.
     pub fn check_topic(&self, stream: &str, topic: &str, found: &Topic) -> Result<(), RegistryError> {
         let stream = stream.to_owned();
         if found.cluster_id != self.cluster_id {
@@ -213,7 +214,7 @@ impl Registered {
     }
 }
 
-/// Asks for one row about `stream`; `None`: there is none.
+/// Reads at most one row with the given key. `None` if the row does not exist.
 async fn one_row<Row>(
     session: &Session,
     select: String,
@@ -237,7 +238,7 @@ where
     rows.maybe_first_row::<Row>().map_err(|e| not_set_up(&e))
 }
 
-/// Reads how a stream was made.
+/// Reads the registration of a stream.
 pub async fn registered(
     session: &Session,
     keyspace: &str,
@@ -254,7 +255,7 @@ pub async fn registered(
     Ok(Registered { layout, layout_text, cluster_id, partitions })
 }
 
-/// Refuses tables of another version than this program's.
+/// Fails if the tables have another version than [`TABLES_VERSION`].
 pub async fn check_tables(session: &Session, keyspace: &str, stream: &str) -> Result<(), RegistryError> {
     match tables_version(session, keyspace, stream).await? {
         Some((found, made_by)) if found > TABLES_VERSION => {
@@ -268,7 +269,8 @@ pub async fn check_tables(session: &Session, keyspace: &str, stream: &str) -> Re
     }
 }
 
-/// Version of the tables, and what made them; `None`: there are none, or they are of the version that did not note it.
+/// The version of the tables, and the program that wrote it. `None` if the tables do not exist, or if they are of
+/// version 1, which did not store it.
 pub async fn tables_version(
     session: &Session,
     keyspace: &str,
@@ -281,7 +283,7 @@ pub async fn tables_version(
     }
 }
 
-/// Refuses a definition of another layout than the stream was made with; returns how it was made.
+/// Reads the registration of a stream. Fails if `definition` has another layout.
 pub async fn check_layout(
     session: &Session,
     keyspace: &str,
@@ -292,12 +294,12 @@ pub async fn check_layout(
     registered.check_layout(definition).map(|()| registered)
 }
 
-/// Returns once the stream has been registered with another layout than `definition` has; otherwise never.
+/// Waits until the stream is registered with another layout than the one of `definition`. Never returns otherwise.
 pub async fn changed(session: &Session, keyspace: &str, definition: &Definition) -> RegistryError {
     let (stream, own) = (&definition.stream.name, definition.layout());
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
-        // While Cassandra does not answer, nothing is written under the old layout either.
+        tokio::time::sleep(POLL_INTERVAL).await;
+        // An error can be ignored: while Cassandra does not respond, nothing is written under the old layout either.
         if let Ok(now) = registered(session, keyspace, stream).await {
             let changes = own.changes_to(&now.layout);
             if !changes.is_empty() {
@@ -329,21 +331,24 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_that_is_not_the_registered_one_is_refused_with_both_sides_and_a_way_on() {
+    fn a_topic_other_than_the_registered_one_is_refused_with_both_values_and_a_remedy() {
         check("one", 6).unwrap();
         let more = check("one", 12).unwrap_err();
-        let words = more.to_string();
+        let text = more.to_string();
         assert!(
-            more.is_refusal() && words.contains("has 12 partitions") && words.contains("registered with 6")
+            more.is_refusal() && text.contains("has 12 partitions") && text.contains("registered with 6")
         );
-        assert!(words.contains("create it again with 6 partitions"), "{words}");
-        assert!(!words.contains("PIPELINE_PARTITIONS"), "that would bless what went wrong: {words}");
-        let words = check("two", 6).unwrap_err().to_string();
-        assert!(words.contains("cluster is `two`") && words.contains("cluster `one`"), "{words}");
+        assert!(text.contains("create it again with 6 partitions"), "{text}");
+        assert!(
+            !text.contains("PIPELINE_PARTITIONS"),
+            "the error must not suggest to accept the added partitions: {text}"
+        );
+        let text = check("two", 6).unwrap_err().to_string();
+        assert!(text.contains("cluster is `two`") && text.contains("cluster `one`"), "{text}");
     }
 
     #[test]
-    fn a_file_is_used_as_registered_an_edited_one_asks_for_init_and_an_old_one_is_refused() {
+    fn a_registered_file_is_accepted_an_extended_one_needs_init_and_an_outdated_one_is_refused() {
         let (old, mut new) = (definition(), definition());
         new.columns.push(crate::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
         new.columns.iter_mut().for_each(|column| column.required = false);
@@ -357,7 +362,7 @@ mod tests {
             stale.is_refusal() && stale.to_string().contains("`phone`: registered, but no longer"),
             "{stale}"
         );
-        assert!(stale.to_string().contains("that `stream-processor init` was run with last"), "{stale}");
+        assert!(stale.to_string().contains("that `stream-processor init` was last run with"), "{stale}");
     }
 
     #[test]

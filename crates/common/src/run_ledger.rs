@@ -1,5 +1,5 @@
-//! The words of the run ledger, shared by the producer that writes it and the dashboard that shows it. Pure types; the
-//! statements are the producer's.
+//! Types of the run ledger. The producer writes the ledger and the dashboard shows it. Pure; the producer owns the
+//! statements.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -8,59 +8,59 @@ use std::str::FromStr;
 /// A half-open span of time `[start, end)` in Unix milliseconds, UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Interval {
-    /// First millisecond that belongs to it.
+    /// First millisecond of the interval.
     pub start_ms: i64,
-    /// First millisecond that does not.
+    /// First millisecond after the interval.
     pub end_ms: i64,
 }
 
-/// Where an interval stands. `scheduled → running → succeeded | retrying | failed`, and from the last two to `running` again;
-/// from any but `succeeded` a person leads to `given_up`.
+/// State of the run of an interval: `scheduled → running → succeeded | retrying | failed`. A `retrying` or `failed` run
+/// can return to `running`. An operator can move a run from every state except `succeeded` to `given_up`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
-    /// Known, not begun.
+    /// Planned, but not started.
     Scheduled,
     /// A producer holds its lease.
     Running,
-    /// An attempt failed; another follows at `retry_at`.
+    /// An attempt failed. The next one starts at `retry_at`.
     Retrying,
-    /// Every page fetched and every record acknowledged by Kafka.
+    /// Every page was fetched, and Kafka acknowledged every record.
     Succeeded,
-    /// Its attempts failed for so long, or so surely, that somebody should look; it is tried again now and then while it is
-    /// within the stream's catch-up limit. Without an attempt: it was missed.
+    /// The retries are exhausted, or the error is permanent, so an operator should look at it. The run is still retried
+    /// at long intervals while it is within the catch-up limit of the stream. A failed run without attempts was missed.
     Failed,
-    /// Somebody decided that it stays without data; only `clear` or a backfill runs it again.
+    /// An operator decided to leave the interval without data. Only `clear` or a backfill runs it again.
     GivenUp,
 }
 
-/// Why an interval is run.
+/// Why a run was created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunType {
-    /// It ended just now.
+    /// The interval has just ended.
     Scheduled,
-    /// It ended a while ago.
+    /// The interval ended earlier and was missed.
     CatchUp,
-    /// Somebody asked for it.
+    /// An operator requested a backfill.
     Backfill,
 }
 
-/// Which runs that are over a backfill runs again.
+/// Which finished runs a backfill repeats.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Reprocess {
-    /// None: only intervals without a run
+    /// Only intervals without a run
     #[default]
     None,
-    /// Failed ones
+    /// Failed runs as well
     Failed,
-    /// Failed, given up and succeeded ones
+    /// Failed, given-up and succeeded runs as well
     Completed,
 }
 
 impl RunState {
-    /// All of them.
+    /// All variants.
     pub const ALL: [RunState; 6] = [
         RunState::Scheduled,
         RunState::Running,
@@ -70,7 +70,7 @@ impl RunState {
         RunState::GivenUp,
     ];
 
-    /// As stored.
+    /// The name stored in the ledger.
     pub fn name(self) -> &'static str {
         match self {
             RunState::Scheduled => "scheduled",
@@ -84,10 +84,10 @@ impl RunState {
 }
 
 impl RunType {
-    /// All of them.
+    /// All variants.
     pub const ALL: [RunType; 3] = [RunType::Scheduled, RunType::CatchUp, RunType::Backfill];
 
-    /// As stored.
+    /// The name stored in the ledger.
     pub fn name(self) -> &'static str {
         match self {
             RunType::Scheduled => "scheduled",
@@ -97,9 +97,9 @@ impl RunType {
     }
 }
 
-/// A word that is no state or type of a run.
+/// A text that does not name a run state or a run type.
 #[derive(Debug, thiserror::Error)]
-#[error("`{found}` is no {what}; one of {known}")]
+#[error("`{found}` is not a {what}; use one of {known}")]
 pub struct UnknownWord {
     found: String,
     what: &'static str,
@@ -110,7 +110,7 @@ impl FromStr for RunState {
     type Err = UnknownWord;
     fn from_str(s: &str) -> Result<Self, UnknownWord> {
         let known = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|w| w.name() == s).ok_or_else(|| UnknownWord {
+        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownWord {
             found: s.to_owned(),
             what: "run state",
             known: known(),
@@ -122,7 +122,7 @@ impl FromStr for RunType {
     type Err = UnknownWord;
     fn from_str(s: &str) -> Result<Self, UnknownWord> {
         let known = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|w| w.name() == s).ok_or_else(|| UnknownWord {
+        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownWord {
             found: s.to_owned(),
             what: "run type",
             known: known(),
@@ -147,16 +147,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stored_words_are_read_back() {
+    fn stored_names_are_parsed_back() {
         for state in RunState::ALL {
             assert_eq!(state.name().parse::<RunState>().unwrap(), state);
         }
-        for kind in RunType::ALL {
-            assert_eq!(kind.name().parse::<RunType>().unwrap(), kind);
+        for run_type in RunType::ALL {
+            assert_eq!(run_type.name().parse::<RunType>().unwrap(), run_type);
         }
         let others = RunState::ALL.into_iter().filter(|state| *state != RunState::Succeeded);
-        assert!(others.map(RunState::name).all(|name| name < "succeeded"), "the ledger's queries rely on it");
+        assert!(
+            others.map(RunState::name).all(|name| name < "succeeded"),
+            "the queries of the ledger rely on this order"
+        );
         let error = "done".parse::<RunState>().unwrap_err().to_string();
-        assert!(error.starts_with("`done` is no run state; one of scheduled, running"), "{error}");
+        assert!(error.starts_with("`done` is not a run state; use one of scheduled, running"), "{error}");
     }
 }

@@ -1,10 +1,11 @@
-//! The tables, the CQL that makes them or brings older ones forward, and the two statements that more than one part writes.
-//! Pure text: executing it is `stream-processor init`'s. What each table promises stands in ARCHITECTURE.md, "Contracts in Cassandra".
+//! The tables, the CQL that creates or migrates them, and the two INSERT statements that several parts use. This module
+//! only builds text; `stream-processor init` executes it. ARCHITECTURE.md, "Contracts in Cassandra", describes the
+//! contract of each table.
 
 use crate::stream::Definition;
 use std::collections::BTreeMap;
 
-/// Columns of the event table that are the pipeline's own; a stream definition may not declare them.
+/// Columns of the event table that the pipeline adds. A stream definition must not declare them.
 pub const RESERVED_COLUMNS: [&str; 6] =
     ["bucket", "shard", "event_time", "event_id", "kafka_offset", "run_id"];
 /// How long Kafka keeps events: 7 days (`retention.ms` of the events topic).
@@ -13,60 +14,62 @@ pub const TOPIC_RETENTION_MS: i64 = 7 * 86_400_000;
 pub const DEAD_LETTER_RETENTION_MS: i64 = 30 * 86_400_000;
 /// How long commands are kept in the control topic: 1 day.
 pub const CONTROL_RETENTION_MS: i64 = 86_400_000;
-/// Longest time one log segment stays open: retention removes whole segments only.
+/// Longest time a log segment stays open: 1 day. Retention only removes closed segments.
 pub const SEGMENT_MS: i64 = 86_400_000;
-/// Most rows of one statement of the processor.
+/// Most rows in one batch statement of the processor.
 pub const MAX_BATCH_ROWS: usize = 200;
-/// Most bytes of values in one statement; a mutation over half a commit-log segment (16 MiB) is refused forever.
+/// Most bytes of values in one batch statement. Cassandra always rejects a mutation larger than half a commit log
+/// segment (16 MiB).
 pub const MAX_BATCH_BYTES: usize = 512 << 10;
-/// Seconds a row of `services` lives after its last heartbeat.
+/// TTL of a row of `services`, which each heartbeat renews.
 pub const SERVICE_TTL_SECONDS: i64 = 60;
-/// Seconds a refusal is shown, unless the instance starts again.
+/// TTL of a row of `refusals`: 7 days. The instance clears the row earlier if it starts again.
 pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
-/// Seconds a row of `batches` lives.
+/// TTL of a row of `batches`: 1 day.
 const BATCHES_TTL_SECONDS: i64 = 86_400;
-/// `throughput` resolutions in seconds, the length of their slot (one Cassandra partition) in seconds, and their TTL.
+/// Resolutions of table `throughput`: step, length of a slot (one Cassandra partition), and TTL, each in seconds.
 pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
 
-/// Version of the tables that this program works with. It grows with every change of them; `tests/golden` holds the tables of
-/// each earlier version, which `init` must be able to bring forward.
+/// Version of the tables that this program needs. Every change of the tables increments it. `tests/golden` contains the
+/// tables of each earlier version, and `init` must be able to migrate all of them.
 pub const TABLES_VERSION: i32 = 2;
-/// The row of table `schema_versions` that names it.
+/// Key of the row of table `schema_versions` that holds the version of the tables.
 pub const TABLES_COMPONENT: &str = "tables";
 
-/// One table. CREATE TABLE and the ALTER TABLEs that bring an older one forward both follow from it.
+/// The definition of a table. Generates its CREATE TABLE statement and the ALTER TABLE statements that migrate an older
+/// version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
-    /// Its name.
+    /// Name of the table, without the keyspace.
     pub name: String,
-    columns: Vec<Declared>,
-    /// What stands in `PRIMARY KEY (…)`.
+    columns: Vec<TableColumn>,
+    /// The content of the `PRIMARY KEY (…)` clause.
     key: &'static str,
+    /// 0 if rows do not expire.
     ttl_seconds: i64,
-    /// Options besides the TTL.
+    /// CQL options besides the TTL.
     options: Vec<String>,
 }
 
-/// A column of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Declared {
+struct TableColumn {
     name: String,
     cql_type: String,
 }
 
-/// A table as Cassandra describes it.
+/// The current definition of a table in Cassandra.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Existing {
-    /// CQL type of each column.
+    /// CQL type of each column, by name.
     pub columns: BTreeMap<String, String>,
-    /// Its `default_time_to_live`; 0: none.
+    /// The `default_time_to_live`. 0 if rows do not expire.
     pub ttl_seconds: i64,
 }
 
-/// A column that exists with another type: no ALTER TABLE changes that.
+/// A column exists with another type, which ALTER TABLE cannot change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "table {keyspace}.{table}: column `{column}` is {found}, but must be {wanted}: choose another keyspace with \
+    "table {keyspace}.{table}: column `{column}` is {found}, but must be {expected}: choose another keyspace with \
      PIPELINE_KEYSPACE, or another column or stream name"
 )]
 pub struct OtherType {
@@ -74,11 +77,11 @@ pub struct OtherType {
     table: String,
     column: String,
     found: String,
-    wanted: String,
+    expected: String,
 }
 
 impl Table {
-    /// `columns`: names and types, as in CREATE TABLE.
+    /// `columns` lists names and types as in CREATE TABLE.
     fn new(name: &str, columns: &str, key: &'static str) -> Table {
         let table = Table { name: name.to_owned(), columns: vec![], key, ttl_seconds: 0, options: vec![] };
         let columns = columns.split(", ").filter_map(|column| column.split_once(' '));
@@ -86,7 +89,7 @@ impl Table {
     }
 
     fn with(mut self, name: &str, cql_type: &str) -> Table {
-        self.columns.push(Declared { name: name.to_owned(), cql_type: cql_type.to_owned() });
+        self.columns.push(TableColumn { name: name.to_owned(), cql_type: cql_type.to_owned() });
         self
     }
 
@@ -99,25 +102,26 @@ impl Table {
         self
     }
 
-    fn settings(&self) -> Vec<String> {
+    fn all_options(&self) -> Vec<String> {
         let ttl = (self.ttl_seconds > 0).then(|| format!("default_time_to_live = {}", self.ttl_seconds));
         ttl.into_iter().chain(self.options.clone()).collect()
     }
 
-    /// CREATE TABLE IF NOT EXISTS.
+    /// The CREATE TABLE IF NOT EXISTS statement.
     pub fn create(&self, keyspace: &str) -> String {
         let columns: String = self.columns.iter().map(|c| format!("{} {}, ", c.name, c.cql_type)).collect();
-        let settings = self.settings();
+        let options = self.all_options();
         let options =
-            if settings.is_empty() { String::new() } else { format!(" WITH {}", settings.join(" AND ")) };
+            if options.is_empty() { String::new() } else { format!(" WITH {}", options.join(" AND ")) };
         let (name, key) = (&self.name, self.key);
         format!("CREATE TABLE IF NOT EXISTS {keyspace}.{name} ({columns}PRIMARY KEY ({key})){options}")
     }
 
-    /// The statements that make `existing` this table: columns are only added, and the TTL is set. Each may run twice.
+    /// The statements that migrate `existing` to this definition. They only add columns and set the TTL, and are
+    /// idempotent.
     pub fn bring_forward(&self, keyspace: &str, existing: &Existing) -> Result<Vec<String>, OtherType> {
         let mut added = Vec::new();
-        for Declared { name, cql_type } in &self.columns {
+        for TableColumn { name, cql_type } in &self.columns {
             match existing.columns.get(name) {
                 None => added.push(format!("{name} {cql_type}")),
                 Some(found) if found == cql_type => {}
@@ -127,7 +131,7 @@ impl Table {
                         table: self.name.clone(),
                         column: name.clone(),
                         found: found.clone(),
-                        wanted: cql_type.clone(),
+                        expected: cql_type.clone(),
                     });
                 }
             }
@@ -145,12 +149,12 @@ impl Table {
     }
 }
 
-/// The tables that all streams of a keyspace share.
+/// The tables shared by all streams of a keyspace.
 pub fn shared_tables() -> Vec<Table> {
     [stream_records(), processing_tables(), presence_tables(), ingestion_tables()].concat()
 }
 
-/// What is known of the tables and of the streams in them.
+/// Tables of the schema version, the registrations and the state of streams.
 fn stream_records() -> Vec<Table> {
     vec![
         Table::new(
@@ -172,7 +176,7 @@ fn stream_records() -> Vec<Table> {
     ]
 }
 
-/// What is known of the processing of streams.
+/// Tables that the processor writes.
 fn processing_tables() -> Vec<Table> {
     let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
     vec![
@@ -211,7 +215,7 @@ fn processing_tables() -> Vec<Table> {
     ]
 }
 
-/// Who is alive, and who refused to run.
+/// Tables of the heartbeats and refusals of instances.
 fn presence_tables() -> Vec<Table> {
     vec![
         Table::new(
@@ -232,7 +236,7 @@ fn presence_tables() -> Vec<Table> {
     ]
 }
 
-/// The run ledger and the commands.
+/// Tables of the run ledger and of commands.
 fn ingestion_tables() -> Vec<Table> {
     vec![
         Table::new(
@@ -259,10 +263,10 @@ fn ingestion_tables() -> Vec<Table> {
     ]
 }
 
-/// The tables of one stream.
+/// The event table and the pane table of a stream.
 pub fn stream_tables(d: &Definition) -> Vec<Table> {
     let ttl = d.store.ttl_seconds;
-    // Without a TTL nothing expires as a whole; with one, a window a thirtieth of it keeps about thirty files.
+    // Time windows only help if whole files expire, which needs a TTL. A window of TTL / 30 keeps about 30 files.
     let unified = "compaction = {'class': 'UnifiedCompactionStrategy'}".to_owned();
     let compaction = if ttl == 0 {
         unified.clone()
@@ -295,18 +299,18 @@ pub fn stream_tables(d: &Definition) -> Vec<Table> {
     ]
 }
 
-/// Name of a stream's pane table.
+/// Name of the pane table of a stream.
 pub fn panes_table(d: &Definition) -> String {
     format!("{}_panes", d.stream.name)
 }
 
-/// Name of a topic's dead-letter topic.
+/// Name of the dead-letter topic of an events topic.
 pub fn dead_letter_topic(topic: &str) -> String {
     format!("{topic}.dlq")
 }
 
-/// The insert of one event row. Markers in order: bucket, shard, event_time, event_id, kafka_offset, run_id, the declared
-/// columns in their order, time stamp (event time in µs).
+/// INSERT of an event row. Bind markers in order: bucket, shard, event_time, event_id, kafka_offset, run_id, the
+/// declared columns in order, write timestamp (event time in µs).
 pub fn insert_event(keyspace: &str, d: &Definition) -> String {
     let declared: String = d.columns.iter().map(|c| format!(", {}", c.name)).collect();
     let markers = ", ?".repeat(d.columns.len());
@@ -317,8 +321,8 @@ pub fn insert_event(keyspace: &str, d: &Definition) -> String {
     )
 }
 
-/// The insert of one pane row. Markers in order: bucket, kafka_partition, pane_start, dimension, value, count, upto, then
-/// count, sum, min, max of each measure, then the time stamp (next offset).
+/// INSERT of a pane row. Bind markers in order: bucket, kafka_partition, pane_start, dimension, value, count, upto,
+/// then count, sum, min and max of each measure, then the write timestamp (next offset).
 pub fn insert_pane(keyspace: &str, d: &Definition) -> String {
     let measures: String =
         d.windows.measures.iter().map(|m| format!(", {m}_count, {m}_sum, {m}_min, {m}_max")).collect();
@@ -343,19 +347,20 @@ mod tests {
         shared_tables().into_iter().chain(stream_tables(d)).collect()
     }
 
-    /// What Cassandra would say of the tables that `cql` makes.
+    /// Parses CREATE TABLE statements, one per line, as Cassandra would describe the tables.
     fn existing(cql: &str) -> BTreeMap<String, Existing> {
         let describe = |statement: &str| {
             let (name, rest) =
                 statement.strip_prefix("CREATE TABLE IF NOT EXISTS pipeline.")?.split_once(" (")?;
-            // The tables of version 1 name a key of one column beside the column.
+            // Version 1 declares a single-column primary key inline with its column.
             let rest = rest.replace("text PRIMARY KEY, ", "text, ");
             let (columns, rest) = rest.split_at(rest.find(", PRIMARY KEY").or_else(|| rest.find(')'))?);
-            // The one type with a comma in it.
+            // Columns are split at ", ", which also occurs within this type.
             let columns = columns.replace("<int, text>", "<int,text>");
             let columns = columns.split(", ").filter_map(|column| column.trim().split_once(' '));
-            let columns =
-                columns.map(|(name, kind)| (name.to_owned(), kind.replace(",text>", ", text>"))).collect();
+            let columns = columns
+                .map(|(name, cql_type)| (name.to_owned(), cql_type.replace(",text>", ", text>")))
+                .collect();
             let ttl = rest.split_once("default_time_to_live = ").map_or("0", |(_, ttl)| ttl);
             let ttl = ttl.split([' ', ';']).next().unwrap().parse().unwrap();
             Some((name.to_owned(), Existing { columns, ttl_seconds: ttl }))
@@ -364,10 +369,10 @@ mod tests {
     }
 
     #[test]
-    fn the_tables_of_version_2_are_these() {
+    fn create_statements_of_version_2() {
         assert_eq!(
             TABLES_VERSION, 2,
-            "name this test and its snapshot by the version, keep the old snapshot in tests/golden"
+            "put the new version into the name of this test and its snapshot, and keep the old snapshot in tests/golden"
         );
         let text: String =
             tables(&definition()).iter().map(|table| table.create("pipeline") + ";\n").collect();
@@ -383,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_version_1_are_brought_forward_by_adding_columns() {
+    fn tables_of_version_1_are_migrated_by_adding_columns() {
         let found = existing(include_str!("../tests/golden/tables_1.cql"));
         let mut statements = Vec::new();
         for table in tables(&definition()) {
@@ -396,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_ttl_and_a_new_column_alter_the_tables_and_another_type_is_refused() {
+    fn a_longer_ttl_and_a_new_column_alter_the_tables_but_another_column_type_is_refused() {
         let old = definition();
         let text: String = tables(&old).iter().map(|table| table.create("pipeline") + ";\n").collect();
         let found = existing(&text);
@@ -415,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn every_marker_of_an_insert_has_a_column() {
+    fn an_insert_has_a_marker_for_each_column_and_the_timestamp() {
         let d = definition();
         for insert in [insert_event("k", &d), insert_pane("k", &d)] {
             let columns = insert.split('(').nth(1).unwrap().split(')').next().unwrap().split(',').count();

@@ -1,5 +1,5 @@
-//! One token that is cancelled by the first SIGTERM or SIGINT, the exit code that tells which it was, and a last resort: a process
-//! that has not ended within its grace is ended, whatever hangs.
+//! Graceful shutdown: the first SIGTERM or SIGINT cancels a token and determines the exit code. A process that does not
+//! end within its grace period is terminated, even if its tasks hang.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Exit code of a process that began to stop without a signal and did not end in time.
+/// Exit code of a process that began to stop without a signal and exceeded its grace period.
 const HUNG: u8 = 1;
 
-/// Handed to everything that loops. Cloning shares it.
+/// Tells tasks when to stop. Clones share the same state.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
     token: CancellationToken,
@@ -19,9 +19,9 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Listens for SIGTERM and SIGINT from now on. Once stopping has begun, the process may take `grace` to end; after that,
-    /// what still runs is logged, and the process ends with the signal's exit code. A dedicated thread does both: a
-    /// runtime whose threads are all blocked cannot delay it.
+    /// Starts to listen for SIGTERM and SIGINT. Once shutdown has begun, the process has `grace` to end. After that,
+    /// the tasks that still run are logged and the process exits with the exit code of the signal. A dedicated thread
+    /// does both, so blocked runtime threads cannot delay it.
     pub fn on_signals(grace: Duration) -> std::io::Result<Shutdown> {
         let shutdown = Shutdown::default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
@@ -45,38 +45,38 @@ impl Shutdown {
             }
             std::thread::sleep(grace);
             let (still_running, seconds) = (listener.still_running(), grace.as_secs());
-            tracing::error!(still_running, seconds, "not stopped in time: the process ends now");
+            tracing::error!(still_running, seconds, "the grace period has expired, exiting now");
             std::process::exit(i32::from(received.map_or(HUNG, |(code, _)| code)));
         })?;
         Ok(shutdown)
     }
 
-    /// Asks everything to stop for a reason of the program's own.
+    /// Begins shutdown without a signal.
     pub fn begin(&self) {
         self.token.cancel();
     }
 
-    /// Whether stopping has begun.
+    /// Whether shutdown has begun.
     pub fn has_begun(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Resolves when stopping begins.
+    /// Completes when shutdown begins.
     pub async fn begun(&self) {
         self.token.cancelled().await;
     }
 
-    /// The token itself, for those who select on it or derive children.
+    /// The underlying token, for callers that need a child token or a cancellation future.
     pub fn token(&self) -> &CancellationToken {
         &self.token
     }
 
-    /// 143 after SIGTERM, 130 after SIGINT, 0 when the program stopped by itself.
+    /// The exit code of the process: 143 after SIGTERM, 130 after SIGINT, otherwise 0.
     pub fn exit_code(&self) -> u8 {
         self.code.load(Ordering::SeqCst)
     }
 
-    /// Names something that has to end before the process does. It counts as running until the guard is dropped.
+    /// Registers a task that must finish before the process exits. It counts as running until the guard is dropped.
     pub fn running(&self, what: &'static str) -> Running {
         self.with_running(|running| running.push(what));
         Running { shutdown: self.clone(), what }
@@ -91,7 +91,7 @@ impl Shutdown {
     }
 }
 
-/// Something that runs, for the log line of a process that does not end in time.
+/// Guard of a running task. If the grace period expires, the log names the tasks whose guards still exist.
 #[derive(Debug)]
 pub struct Running {
     shutdown: Shutdown,

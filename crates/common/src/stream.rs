@@ -1,6 +1,6 @@
-//! The stream definition: one TOML file that says where events come from, which columns they have, how they are stored
-//! and windowed. Types and what follows from them; reading and checking the file is `stream/parse.rs`, the rules that
-//! span several keys are `stream/rules.rs`. Nothing here does I/O.
+//! The stream definition: a TOML file that describes the source of the events, their columns, their storage and their
+//! windows. This module contains the types. `stream/parse.rs` parses the file, and `stream/rules.rs` checks the rules
+//! that involve several keys. Pure.
 
 pub mod layout;
 mod parse;
@@ -12,15 +12,15 @@ use layout::Layout;
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};
 
-/// Most group-by columns a stream may have: each adds rows to every pane.
+/// Most group-by columns of a stream. Each one adds rows to every pane.
 pub const MAX_GROUP_BY: usize = 4;
-/// Most groups one group-by column may have; every other value counts as [`OTHER`].
+/// Most groups of a group-by column. All other values count towards [`OTHER`].
 pub const MAX_GROUPS: usize = 256;
-/// The group of all values that are not listed.
+/// The group of all values without a group of their own.
 pub const OTHER: &str = "(other)";
-/// Most intervals that a producer catches up: it plans them in memory.
+/// Most intervals that a producer catches up. It plans them in memory.
 pub const MAX_CATCH_UP_INTERVALS: i64 = 50_000;
-/// The dimension that counts every event of a pane.
+/// The dimension that counts all events of a pane.
 pub const ALL: &str = "";
 
 /// A stream definition that has passed every check.
@@ -28,92 +28,93 @@ pub const ALL: &str = "";
 pub struct Definition {
     /// Name, schedule and retry policy.
     pub stream: StreamSettings,
-    /// The REST API.
+    /// The REST API to fetch from.
     pub source: Source,
-    /// How a record becomes an event.
+    /// How a source record is mapped to an event.
     pub event: EventMapping,
-    /// The declared columns, in the file's order.
+    /// The declared columns, in the order of the file.
     pub columns: Vec<Column>,
-    /// How rows are laid out in Cassandra.
+    /// Layout of the rows in Cassandra.
     pub store: Store,
-    /// Panes, lateness, groups and measures.
+    /// Panes, allowed lateness, group-by columns and measures.
     pub windows: Windows,
 }
 
 /// `[stream]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StreamSettings {
-    /// Also the name of the topic and of the event table: `[a-z][a-z0-9_]{0,39}`.
+    /// Name of the stream, and of its event table and by default its topic: `[a-z][a-z0-9_]{0,39}`.
     pub name: String,
-    /// When intervals begin and end.
+    /// How time is divided into intervals.
     pub schedule: Schedule,
-    /// First interval's earliest start in Unix milliseconds; `None`: `catch_up` intervals before the first planning.
+    /// Earliest start of the first interval in Unix milliseconds. Defaults to `catch_up` intervals before the first
+    /// planning.
     pub start_ms: Option<i64>,
-    /// How many intervals before its first planning a new stream begins.
+    /// Number of intervals before the first planning that a new stream fetches.
     pub catch_up: u32,
-    /// Age in milliseconds up to which intervals that are missing or failed are fetched by themselves, but always the last
-    /// `catch_up` intervals; older ones are left to a person.
+    /// Missing and failed intervals up to this age in milliseconds are fetched automatically. The last `catch_up`
+    /// intervals always are. Older intervals need an operator.
     pub catch_up_limit_ms: i64,
-    /// How many intervals may be fetched at once.
+    /// Most concurrent runs.
     pub max_active_runs: u32,
-    /// What happens when a fetch fails.
+    /// How failed fetches are retried.
     pub retry: RetryPolicy,
 }
 
-/// How time is tiled into half-open UTC intervals.
+/// How time is divided into half-open UTC intervals.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// Fixed length in milliseconds, aligned to the Unix epoch; 1 s to 31 d.
+    /// Fixed length in milliseconds, aligned to the Unix epoch. From 1 s to 31 d.
     Every(i64),
-    /// A five-field cron expression in UTC; an interval reaches from one occurrence to the next.
+    /// A five-field cron expression in UTC. An interval lasts from one occurrence to the next.
     Cron(String),
 }
 
 /// `[stream] retry`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RetryPolicy {
-    /// Attempts before the interval is failed; `None`: only `deadline_ms` limits them.
+    /// Attempts after which the run is marked failed. `None` if only `deadline_ms` limits them.
     pub attempts: Option<u32>,
-    /// First pause in milliseconds; doubles with jitter.
+    /// Initial backoff in milliseconds. It doubles with each attempt, with jitter.
     pub backoff_ms: i64,
-    /// Longest pause in milliseconds before the interval is failed.
+    /// Longest backoff in milliseconds until the run is marked failed.
     pub max_backoff_ms: i64,
-    /// Time from the first attempt, in milliseconds, after which a failed attempt fails the interval.
+    /// A failed attempt marks the run failed once this time, in milliseconds, has passed since the first attempt.
     pub deadline_ms: i64,
-    /// Longest pause in milliseconds between the attempts that a failed interval still gets.
+    /// Longest backoff in milliseconds between further attempts of a failed run.
     pub failed_backoff_ms: i64,
-    /// Longest time of one attempt in milliseconds.
+    /// Timeout of one attempt in milliseconds.
     pub attempt_timeout_ms: i64,
 }
 
 /// `[source]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Source {
-    /// URL with placeholders: `{interval.start}`, `{interval.end}` (RFC 3339), `{interval.start_unix}`, `{interval.end_unix}`
-    /// (seconds), `{interval.seed}`, `{page}`, `{page_size}`, `{offset}`, `{cursor}`.
+    /// URL with placeholders: `{interval.start}`, `{interval.end}` (RFC 3339), `{interval.start_unix}`,
+    /// `{interval.end_unix}` (seconds), `{interval.seed}`, `{page}`, `{page_size}`, `{offset}`, `{cursor}`.
     pub url: String,
     /// `GET` or `POST`.
     pub method: String,
-    /// Request headers, in the file's order.
+    /// Request headers, in the order of the file.
     pub headers: Vec<(String, String)>,
-    /// How requests identify themselves.
+    /// How requests are authenticated.
     pub auth: Auth,
     /// How the next page is found.
     pub pagination: Pagination,
     /// JSON pointer to the array of records in a page.
     pub records: String,
-    /// Records asked for per page (placeholder `{page_size}`).
+    /// Records per page, the value of the placeholder `{page_size}`.
     pub page_size: u32,
-    /// Whether private and loopback addresses may be fetched.
+    /// Whether the source may have a private or loopback address.
     pub allow_private: bool,
-    /// Bounds of one interval.
+    /// Limits of one run.
     pub limits: Limits,
-    /// Requests per second at most; `None`: no limit.
+    /// Most requests per second. `None` for no limit.
     pub requests_per_second: Option<f64>,
 }
 
-/// `[source.auth]`; secrets come from files only.
+/// `[source.auth]`. Secrets are always read from files.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Auth {
@@ -121,28 +122,28 @@ pub enum Auth {
     None,
     /// `Authorization: Bearer <token>`.
     Bearer {
-        /// File that holds the token.
+        /// File with the token.
         token_file: String,
     },
     /// HTTP basic authentication.
     Basic {
         /// User name.
         user: String,
-        /// File that holds the password.
+        /// File with the password.
         password_file: String,
     },
     /// A key in a header.
     ApiKey {
         /// Header name.
         header: String,
-        /// File that holds the key.
+        /// File with the key.
         key_file: String,
     },
-    /// A key in the query of every request.
+    /// A key in a query parameter.
     ApiKeyInQuery {
         /// Parameter name.
         query: String,
-        /// File that holds the key.
+        /// File with the key.
         key_file: String,
     },
 }
@@ -151,32 +152,33 @@ pub enum Auth {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pagination {
-    /// One request an interval.
+    /// One request per interval.
     None,
-    /// `{page}` counts up from `first` until a page has fewer than `page_size` records or `pages` are read.
+    /// `{page}` counts up from `first` until a page has fewer than `page_size` records or `pages` pages are read.
     Page {
-        /// First page's number.
+        /// Number of the first page.
         first: u32,
-        /// Pages to read; `None`: until a short page.
+        /// Pages to read. `None` to read until a page has fewer than `page_size` records.
         pages: Option<u32>,
     },
-    /// `{offset}` counts records up from 0 until a short page.
+    /// `{offset}` is the number of records read so far. Ends at a page with fewer than `page_size` records.
     Offset,
-    /// The answer names the next cursor; absent, null or empty ends the interval.
+    /// `{cursor}` is the cursor in the previous page. Ends if it is absent, null or empty.
     Cursor {
         /// JSON pointer to the next cursor.
         pointer: String,
     },
-    /// `{cursor}` is taken from the page's last record; a page without records ends the interval.
+    /// `{cursor}` is a value of the last record in the previous page. Ends at a page without records.
     LastRecord {
         /// JSON pointer into the last record.
         pointer: String,
-        /// JSON pointer to `true` or `false` in the page: whether there is more; `None`: until a page without records.
+        /// JSON pointer to a boolean in the page that is `true` if more pages follow. `None` to read until a page
+        /// without records.
         more: Option<String>,
     },
-    /// RFC 8288 `Link: <…>; rel="next"`.
+    /// The next URL is in the RFC 8288 header `Link: <…>; rel="next"`.
     LinkHeader,
-    /// The answer holds the next URL; absent or null ends the interval.
+    /// The next URL is in the page. Ends if it is absent or null.
     NextUrl {
         /// JSON pointer to the next URL.
         pointer: String,
@@ -186,53 +188,53 @@ pub enum Pagination {
 /// `[source.limits]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Limits {
-    /// Bytes of one page, before and after decompression.
+    /// Most bytes of one page, both before and after decompression.
     pub page_bytes: u64,
-    /// Pages of one interval.
+    /// Most pages of one interval.
     pub pages: u32,
-    /// Records of one interval.
+    /// Most records of one interval.
     pub records: u32,
-    /// Milliseconds to connect.
+    /// Timeout for connecting, in milliseconds.
     pub connect_timeout_ms: i64,
-    /// Milliseconds for one whole request.
+    /// Timeout for a whole request, in milliseconds.
     pub request_timeout_ms: i64,
 }
 
 /// `[event]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EventMapping {
-    /// JSON pointer to the source's own id; `None`: a UUID v5 of (stream, interval start, index).
+    /// JSON pointer to the id in the source record. `None` to derive the id from stream, interval start and index.
     pub id: Option<String>,
-    /// Where event time comes from.
+    /// Origin of the event time.
     pub time: EventTime,
     /// CloudEvents type.
     pub event_type: String,
-    /// JSON pointer to the Kafka key; `None`: the event id. Equal ids must carry equal keys.
+    /// JSON pointer to the Kafka key. `None` to use the event id. Records with equal ids must have equal keys.
     pub key: Option<String>,
 }
 
-/// Where event time comes from.
+/// Origin of the event time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EventTime {
-    /// Spread evenly over the interval, in the order of the records.
+    /// Derived from stream, interval and id: a point within the interval.
     Interval,
-    /// JSON pointer to an RFC 3339 text or to Unix milliseconds.
+    /// JSON pointer to an RFC 3339 string or a number of Unix milliseconds.
     Pointer(String),
-    /// JSON pointer to an RFC 3339 text or to Unix seconds.
+    /// JSON pointer to an RFC 3339 string or a number of Unix seconds.
     Seconds(String),
 }
 
 /// One `[[column]]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Column {
-    /// Column name, and key in the flat JSON value in Kafka.
+    /// Name of the column, and its key in the flat JSON value of the Kafka record.
     pub name: String,
     /// CQL type.
     pub cql_type: CqlType,
-    /// JSON pointer into the source's record.
+    /// JSON pointer into the source record.
     pub pointer: String,
-    /// An event without it is a dead letter.
+    /// Whether a record without a value becomes a dead letter.
     pub required: bool,
 }
 
@@ -240,24 +242,24 @@ pub struct Column {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CqlType {
-    /// UTF-8; takes JSON strings, numbers and booleans.
+    /// UTF-8 text. Accepts JSON strings, numbers and booleans.
     Text,
-    /// 32 bit.
+    /// 32-bit signed integer.
     Int,
-    /// 64 bit.
+    /// 64-bit signed integer.
     Bigint,
-    /// IEEE 754, 64 bit.
+    /// 64-bit IEEE 754 float.
     Double,
-    /// true or false.
+    /// `true` or `false`.
     Boolean,
-    /// Milliseconds; takes RFC 3339 text or Unix milliseconds.
+    /// Milliseconds since the epoch. Accepts RFC 3339 strings and numbers of Unix milliseconds.
     Timestamp,
-    /// RFC 4122 text.
+    /// UUID. Accepts the RFC 4122 text form.
     Uuid,
 }
 
 impl CqlType {
-    /// All of them, for messages and parsing.
+    /// All variants.
     pub const ALL: [CqlType; 7] = [
         CqlType::Text,
         CqlType::Int,
@@ -281,7 +283,7 @@ impl CqlType {
         }
     }
 
-    /// Whether it can be measured.
+    /// Whether a column of this type can be a measure.
     pub fn is_numeric(self) -> bool {
         matches!(self, CqlType::Int | CqlType::Bigint | CqlType::Double)
     }
@@ -294,15 +296,16 @@ pub struct Store {
     pub bucket: Bucket,
     /// Cassandra partitions per bucket and Kafka partition.
     pub shards: u32,
-    /// Seconds rows live; 0: forever.
+    /// TTL of rows. 0 if rows do not expire.
     pub ttl_seconds: i64,
-    /// Shortest time that rows of this stream have ever lived, as registered; `None`: not longer registered than the file says.
+    /// The shortest TTL that the stream ever had, from its registration. `None` if the definition was not completed
+    /// with the registration.
     #[serde(skip)]
     pub shortest_ttl_seconds: Option<i64>,
 }
 
 impl Store {
-    /// Seconds that every row of the stream lives at least, also those that were written before the TTL was raised; 0: forever.
+    /// The shortest TTL of all rows, including rows written before the TTL was raised. 0 if no row expires.
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
     }
@@ -311,34 +314,35 @@ impl Store {
 /// `[windows]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Windows {
-    /// Pane length in milliseconds; divides the bucket.
+    /// Pane length in milliseconds. Divides the bucket length.
     pub pane_ms: i64,
-    /// How far behind the highest event time an event is still on time, in milliseconds.
+    /// Allowed lateness in milliseconds: an event further behind the highest event time of its partition counts as
+    /// late.
     pub lateness_ms: i64,
     /// Group-by columns, at most [`MAX_GROUP_BY`].
     pub group_by: Vec<GroupBy>,
-    /// Numeric columns whose sum, minimum and maximum are kept.
+    /// Numeric columns whose count, sum, minimum and maximum are stored per pane.
     pub measures: Vec<String>,
 }
 
 /// One group-by column and its groups.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GroupBy {
-    /// Column name.
+    /// Name of the column.
     pub column: String,
-    /// Its groups.
+    /// How its values are assigned to groups.
     pub groups: Groups,
 }
 
-/// The groups of a column: decided by the record alone.
+/// The groups of a column. The group of an event depends only on the value of the column.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Groups {
-    /// Listed values, at most [`MAX_GROUPS`].
+    /// One group per listed value, at most [`MAX_GROUPS`].
     Values(Vec<String>),
-    /// `[from + i·step, from + (i+1)·step)` for `i` below `count`; named by their lower end.
+    /// `[from + i·step, from + (i+1)·step)` for `i` below `count`. The name of a group is its lower bound.
     Step {
-        /// Lower end of the first group.
+        /// Lower bound of the first group.
         from: f64,
         /// Width of a group.
         step: f64,
@@ -348,7 +352,7 @@ pub enum Groups {
 }
 
 impl GroupBy {
-    /// Number of groups with [`OTHER`], which is the last.
+    /// Number of groups, including [`OTHER`], which is the last one.
     pub fn len(&self) -> usize {
         match &self.groups {
             Groups::Values(values) => values.len() + 1,
@@ -356,12 +360,12 @@ impl GroupBy {
         }
     }
 
-    /// Never: [`OTHER`] is always there.
+    /// Always `false`, because every column has the group [`OTHER`].
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// The name of group `index`, as stored in the pane table.
+    /// The name of group `index` as stored in the pane table. An index past the last group yields [`OTHER`].
     pub fn label(&self, index: usize) -> String {
         match &self.groups {
             Groups::Values(values) => values.get(index).cloned().unwrap_or_else(|| OTHER.to_owned()),
@@ -373,33 +377,33 @@ impl GroupBy {
     }
 }
 
-/// Everything wrong with a stream file, one line each.
+/// All mistakes in a stream file, one per line.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("stream file {file}: {} mistake(s)\n{}", problems.len(), problems.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n"))]
 pub struct DefinitionError {
-    /// The file's name as given.
+    /// Name of the file as given.
     pub file: String,
-    /// Each names its key, the value and the way out.
+    /// Each problem names the key, the value and a remedy.
     pub problems: Vec<String>,
 }
 
 impl Definition {
-    /// Reads a definition from the text of `file` (the name only serves messages), reporting all mistakes at once.
+    /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
     pub fn parse(file: &str, text: &str) -> Result<Definition, DefinitionError> {
         parse::parse(text).map_err(|problems| DefinitionError { file: file.to_owned(), problems })
     }
 
-    /// Position of a declared column.
+    /// Index of a declared column in `columns`.
     pub fn column_index(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|c| c.name == name)
     }
 
-    /// Rows of one pane: one for all events, and one per group of each group-by column.
+    /// Most rows of one pane: one for all events, and one per group of each group-by column.
     pub fn pane_rows(&self) -> usize {
         1 + self.windows.group_by.iter().map(GroupBy::len).sum::<usize>()
     }
 
-    /// What stored data depends on.
+    /// The part of the definition that stored data depends on.
     pub fn layout(&self) -> Layout {
         Layout::of(self)
     }

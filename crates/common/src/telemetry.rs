@@ -1,17 +1,18 @@
-//! Logs: JSON lines with RFC 3339 UTC times, pretty on a terminal, always on stderr. Metrics are each service's own.
+//! Logging to stderr: JSON lines with RFC 3339 times in UTC, or a human-readable format on a terminal.
 
 use crate::config::{CommonArgs, LogFormat};
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::UtcTime;
 
-/// What an operator would want quiet at `info`: librdkafka repeats itself while a broker is away, and so does the driver.
+/// Directives that silence noisy targets unless the filter names them: librdkafka and the Cassandra driver log the same
+/// error over and over while a server is down.
 const QUIET: [&str; 2] = ["scylla=off", "librdkafka=error"];
 
-/// Starts logging for `service`; the error names the filter that cannot be read.
+/// Initializes logging for `service`. Fails if the configured log filter is invalid.
 pub fn init(service: &'static str, settings: &CommonArgs) -> Result<(), String> {
     let mut filter = EnvFilter::try_new(&settings.log).map_err(|e| {
-        format!("log filter `{}`: {e}; such as `info` or `info,stream_processor=debug`", settings.log)
+        format!("log filter `{}`: {e}; use for example `info` or `info,stream_processor=debug`", settings.log)
     })?;
     for quiet in QUIET {
         let target = quiet.split('=').next().unwrap_or(quiet);

@@ -1,35 +1,35 @@
-//! Readers' windows: tumbling and sliding ones of any multiple of the pane, each the sum of its panes. Pure; reading pane rows is
-//! [`crate::pane_reader`]'s. A question is refused when its answer or the rows it reads would be too many.
+//! Computes tumbling and sliding windows from panes. The size and slide of a window are multiples of the pane length.
+//! Pure; [`crate::pane_reader`] reads the pane rows. A query that would read or return too many values is rejected.
 
 use crate::event::floor_to;
 use crate::stream::{ALL, Definition, GroupBy};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Longest length: far more than [`MAX_READ_VALUES`] allow, far less than overflows.
+/// Longest accepted duration: far more than [`MAX_READ_VALUES`] permits, and far below an integer overflow.
 const MAX_LENGTH_MS: i64 = 366 * 86_400_000;
-/// Most values one answer may hold: a count and each measure of every window and group. About 6 MB of JSON.
+/// Most values in one result: a count and each measure, for every window and group. About 6 MB of JSON.
 pub const MAX_ANSWERED_VALUES: i64 = 40_000;
-/// Most values one question may read: a count and each measure of every pane, group and Kafka partition.
+/// Most values that one query may read: a count and each measure, for every pane, group and Kafka partition.
 pub const MAX_READ_VALUES: i64 = 4_000_000;
-/// What is asked for when no length is given: the last hour.
+/// Default time span of a query: the last hour.
 const DEFAULT_LAST_MS: i64 = 3_600_000;
 
-/// One measure of a window, or of a pane row.
+/// Aggregates of one measured column in a window or a pane.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Measure {
-    /// Events that have the column.
+    /// Number of events that have a value.
     pub count: i64,
-    /// Their sum.
+    /// Sum of the values.
     pub sum: f64,
-    /// Their least value; `None`: no event has the column.
+    /// Minimum. `None` if no event has a value.
     pub min: Option<f64>,
-    /// Their greatest value.
+    /// Maximum. `None` if no event has a value.
     pub max: Option<f64>,
 }
 
 impl Measure {
-    /// Their mean; `None`: no event has the column.
+    /// Mean of the values. `None` if no event has a value.
     pub fn average(&self) -> Option<f64> {
         (self.count > 0).then(|| self.sum / self.count as f64)
     }
@@ -46,56 +46,56 @@ impl Measure {
     }
 }
 
-/// Events and measures of one group in a span of time.
+/// Event count and measures of one group in a span of time.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Sum {
-    /// Events.
+    /// Number of events.
     pub count: i64,
-    /// In the definition's order of measures.
+    /// One entry per measure, in the order of the stream definition.
     pub measures: Vec<Measure>,
 }
 
 impl Sum {
-    /// Adds what another pane or partition counted.
+    /// Adds the sum of another pane or partition.
     pub fn add(&mut self, other: &Sum) {
         self.count += other.count;
         self.measures.resize(self.measures.len().max(other.measures.len()), Measure::default());
-        self.measures.iter_mut().zip(&other.measures).for_each(|(mine, theirs)| mine.add(theirs));
+        self.measures.iter_mut().zip(&other.measures).for_each(|(measure, other)| measure.add(other));
     }
 }
 
-/// Panes by group and start, summed over the Kafka partitions.
+/// Panes by group value and start (Unix milliseconds), summed over all Kafka partitions.
 pub type Panes = BTreeMap<(String, i64), Sum>;
 
-/// Windows as people ask for them. Lengths are texts such as `5m`.
+/// The unvalidated parameters of a query. Durations are texts such as `5m`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Asked<'a> {
-    /// Length of a window; `None`: the pane.
+    /// Length of a window. Defaults to the pane length.
     pub size: Option<&'a str>,
-    /// From one window's start to the next one's; `None`: the size, so windows tumble.
+    /// Distance between the starts of two windows. Defaults to `size`, which gives tumbling windows.
     pub slide: Option<&'a str>,
-    /// Group-by column; `None`: every event.
+    /// Group-by column. `None` counts all events in one group.
     pub by: Option<&'a str>,
-    /// How far back from now; `None`: an hour.
+    /// Time span to query, up to now. Defaults to one hour.
     pub last: Option<&'a str>,
 }
 
-/// Which windows are asked for.
+/// A validated query for windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
     /// Length of a window in milliseconds, a multiple of the pane.
     pub size_ms: i64,
-    /// From one window's start to the next one's; as long as the window itself: tumbling.
+    /// Distance between the starts of two windows in milliseconds. Windows tumble if it equals `size_ms`.
     pub slide_ms: i64,
     /// Group-by column, or [`ALL`].
     pub dimension: String,
-    /// First window's start: aligned to the slide.
+    /// Start of the first window in Unix milliseconds, a multiple of the slide.
     pub from_ms: i64,
-    /// No window begins here or later.
+    /// All windows start before this time, in Unix milliseconds.
     pub to_ms: i64,
 }
 
-/// What cannot be asked, and what can.
+/// Why a query is invalid, and which values are allowed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Unanswerable(String);
@@ -103,19 +103,19 @@ pub struct Unanswerable(String);
 /// One window of one group.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Window {
-    /// First millisecond.
+    /// First millisecond of the window, as Unix time.
     pub start_ms: i64,
-    /// First millisecond after it.
+    /// First millisecond after the window, as Unix time.
     pub end_ms: i64,
-    /// The group's value; [`ALL`]: every event.
+    /// Value of the group, or [`ALL`].
     pub value: String,
-    /// What happened in it.
+    /// Event count and measures.
     pub sum: Sum,
 }
 
 impl Question {
-    /// Checks lengths and column against the stream, and the work against the bounds. `partitions`: Kafka partitions of the
-    /// stream.
+    /// Validates durations and column against the stream, and the amount of work against the limits. `partitions` is
+    /// the number of Kafka partitions of the stream.
     pub fn new(
         definition: &Definition,
         partitions: i32,
@@ -135,7 +135,7 @@ impl Question {
             Some(by) => group_by.iter().find(|g| g.column == by).map(GroupBy::len).ok_or_else(|| {
                 let known: Vec<&str> = group_by.iter().map(|g| g.column.as_str()).collect();
                 let known = known.join(", ");
-                Unanswerable(format!("by `{by}`: no group-by column of the stream; one of {known}"))
+                Unanswerable(format!("by `{by}`: not a group-by column of the stream; use one of {known}"))
             })?,
         };
         let question = Question {
@@ -160,17 +160,18 @@ impl Question {
             return Ok(());
         }
         Err(Unanswerable(format!(
-            "{windows} windows over {panes} panes of {groups} groups would read {read} values and answer with {answered}; at most \
-             {MAX_READ_VALUES} and {MAX_ANSWERED_VALUES}: ask for a shorter span, a longer slide or fewer groups"
+            "{windows} windows over {panes} panes of {groups} groups would read {read} values and return {answered}; \
+             the limits are {MAX_READ_VALUES} and {MAX_ANSWERED_VALUES}: ask for a shorter span, a longer slide or \
+             fewer groups"
         )))
     }
 
-    /// The span of the panes that its windows need.
+    /// The time span of the panes that the windows need, in Unix milliseconds.
     pub fn panes(&self) -> std::ops::Range<i64> {
         self.from_ms..self.to_ms.saturating_add(self.size_ms)
     }
 
-    /// The windows in which anything happened, by start and group.
+    /// Computes all windows that contain events, ordered by start and group.
     pub fn answer(&self, panes: &Panes) -> Vec<Window> {
         let mut windows = Vec::new();
         let mut panes = panes.iter().peekable();
@@ -193,7 +194,7 @@ impl Question {
                 }
                 start_ms += self.slide_ms;
             }
-            // Panes after the last window.
+            // Skip the panes after the last window.
             of_group.for_each(drop);
         }
         windows.sort_by(|a, b| (a.start_ms, &a.value).cmp(&(b.start_ms, &b.value)));
@@ -212,18 +213,20 @@ fn check_lengths(definition: &Definition, size_ms: i64, slide_ms: i64) -> Result
     }
     if slide_ms > size_ms {
         return Err(Unanswerable(format!(
-            "slide of {slide_ms} ms: longer than the window's {size_ms} ms, so events between would be in none"
+            "slide of {slide_ms} ms: must not be longer than the size of {size_ms} ms, or some events would be in no \
+             window"
         )));
     }
     Ok(())
 }
 
-/// The sum of the panes in a span that only moves forward. Each pane is added a constant number of times however many windows
-/// it is in, and none is subtracted: floats would lose digits, and extremes cannot be.
+/// The sum of the panes in a span that only moves forward. Adds each pane a constant number of times, however many
+/// windows contain it. Never subtracts: floats would lose precision, and minimum and maximum cannot be subtracted.
 #[derive(Default)]
 struct Sliding<'a> {
-    /// The older panes, the oldest last; each sum is that of its pane and of all newer ones in this list.
+    /// The older panes, oldest last. Each sum includes the pane itself and all newer panes of this list.
     older: Vec<(i64, Sum)>,
+    /// The panes added since `older` was last rebuilt, oldest first.
     newer: Vec<(i64, &'a Sum)>,
     sum_of_newer: Sum,
 }
@@ -251,7 +254,7 @@ impl<'a> Sliding<'a> {
         self.sum_of_newer = Sum::default();
     }
 
-    /// `None`: no pane is in the span.
+    /// `None` if the span contains no pane.
     fn sum(&self) -> Option<Sum> {
         if self.newer.is_empty() {
             return self.older.last().map(|(_, sum)| sum.clone());
@@ -262,14 +265,19 @@ impl<'a> Sliding<'a> {
     }
 }
 
-/// A length as people write it, such as `90s`, `5m` or `1h 30m`, in milliseconds.
+/// Parses a duration such as `90s`, `5m` or `1h 30m` into milliseconds. `name` is the parameter that the error names.
 pub fn length_ms(name: &str, text: &str) -> Result<i64, Unanswerable> {
-    let wrong = || Unanswerable(format!("{name} `{text}`: no length such as 90s, 5m or 1h"));
-    let length = humantime::parse_duration(text).map_err(|_| wrong())?;
-    i64::try_from(length.as_millis()).ok().filter(|ms| *ms <= MAX_LENGTH_MS).ok_or_else(wrong)
+    let invalid = || {
+        Unanswerable(format!(
+            "{name} `{text}`: must be a duration of at most 366 days, such as 90s, 5m or 1h"
+        ))
+    };
+    let length = humantime::parse_duration(text).map_err(|_| invalid())?;
+    i64::try_from(length.as_millis()).ok().filter(|ms| *ms <= MAX_LENGTH_MS).ok_or_else(invalid)
 }
 
-/// Windows as JSON, with names of measures and whether they may still change: `complete` where the window ends before `settled_ms`.
+/// Converts windows to JSON, with named measures. A window is `complete`, which means that it no longer changes, if it
+/// ends at or before `settled_ms`.
 pub fn to_json(windows: &[Window], definition: &Definition, settled_ms: Option<i64>) -> serde_json::Value {
     let time = |ms: i64| {
         let at = chrono::DateTime::from_timestamp_millis(ms);
@@ -324,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_asked_is_named_with_what_can() {
+    fn an_invalid_query_is_rejected_with_the_allowed_values() {
         let check = |asked: Asked<'_>, part: &str| {
             let error = ask(asked).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
@@ -332,7 +340,7 @@ mod tests {
         let sized = |size, slide| Asked { size: Some(size), slide: Some(slide), ..Asked::default() };
         check(sized("90s", "90s"), "multiple of the pane, 60000 ms");
         check(sized("1m", "0s"), "slide of 0 ms");
-        check(sized("1m", "2m"), "in none");
+        check(sized("1m", "2m"), "in no window");
         check(sized("a while", "1m"), "`a while`");
         check(sized("900y", "1m"), "`900y`");
         check(Asked { by: Some("shoe_size"), ..Asked::default() }, "nationality");
@@ -342,10 +350,10 @@ mod tests {
     }
 
     #[test]
-    fn the_work_of_a_question_is_bounded_by_windows_panes_groups_and_partitions() {
-        let check = |asked: Asked<'_>, partitions: i32, answered: bool| {
+    fn a_query_is_limited_by_its_windows_panes_groups_and_partitions() {
+        let check = |asked: Asked<'_>, partitions: i32, accepted: bool| {
             let question = Question::new(&definition(), partitions, &asked, 10_000 * MINUTE);
-            assert_eq!(question.is_ok(), answered, "{asked:?} {partitions}: {question:?}");
+            assert_eq!(question.is_ok(), accepted, "{asked:?} {partitions}: {question:?}");
         };
         let of = |by, slide, last| Asked { size: Some("1h"), slide: Some(slide), by, last: Some(last) };
         check(of(None, "1m", "6d"), 6, true);
@@ -376,7 +384,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_window_holds_the_events_of_its_span_and_group_and_nothing_else(
+        fn a_window_contains_exactly_the_events_of_its_span_and_group(
             events in proptest::collection::vec((0i64..60, 0u8..3, -50i32..50), 0..100),
             slide in 1i64..6, more in 0i64..12,
         ) {

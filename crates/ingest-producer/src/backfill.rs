@@ -1,8 +1,8 @@
-//! `backfill`: runs the intervals of a span of the past in this process, through the same ledger and leases as the service,
-//! so that both may go on at once. A backfill that was stopped is simply started again; one that was killed, once its leases
-//! have run out.
+//! `backfill`: runs the intervals of a past time range in this process. It uses the same ledger and leases as the
+//! service, so both may run at the same time. A stopped backfill can be started again at once, a killed one after its
+//! leases expire.
 
-use crate::Done;
+use crate::CommandOutput;
 use crate::config::BackfillArgs;
 use crate::planner::Run;
 use crate::run::{Ended, Runner};
@@ -20,40 +20,40 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Most intervals of one backfill: it holds them in memory.
+/// Maximum intervals of one backfill, which keeps them in memory.
 const MAX_INTERVALS: usize = 200_000;
-/// Rows of dead letters' copies must outlive the log by this much; see the definition's `store.ttl`.
+/// How much longer than the topic's retention rows must be kept; see `store.ttl` of the definition.
 const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
 
-/// What to do, and how many intervals it leaves out.
+/// The intervals to run, and how many are skipped.
 #[derive(Debug, PartialEq)]
 struct Selection {
     chosen: Vec<(Interval, Option<Run>)>,
-    left_out: usize,
-    /// Of those left out: how many somebody holds a lease of.
+    skipped: usize,
+    /// How many of the skipped intervals are leased by another owner.
     held: usize,
 }
 
 impl Selection {
-    /// How many are left out, and what to do about those that may be a killed producer's.
-    fn left_out(&self) -> String {
+    /// The number of skipped intervals as text, with advice for those that are leased, perhaps by a killed producer.
+    fn skipped(&self) -> String {
         match self.held {
-            0 => format!("{} left out", self.left_out),
+            0 => format!("{} skipped", self.skipped),
             held => format!(
-                "{} left out, {held} of them under a lease: should its owner be gone, backfill again once it has run out",
-                self.left_out
+                "{} skipped, {held} of them leased; if a lease owner has died, repeat the backfill after lease expiry",
+                self.skipped
             ),
         }
     }
 }
 
-/// Runs what is asked for, or only says what it would run.
+/// Runs the selected intervals. With `only_list`, returns the list of intervals without running them.
 pub async fn backfill(
     runner: &Arc<Runner>,
     args: &BackfillArgs,
-    only_say: bool,
+    only_list: bool,
     shutdown: &Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     let now_ms = (runner.clock)();
     check_span(&runner.definition, args, now_ms)?;
     let stored = runner.ledger.stream_state().await?.schedules;
@@ -64,18 +64,20 @@ pub async fn backfill(
     };
     let intervals = timeline.ended(args.from, args.to.min(now_ms), MAX_INTERVALS + 1);
     if intervals.len() > MAX_INTERVALS {
-        anyhow::bail!("the span holds more than {MAX_INTERVALS} intervals; backfill it in parts");
+        anyhow::bail!(
+            "the time range has more than {MAX_INTERVALS} intervals; split it into several backfills"
+        );
     }
     let found = runner.ledger.runs(args.from, args.to).await?;
     let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
     let selection = select(&intervals, &runs, args, now_ms);
-    if only_say {
-        return Ok(Done::text(dry_run(&selection)));
+    if only_list {
+        return Ok(CommandOutput::text(dry_run(&selection)));
     }
     run_all(runner, selection, args, shutdown).await
 }
 
-/// Refuses a span whose rows would expire, or whose events the processor would refuse for their age.
+/// Rejects a time range whose rows might expire, because the processor rejects such events.
 fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyhow::Result<()> {
     if args.from >= args.to {
         anyhow::bail!("--from {} must be before --to {}", time(args.from), time(args.to));
@@ -84,8 +86,8 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
     let horizon_ms = now_ms - (ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS);
     if ttl_ms > 0 && args.from < horizon_ms {
         anyhow::bail!(
-            "--from {} lies beyond the horizon {}: with store.ttl of {} days, older rows expire before they are sure to be \
-             counted; begin later, or use a stream with a longer ttl",
+            "--from {} is before the horizon {}: with store.ttl of {} days, older rows may expire before they are \
+             counted; choose a later --from, or use a stream with a longer store.ttl",
             time(args.from),
             time(horizon_ms),
             definition.store.least_ttl_seconds() / 86_400
@@ -94,29 +96,30 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
     Ok(())
 }
 
-/// A run that retries is chosen before its time too: [`run_one`] waits for it, and nobody else may be there to.
+/// Selects the intervals to run. This includes retrying runs that are not yet due, because no producer may be running
+/// that would retry them. [`run_one`] waits until they are due.
 fn select(intervals: &[Interval], runs: &BTreeMap<i64, Run>, args: &BackfillArgs, now_ms: i64) -> Selection {
-    let wanted = |run: &Run| match run.state {
+    let is_selected = |run: &Run| match run.state {
         RunState::Scheduled | RunState::Retrying => true,
         RunState::Failed => args.reprocess != Reprocess::None,
         RunState::Succeeded | RunState::GivenUp => args.reprocess == Reprocess::Completed,
-        // While its lease holds somebody is at it; a killed producer's runs out.
+        // With an unexpired lease, another owner is running it. The lease of a killed producer expires.
         RunState::Running => !run.holds_a_lease(now_ms),
     };
     let (mut chosen, mut held) = (Vec::new(), 0);
     for interval in intervals {
         let run = runs.get(&interval.start_ms);
-        if run.is_none_or(wanted) {
+        if run.is_none_or(is_selected) {
             chosen.push((*interval, run.cloned()));
         } else if run.is_some_and(|run| run.holds_a_lease(now_ms)) {
             held += 1;
         }
     }
-    let left_out = intervals.len() - chosen.len();
+    let skipped = intervals.len() - chosen.len();
     if args.newest_first {
         chosen.reverse();
     }
-    Selection { chosen, left_out, held }
+    Selection { chosen, skipped, held }
 }
 
 fn dry_run(selection: &Selection) -> String {
@@ -125,7 +128,7 @@ fn dry_run(selection: &Selection) -> String {
         let state = run.as_ref().map_or("no run yet", |run| run.state.name());
         let _ = writeln!(text, "{} to {}  {state}", time(interval.start_ms), time(interval.end_ms));
     }
-    let _ = write!(text, "{} intervals would be run, {}", selection.chosen.len(), selection.left_out());
+    let _ = write!(text, "{} intervals would be run, {}", selection.chosen.len(), selection.skipped());
     text
 }
 
@@ -134,9 +137,9 @@ async fn run_all(
     selection: Selection,
     args: &BackfillArgs,
     shutdown: &Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     let bar = progress_bar(selection.chosen.len() as u64);
-    let left_out = selection.left_out();
+    let skipped = selection.skipped();
     let work = selection.chosen.into_iter().map(|(interval, run)| run_one(runner, interval, run, shutdown));
     let mut running = futures::stream::iter(work).buffer_unordered(args.max_active_runs as usize);
     let (mut succeeded, mut failed, mut taken, mut stopped) = (0, 0, 0, 0);
@@ -150,18 +153,18 @@ async fn run_all(
         bar.inc(1);
     }
     bar.finish_and_clear();
-    // Producers count again what is unresolved.
+    // Makes running producers recount their unresolved intervals.
     if let Err(e) = runner.ledger.touch((runner.clock)()).await {
-        tracing::warn!(error = %e, "running producers notice the backfill within ten minutes only");
+        tracing::warn!(error = %e, "notifying running producers failed; they detect the backfill within ten minutes");
     }
     let text = format!(
-        "backfill: {succeeded} succeeded, {failed} failed, {taken} taken by others, {stopped} stopped, {left_out}"
+        "backfill: {succeeded} succeeded, {failed} failed, {taken} taken by others, {stopped} stopped, {skipped}"
     );
     let code = if failed > 0 { 1 } else { shutdown.exit_code() };
-    Ok(Done { text, code })
+    Ok(CommandOutput { text, code })
 }
 
-/// One interval to its end, retries included, each at its time; `None`: somebody else has it.
+/// Runs one interval, including retries, until it succeeds or fails. Returns `None` if another owner holds it.
 async fn run_one(
     runner: &Arc<Runner>,
     interval: Interval,
@@ -184,7 +187,8 @@ async fn run_one(
     }
 }
 
-/// Until a run that retries is due, or shutdown begins. The run's deadline bounds it: beyond, a run has failed.
+/// Waits until a retrying run is due, or until shutdown starts. The run's deadline limits the wait, since a run fails
+/// after it.
 async fn wait_for_retry(seen: Option<&Run>, now_ms: i64, shutdown: &Shutdown) {
     let retrying = seen.filter(|run| run.state == RunState::Retrying);
     let wait_ms = retrying.map_or(0, |run| run.retry_at_ms - now_ms);
@@ -224,7 +228,7 @@ mod tests {
 
     const NOW: i64 = T0 + 3_600_000;
 
-    /// Minute by minute: over well, over badly, running, retrying, scheduled; then two without a row.
+    /// One run per minute: succeeded, failed, running with and without a valid lease, retrying twice, scheduled.
     fn rows() -> BTreeMap<i64, Run> {
         let at = |n: i64, state| run(T0 + n * 60_000, state);
         let rows = [
@@ -243,7 +247,7 @@ mod tests {
         let intervals: Vec<Interval> =
             (0..9).map(|n| Interval { start_ms: T0 + n * 60_000, end_ms: T0 + (n + 1) * 60_000 }).collect();
         let selection = select(&intervals, &rows(), &args(reprocess, newest_first), NOW);
-        assert_eq!(selection.left_out + selection.chosen.len(), 9);
+        assert_eq!(selection.skipped + selection.chosen.len(), 9);
         selection
     }
 
@@ -253,27 +257,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_over_is_run_again_only_when_asked_for() {
+    fn finished_runs_are_selected_only_on_request() {
         assert_eq!(chosen(Reprocess::None, false), [3, 4, 5, 6, 7, 8]);
         assert_eq!(chosen(Reprocess::Failed, false), [1, 3, 4, 5, 6, 7, 8]);
         assert_eq!(chosen(Reprocess::Completed, true), [8, 7, 6, 5, 4, 3, 1, 0]);
     }
 
     #[test]
-    fn a_run_is_left_to_others_only_while_its_lease_holds() {
+    fn a_leased_run_is_skipped_until_its_lease_expires() {
         let selection = selection(Reprocess::Completed, false);
-        assert_eq!((selection.left_out, selection.held), (1, 1));
-        let words = dry_run(&selection);
-        assert!(words.contains("8 intervals would be run, 1 left out, 1 of them under a lease"), "{words}");
+        assert_eq!((selection.skipped, selection.held), (1, 1));
+        let text = dry_run(&selection);
+        assert!(text.contains("8 intervals would be run, 1 skipped, 1 of them leased"), "{text}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_retry_is_waited_for_until_its_time_but_not_beyond_a_stop() {
+    async fn the_wait_for_a_retry_ends_when_it_is_due_or_on_shutdown() {
         let shutdown = Shutdown::default();
         let waited = async |run: &Run| {
-            let begun = tokio::time::Instant::now();
+            let started = tokio::time::Instant::now();
             wait_for_retry(Some(run), NOW, &shutdown).await;
-            begun.elapsed().as_millis()
+            started.elapsed().as_millis()
         };
         let later = Run { retry_at_ms: NOW + 600_000, ..run(T0, RunState::Retrying) };
         assert_eq!(waited(&later).await, 600_000);
@@ -284,11 +288,11 @@ mod tests {
     }
 
     #[test]
-    fn a_span_beyond_the_horizon_is_refused_before_anything_is_fetched() {
+    fn a_range_before_the_horizon_is_rejected() {
         let users = Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap();
         let now_ms = T0 + 356 * 86_400_000;
         check_span(&users, &args(Reprocess::None, false), now_ms).unwrap();
         let error = check_span(&users, &args(Reprocess::None, false), now_ms + 1).unwrap_err().to_string();
-        assert!(error.contains("beyond the horizon 2026-01-01T00:00:00.001Z"), "{error}");
+        assert!(error.contains("before the horizon 2026-01-01T00:00:00.001Z"), "{error}");
     }
 }

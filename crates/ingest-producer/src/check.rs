@@ -1,6 +1,6 @@
-//! `source check`: what a source gives, and which events it would become. Produces nothing.
+//! `source check`: fetches a page of a source and shows the events that it would become. Nothing is produced.
 
-use crate::Done;
+use crate::CommandOutput;
 use crate::config::CheckArgs;
 use crate::schedule::Timeline;
 use crate::source::client::{FetchPage, Page};
@@ -19,58 +19,64 @@ use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// What a definition without `event.id` means for an interval that is fetched again.
-pub const NO_ID: &str = "event.id is not set: records are told apart by their order. If the source's answer for an interval \
-                         changes (one record more or less, or another order) and the interval is fetched again, records get \
-                         other ids and are counted again; point event.id to a field that identifies a record";
+/// Warning about the consequences of a definition without `event.id`.
+pub const NO_ID: &str = "event.id is not set, so records are identified by their position. If an interval is fetched \
+                         again and the response has changed (one record more or less, or another order), records get \
+                         other ids and are counted twice; point event.id to a field that identifies a record";
 
-/// Fetches the first page of the last ended interval, twice, and shows its events.
+/// Fetches the first page of the last completed interval twice and shows its events.
 pub async fn check(
     definition: &Definition,
     requests: &Requests,
     source: &dyn FetchPage,
     args: &CheckArgs,
     now_ms: i64,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     let timeline = Timeline::first(&definition.stream.schedule, None, 1, now_ms)?;
     let interval = timeline.containing(timeline.start_ms());
     let pages = Pages::new(&definition.source.pagination, definition.source.page_size, 1);
     let url = requests.url(interval, &pages.first())?;
     let shown_url = redacted(url.as_str());
     let page = source.fetch(&url).await.with_context(|| shown_url.clone())?;
-    let found = Found::of(definition, interval, &page, args.events as usize)?;
-    let again = source.fetch(&url).await.with_context(|| format!("{shown_url}, asked again"))?;
-    let again = Found::of(definition, interval, &again, 0)?;
-    let shown: Vec<Shown<'_>> = found.shown.iter().map(Shown::of).collect();
+    let found = PageSummary::of(definition, interval, &page, args.events as usize)?;
+    let again = source.fetch(&url).await.with_context(|| format!("{shown_url}, second request"))?;
+    let again = PageSummary::of(definition, interval, &again, 0)?;
+    let shown: Vec<EventView<'_>> = found.shown.iter().map(EventView::of).collect();
     if args.json {
-        return Ok(Done::text(serde_json::to_string_pretty(&shown)?));
+        return Ok(CommandOutput::text(serde_json::to_string_pretty(&shown)?));
     }
     let mut text = heading(&shown_url, interval, &page, found.records);
     let _ = writeln!(text, "{}", table(definition, &shown));
     for warning in warnings(definition, &found, &again) {
         let _ = writeln!(text, "warning: {warning}");
     }
-    Ok(Done::text(text))
+    Ok(CommandOutput::text(text))
 }
 
-/// What a page holds; of its events only the first few are kept.
+/// A summary of a page. Only the first few events are kept.
 #[derive(Debug, Default)]
-struct Found {
+struct PageSummary {
     records: u64,
     refused: u64,
     first_refusal: String,
-    /// How many events lack each required column.
+    /// Number of events that lack a required column, by column.
     lacking: BTreeMap<String, u64>,
-    /// Hashes of all ids and times, and of all values, in their order.
+    /// Hash of all ids and times, in order.
     identities: u64,
+    /// Hash of all values, in order.
     values: u64,
     shown: Vec<Event>,
 }
 
-impl Found {
-    fn of(definition: &Definition, interval: Interval, page: &Page, events: usize) -> anyhow::Result<Found> {
+impl PageSummary {
+    fn of(
+        definition: &Definition,
+        interval: Interval,
+        page: &Page,
+        events: usize,
+    ) -> anyhow::Result<PageSummary> {
         let extractor = Extractor::new(definition);
-        let mut found = Found::default();
+        let mut found = PageSummary::default();
         for record in extract::records(&page.body, &definition.source.records)? {
             match extractor.outgoing(interval, found.records, record?) {
                 Outgoing::Event(event) => found.add(definition, event, events),
@@ -102,17 +108,17 @@ impl Found {
     }
 }
 
-fn warnings(definition: &Definition, first: &Found, second: &Found) -> Vec<String> {
+fn warnings(definition: &Definition, first: &PageSummary, second: &PageSummary) -> Vec<String> {
     let mut warnings = Vec::new();
     if definition.event.id.is_none() {
         warnings.push(NO_ID.to_owned());
     }
     if (first.records, first.identities) != (second.records, second.identities) {
-        let other = "asked twice, the source gave other ids or times: an interval that is fetched again counts them again";
+        let other = "two requests returned different ids or times: a refetched interval is counted again";
         warnings.push(other.to_owned());
     } else if first.values != second.values {
         let other =
-            "asked twice, the source gave other values for the same ids and times: the first ones are kept";
+            "two requests returned different values for the same ids and times: the first values are kept";
         warnings.push(other.to_owned());
     }
     let records = first.records;
@@ -132,23 +138,23 @@ fn warnings(definition: &Definition, first: &Found, second: &Found) -> Vec<Strin
     warnings
 }
 
-/// The columns of an event, each as its text.
+/// The columns of an event, each as JSON text.
 fn columns(event: &Event) -> BTreeMap<&str, &RawValue> {
     serde_json::from_slice(&event.value).unwrap_or_default()
 }
 
-/// An event as people see it.
+/// An event as it is shown.
 #[derive(Debug, Serialize)]
-struct Shown<'a> {
+struct EventView<'a> {
     columns: BTreeMap<&'a str, &'a RawValue>,
     id: &'a str,
     key: &'a str,
     time: String,
 }
 
-impl Shown<'_> {
-    fn of(event: &Event) -> Shown<'_> {
-        Shown { columns: columns(event), id: &event.id, key: &event.key, time: time(event.time_ms) }
+impl EventView<'_> {
+    fn of(event: &Event) -> EventView<'_> {
+        EventView { columns: columns(event), id: &event.id, key: &event.key, time: time(event.time_ms) }
     }
 }
 
@@ -161,8 +167,8 @@ fn heading(url: &str, interval: Interval, page: &Page, records: u64) -> String {
     format!("{url}\ninterval {start} to {end}: {records} records, {} bytes\n", page.bytes)
 }
 
-/// One row an event; columns that no event has are named by their absence.
-fn table(definition: &Definition, events: &[Shown<'_>]) -> Table {
+/// A table with one row per event. A missing column is shown as a dash.
+fn table(definition: &Definition, events: &[EventView<'_>]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
     let names = definition.columns.iter().map(|c| c.name.clone());
@@ -187,16 +193,16 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use url::Url;
 
-    /// Gives the same page each time, or another one.
+    /// Returns the same page for each request, or another page each time.
     struct Fake {
         stable: bool,
-        asked: AtomicU64,
+        requests: AtomicU64,
     }
 
     #[async_trait]
     impl FetchPage for Fake {
         async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
-            let n = self.asked.fetch_add(1, Ordering::SeqCst);
+            let n = self.requests.fetch_add(1, Ordering::SeqCst);
             let id = format!("id-{}", if self.stable { 0 } else { n });
             let person = json!({"login": {"uuid": id}, "name": {"first": "Ada"}, "dob": {"age": 36}});
             let body = json!({"results": [person]}).to_string().into_bytes();
@@ -208,7 +214,7 @@ mod tests {
         let definition =
             Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap();
         let requests = Requests::new(&definition, None).unwrap();
-        let source = Fake { stable, asked: AtomicU64::new(0) };
+        let source = Fake { stable, requests: AtomicU64::new(0) };
         let args = CheckArgs { events: 5, json };
         check(&definition, &requests, &source, &args, 1_767_225_600_000).await.unwrap().text
     }
@@ -222,11 +228,11 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("1 of 1 records lack required column `last_name`"), "{text}");
-        assert!(!text.contains("asked twice") && !text.contains("event.id is not set"), "{text}");
+        assert!(!text.contains("two requests returned") && !text.contains("event.id is not set"), "{text}");
     }
 
     #[tokio::test]
-    async fn a_source_that_does_not_repeat_itself_is_warned_of() {
-        assert!(checked(false, false).await.contains("warning: asked twice"));
+    async fn a_source_with_unstable_ids_causes_a_warning() {
+        assert!(checked(false, false).await.contains("warning: two requests returned"));
     }
 }

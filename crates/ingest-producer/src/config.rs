@@ -1,5 +1,5 @@
-//! Settings and commands: flag, then `PIPELINE_…` in the environment, then the file of `--config`, then the default. The
-//! only place that reads the environment.
+//! Settings and commands. A flag overrides a `PIPELINE_…` environment variable, which overrides the `--config` file,
+//! which overrides the default. Only this module reads the environment.
 
 use clap::{Args, Parser, Subcommand};
 use common::config::CommonArgs;
@@ -9,7 +9,7 @@ use common::stream::redacted;
 use serde::{Serialize, Serializer};
 use std::net::SocketAddr;
 
-/// Fetches events from a REST API on a schedule that survives outages, and produces them to Kafka.
+/// Fetches events from a REST API on a schedule and produces them to Kafka.
 #[derive(Debug, Clone, Parser, Serialize)]
 #[command(name = "ingest-producer", version)]
 pub struct Config {
@@ -17,43 +17,43 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub common: CommonArgs,
-    /// Replaces scheme, host and port of the stream definition's source URL
+    /// Replaces scheme, host and port of the source URL in the stream definition
     #[arg(long, global = true, env = "PIPELINE_SOURCE_ORIGIN", value_name = "ORIGIN")]
     #[serde(serialize_with = "shown_origin")]
     pub source_origin: Option<String>,
-    /// Seconds a run's lease holds without renewal: after a crash its interval waits as long
+    /// How long the lease of a run lasts without renewal, in seconds; after a crash its interval waits that long
     #[arg(long, global = true, env = "PIPELINE_LEASE_SECONDS", default_value_t = 30,
           value_parser = clap::value_parser!(u32).range(3..=3600))]
     pub lease_seconds: u32,
-    /// What to do.
+    /// The command to execute.
     #[command(subcommand)]
     #[serde(skip)]
     pub command: Command,
 }
 
-/// What can be done.
+/// The commands of the producer.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Run every interval of the schedule, until stopped
+    /// Fetch every interval of the schedule until stopped
     Run(RunArgs),
-    /// Produce made-up events as fast as wanted, and measure it
+    /// Produce synthetic events at a chosen rate and report throughput and latency
     Stress(StressArgs),
-    /// Look at the source of a stream definition
+    /// Test the source of a stream definition
     #[command(subcommand)]
     Source(SourceCommand),
-    /// Look at the run ledger and correct it
+    /// Inspect and edit the run ledger
     #[command(subcommand)]
     Runs(RunsCommand),
-    /// Run the intervals of a span of the past
+    /// Fetch the intervals of a past time range
     Backfill {
-        /// Which intervals, and how.
+        /// Which intervals to fetch, and how.
         #[command(flatten)]
         args: BackfillArgs,
-        /// Only say what would be run
+        /// Only print what would be fetched
         #[arg(long)]
         dry_run: bool,
     },
-    /// Ask running producers to do something, through the control topic
+    /// Send commands to running producers through the control topic
     Control(ControlArgs),
 }
 
@@ -68,28 +68,28 @@ pub struct RunArgs {
 /// Settings of `stress`.
 #[derive(Debug, Clone, Args)]
 pub struct StressArgs {
-    /// How many messages [default: 100000, or as many as fit into --seconds]
+    /// Number of messages [default: 100000, or as many as fit into --seconds]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000_000))]
     pub messages: Option<u64>,
-    /// Messages per second; 0: as fast as possible
+    /// Messages per second; 0 means as fast as possible
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=100_000_000))]
     pub rate: u64,
-    /// End after so many seconds
+    /// Stop after this many seconds
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub seconds: Option<u64>,
-    /// Size of each value; shorter ones are filled up by a field `padding` [default: as they come, about 250]
+    /// Size of each value; shorter values are padded with a field `padding` [default: no padding, about 250]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub payload_bytes: Option<u32>,
-    /// Messages in a hundred that repeat an earlier one, id and time included
+    /// Percentage of messages that repeat an earlier one, including its id and time
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=99))]
     pub duplicates: u8,
-    /// Event times rise evenly from so long ago to now, as a backfill's do; needs --messages [default: all are now]
+    /// Spread event times evenly over this period up to now, as a backfill does; requires --messages [default: all now]
     #[arg(long, value_name = "LENGTH", requires = "messages", value_parser = length_ms)]
     pub span: Option<i64>,
-    /// Threads that send
+    /// Number of sender threads
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub senders: u8,
-    /// One JSON object instead of the closing line
+    /// Print one JSON object instead of the summary line
     #[arg(long)]
     pub json: bool,
 }
@@ -98,53 +98,53 @@ fn length_ms(text: &str) -> Result<i64, String> {
     common::windows::length_ms("span", text).map_err(|e| e.to_string())
 }
 
-/// What can be done with a source.
+/// The commands for a source.
 #[derive(Debug, Clone, Subcommand)]
 pub enum SourceCommand {
-    /// Fetch one page twice and show the events it would become, without producing anything
+    /// Fetch one page twice and print the resulting events without producing them
     Check(CheckArgs),
 }
 
 /// Settings of `source check`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
-    /// How many events to show
+    /// Number of events to print
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub events: u32,
-    /// One JSON array instead of a table
+    /// Print a JSON array instead of a table
     #[arg(long)]
     pub json: bool,
 }
 
-/// What can be done with the ledger.
+/// The commands for the run ledger.
 #[derive(Debug, Clone, Subcommand)]
 pub enum RunsCommand {
     /// List runs, newest first
     List(ListArgs),
     /// Show one run with its attempts
     Show(ShowArgs),
-    /// Make runs due again, whatever became of them
+    /// Schedule runs again, whatever their state
     Clear(SpanArgs),
-    /// Accept that intervals stay without data: they are not tried again, and no longer counted as unresolved
+    /// Give up intervals: they are not retried and no longer counted as unresolved
     GiveUp(SpanArgs),
 }
 
 /// Settings of `runs list`.
 #[derive(Debug, Clone, Args)]
 pub struct ListArgs {
-    /// Only runs in this state
+    /// Include only runs in this state
     #[arg(long, value_parser = |s: &str| s.parse::<RunState>().map_err(|e| e.to_string()))]
     pub state: Option<RunState>,
-    /// Intervals that begin at or after this time, RFC 3339 [default: a day ago]
+    /// Intervals that start at or after this time, RFC 3339 [default: one day before --to]
     #[arg(long, value_parser = time)]
     pub from: Option<i64>,
-    /// Intervals that begin before this time, RFC 3339 [default: now]
+    /// Intervals that start before this time, RFC 3339 [default: now]
     #[arg(long, value_parser = time)]
     pub to: Option<i64>,
-    /// How many at most
+    /// Maximum number of entries
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub limit: u32,
-    /// One JSON array instead of a table
+    /// Print a JSON array instead of a table
     #[arg(long)]
     pub json: bool,
 }
@@ -152,10 +152,10 @@ pub struct ListArgs {
 /// Settings of `runs show`.
 #[derive(Debug, Clone, Args)]
 pub struct ShowArgs {
-    /// Start of its interval, RFC 3339
+    /// Start of the interval of the run, RFC 3339
     #[arg(value_parser = time)]
     pub start: i64,
-    /// One JSON object instead of text
+    /// Print a JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }
@@ -163,13 +163,13 @@ pub struct ShowArgs {
 /// Settings of `runs clear` and `runs give-up`.
 #[derive(Debug, Clone, Args)]
 pub struct SpanArgs {
-    /// Intervals that begin at or after this time, RFC 3339
+    /// Intervals that start at or after this time, RFC 3339
     #[arg(long, value_parser = time)]
     pub from: i64,
-    /// Intervals that begin before this time, RFC 3339
+    /// Intervals that start before this time, RFC 3339
     #[arg(long, value_parser = time)]
     pub to: i64,
-    /// Only runs in this state
+    /// Include only runs in this state
     #[arg(long, value_parser = |s: &str| s.parse::<RunState>().map_err(|e| e.to_string()))]
     pub state: Option<RunState>,
 }
@@ -177,20 +177,20 @@ pub struct SpanArgs {
 /// Settings of `backfill` and `control backfill`.
 #[derive(Debug, Clone, Args)]
 pub struct BackfillArgs {
-    /// Intervals that begin at or after this time, RFC 3339
+    /// Intervals that start at or after this time, RFC 3339
     #[arg(long, value_parser = time)]
     pub from: i64,
-    /// Intervals that begin before this time, RFC 3339
+    /// Intervals that start before this time, RFC 3339
     #[arg(long, value_parser = time)]
     pub to: i64,
-    /// Which runs that are over are run again
+    /// Which finished runs to fetch again
     #[arg(long, default_value = "none")]
     pub reprocess: Reprocess,
-    /// Most runs at once
+    /// Maximum number of concurrent runs
     #[arg(long, default_value_t = 2,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_ACTIVE_RUNS)))]
     pub max_active_runs: u32,
-    /// Begin with the newest interval
+    /// Start with the newest interval
     #[arg(long)]
     pub newest_first: bool,
 }
@@ -198,55 +198,55 @@ pub struct BackfillArgs {
 /// Settings of `control`.
 #[derive(Debug, Clone, Args)]
 pub struct ControlArgs {
-    /// What to ask for.
+    /// The command to send.
     #[command(subcommand)]
     pub command: ControlCommand,
-    /// Wait for the outcome; exit code 1 where it is not `done`
+    /// Wait for the outcome; exit with 1 unless it is `done`
     #[arg(long, global = true)]
     pub wait: bool,
-    /// JSON instead of text
+    /// Print JSON instead of text
     #[arg(long, global = true)]
     pub json: bool,
-    /// The command is not begun after so many seconds
+    /// How long the command may wait to be started, in seconds
     #[arg(long, global = true, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub expires_seconds: u32,
 }
 
-/// What can be asked for. Bounds are the producer's: it refuses what is beyond them, and says so in `control_log`.
+/// The commands that can be sent. The producer checks their limits and records a refusal in `control_log`.
 #[derive(Debug, Clone, Subcommand)]
 pub enum ControlCommand {
-    /// Made-up events, as fast as possible
+    /// Produce synthetic events as fast as possible
     Produce {
-        /// How many
+        /// Number of messages
         #[arg(long)]
         messages: u64,
     },
-    /// Made-up events at a rate
+    /// Produce synthetic events at a fixed rate
     Spike {
         /// Messages per second
         #[arg(long)]
         rate: u64,
-        /// For how long
+        /// Duration in seconds
         #[arg(long)]
         seconds: u64,
     },
-    /// Stop commands that go on
+    /// Cancel running commands
     Cancel {
-        /// Which [default: all]
+        /// Id of the command [default: all]
         #[arg(long)]
         id: Option<String>,
     },
-    /// Run the intervals of a span of the past
+    /// Fetch the intervals of a past time range
     Backfill(BackfillArgs),
-    /// Make runs due again, whatever became of them
+    /// Schedule runs again, whatever their state
     Clear(SpanArgs),
-    /// Begin nothing new of the schedule
+    /// Pause the schedule: start no new runs
     Pause,
-    /// Begin it again
+    /// Resume the schedule
     Resume,
     /// List the commands of today and yesterday with their outcomes
     Log {
-        /// How many at most
+        /// Maximum number of entries
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         limit: u32,
     },
@@ -259,11 +259,12 @@ fn shown_origin<S: Serializer>(origin: &Option<String>, serializer: S) -> Result
 fn time(text: &str) -> Result<i64, String> {
     chrono::DateTime::parse_from_rfc3339(text)
         .map(|at| at.timestamp_millis())
-        .map_err(|_| format!("`{text}` is no RFC 3339 time such as 2026-01-31T00:00:00Z"))
+        .map_err(|_| format!("`{text}` is not an RFC 3339 time such as 2026-01-31T00:00:00Z"))
 }
 
 impl Config {
-    /// Reads the command line, the environment and the settings file; a mistake ends the process with exit code 2.
+    /// Reads the command line, the environment and the settings file; an invalid setting ends the process with exit
+    /// code 2.
     pub fn parse_all() -> Config {
         common::config::parse()
     }
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_is_understood() {
+    fn every_command_can_be_parsed() {
         let lines = [
             "ingest-producer run --http-listen 127.0.0.1:0 --source-origin http://h:1",
             "ingest-producer stress --messages 500000 --rate 1000 --seconds 5 --payload-bytes 300 --duplicates 10 --json",
@@ -301,12 +302,12 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_name_the_value_and_the_way_out() {
-        let check = |line: &str, words: &str| {
+    fn an_error_names_the_invalid_value_and_what_is_allowed() {
+        let check = |line: &str, expected: &str| {
             let error = parse(line).expect_err(line);
-            assert!(error.contains(words), "`{words}` is not in {error}");
+            assert!(error.contains(expected), "`{expected}` is not in {error}");
         };
-        check("ingest-producer runs show yesterday", "no RFC 3339 time such as");
+        check("ingest-producer runs show yesterday", "is not an RFC 3339 time such as");
         check("ingest-producer runs list --state done", "one of scheduled, running");
         check("ingest-producer stress --duplicates 100", "0..=99");
         check("ingest-producer run --lease-seconds 1", "3..=3600");

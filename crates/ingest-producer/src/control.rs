@@ -1,9 +1,10 @@
-//! Commands of the control topic, carried out. What a command is and its bounds are `common::control`'s.
+//! Executes the commands of the control topic. `common::control` defines the commands and their limits.
 //!
-//! `control_log` decides, not a position in the topic: the topic's day is read again at each start ([`listen`]), and a command
-//! whose row is there is not begun. The row is written, with a compare and set, before anything is done, and kept alive while
-//! it goes on; one whose producer fell silent becomes `interrupted`. So none runs twice and none vanishes. One member of
-//! a consumer group has the topic's only partition: commands are begun one after the other, by one producer.
+//! The table `control_log`, not a committed offset, determines which commands are new. Each start reads the topic from
+//! the beginning ([`listen`]) and skips commands that have a row. The row is inserted with a compare-and-set before
+//! the command starts, and renewed while it runs. If its producer stops renewing it, the command becomes
+//! `interrupted`. So no command runs twice and none is lost. The topic has one partition, so one member of the
+//! consumer group starts all commands in order.
 
 pub mod listen;
 pub mod log;
@@ -22,19 +23,21 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use work::Work;
 
-/// How long a running command's row may go without a sign of life, in milliseconds.
+/// How long the row of a running command may go without renewal before its producer is considered dead, in
+/// milliseconds.
 pub const SILENCE_MS: i64 = 10_000;
-/// How often a running command gives one.
+/// Interval at which the row of a running command is renewed.
 const RENEW: Duration = Duration::from_secs(1);
-/// Pause before the log is asked again, and how often at most: two minutes of an outage.
+/// Pause before a call of the log is retried, and the maximum number of tries. Together they cover an outage of two
+/// minutes.
 const LOG_PAUSE: Duration = Duration::from_millis(500);
 const LOG_TRIES: u32 = 240;
-/// Most ids remembered; beyond, the log alone knows.
+/// Maximum number of remembered command ids. The log detects repeated commands beyond that.
 const MAX_KNOWN: usize = 100_000;
-/// How long commands may take to stop with their producer.
+/// How long to wait at shutdown for running commands to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Of each kind one command goes on at a time; the others do not take long enough to meet.
+/// Kinds of long-running commands. One command of each kind runs at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Load,
@@ -52,7 +55,7 @@ impl Kind {
         }
     }
 
-    /// By the name in `control_log.command`.
+    /// The kind of a command by its name in `control_log.command`.
     fn of_name(name: &str) -> Option<Kind> {
         match name {
             "produce" | "spike" => Some(Kind::Load),
@@ -63,7 +66,7 @@ impl Kind {
     }
 }
 
-/// A command that goes on in this process.
+/// A command that runs in this process.
 struct Job {
     key: LogKey,
     kind: Kind,
@@ -71,40 +74,40 @@ struct Job {
     task: JoinHandle<()>,
 }
 
-/// What commands touch, shared with their tasks.
+/// The dependencies of commands, shared with their tasks.
 #[derive(Clone)]
-pub struct Desk {
-    /// The stream whose commands these are.
+pub struct CommandContext {
+    /// Name of the stream whose commands are executed.
     pub stream: String,
-    /// Unlike that of any other process, also of this one's next life.
+    /// Name of this process as owner of commands. It is unique, even across restarts of the same instance.
     pub owner: String,
-    /// Where outcomes stand.
+    /// The log of commands and their outcomes.
     pub log: Arc<dyn ControlLog>,
-    /// What does the work.
+    /// Executes the actions.
     pub work: Arc<dyn Work>,
-    /// Now.
+    /// The clock.
     pub clock: Clock,
-    /// What is counted.
+    /// The metrics of the producer.
     pub metrics: Metrics,
 }
 
-/// Begins commands one after the other.
+/// Starts commands in order.
 pub struct Control {
-    desk: Desk,
+    context: CommandContext,
     /// Keys of the commands read so far, by id.
     known: HashMap<String, LogKey>,
     jobs: Vec<Job>,
-    /// Rows of other processes, running when last seen.
+    /// Commands of other processes that were running when last read.
     foreign: Vec<Entry>,
-    /// Begins when this process stops.
+    /// Signals that this process is stopping.
     stopping: Shutdown,
 }
 
 impl Control {
-    /// Nothing is read yet.
-    pub fn new(desk: Desk) -> Control {
+    /// Creates the executor without reading the log.
+    pub fn new(context: CommandContext) -> Control {
         Control {
-            desk,
+            context,
             known: HashMap::new(),
             jobs: Vec::new(),
             foreign: Vec::new(),
@@ -112,10 +115,10 @@ impl Control {
         }
     }
 
-    /// Begins one command or refuses it. An error means that the log could not be asked: call it again.
+    /// Starts or refuses one command. On an error, which means that the log failed, the call can be repeated.
     pub async fn handle(&mut self, received: &Received) -> Result<(), LedgerError> {
-        let desk = self.desk.clone();
-        if received.stream.as_ref().is_some_and(|stream| *stream != desk.stream) {
+        let context = self.context.clone();
+        if received.stream.as_ref().is_some_and(|stream| *stream != context.stream) {
             return Ok(());
         }
         let key = &received.key;
@@ -123,13 +126,13 @@ impl Control {
             Some(known) if known == key => return Ok(()),
             known => known.is_some(),
         };
-        let now_ms = (desk.clock)();
+        let now_ms = (context.clock)();
         let verdict = received.command.clone().and_then(|command| {
             command.check(now_ms)?;
             if reused {
-                return Err("its id was used before".to_owned());
+                return Err("its id was already used by another command".to_owned());
             }
-            self.check_room(&command.action)?;
+            self.check_kind_is_free(&command.action)?;
             Ok(command)
         });
         let (state, outcome) = match &verdict {
@@ -142,10 +145,10 @@ impl Control {
             arguments: received.arguments.clone(),
             state,
             outcome,
-            handled_by: desk.owner.clone(),
+            handled_by: context.owner.clone(),
             handled_at_ms: now_ms,
         };
-        let found = desk.log.begin(&entry).await?;
+        let found = context.log.insert(&entry).await?;
         if self.known.len() >= MAX_KNOWN {
             self.known.clear();
         }
@@ -153,100 +156,103 @@ impl Control {
             self.known.insert(key.id.clone(), key.clone());
         }
         match (found, verdict) {
-            // Ours without a job: an earlier try to begin it got no answer.
-            (Some(found), _) if found.state == CommandState::Running && found.handled_by != desk.owner => {
+            // A running row of ours without a job: an earlier insert was applied without a response.
+            (Some(found), _) if found.state == CommandState::Running && found.handled_by != context.owner => {
                 self.foreign.push(found);
             }
             (Some(found), _) if found.state != CommandState::Running => {}
-            (_, Ok(command)) => self.begin(command).await,
-            (Some(_), Err(reason)) => desk.conclude(key, Err(reason), false).await,
+            (_, Ok(command)) => self.start(command).await,
+            (Some(_), Err(reason)) => context.record_outcome(key, Err(reason), false).await,
             (_, Err(reason)) => {
-                desk.metrics.command_ended(CommandState::Refused);
+                context.metrics.command_ended(CommandState::Refused);
                 tracing::warn!(id = key.id, command = received.name, reason, "command refused");
             }
         }
         Ok(())
     }
 
-    /// Of each kind one goes on at a time.
-    fn check_room(&self, action: &Action) -> Result<(), String> {
+    /// Checks that no command of the same kind is running.
+    fn check_kind_is_free(&self, action: &Action) -> Result<(), String> {
         let Some(kind) = Kind::of(action) else { return Ok(()) };
         let own = self.jobs.iter().filter(|job| job.kind == kind && !job.task.is_finished());
         let others = self.foreign.iter().filter(|entry| Kind::of_name(&entry.command) == Some(kind));
         match own.map(|job| &job.key).chain(others.map(|entry| &entry.key)).next() {
-            Some(busy) => Err(format!("command {} of this kind goes on; wait for it or cancel it", busy.id)),
+            Some(busy) => {
+                Err(format!("command {} of the same kind is running; wait for it or cancel it", busy.id))
+            }
             None => Ok(()),
         }
     }
 
-    async fn begin(&mut self, command: Command) {
+    async fn start(&mut self, command: Command) {
         tracing::info!(
             id = command.id,
             command = command.action.name(),
             arguments = command.action.arguments(),
             issued_by = command.issued_by,
-            "command begins"
+            "command started"
         );
         let key = command.key();
         match (&command.action, Kind::of(&command.action)) {
             (Action::Cancel { id }, _) => {
                 let outcome = self.cancel(id.as_deref(), &command.id).await;
-                self.desk.conclude(&key, outcome, false).await;
+                self.context.record_outcome(&key, outcome, false).await;
             }
             (action, None) => {
-                let outcome = self.desk.work.carry_out(action, &Shutdown::default()).await;
-                self.desk.conclude(&key, outcome, false).await;
+                let outcome = self.context.work.carry_out(action, &Shutdown::default()).await;
+                self.context.record_outcome(&key, outcome, false).await;
             }
             (_, Some(kind)) => {
                 let stop = Shutdown::default();
-                let (desk, stopping) = (self.desk.clone(), self.stopping.clone());
-                let going = desk.go_on(key.clone(), command.action, stop.clone(), stopping);
-                self.jobs.push(Job { key, kind, stop, task: tokio::spawn(going) });
+                let (context, stopping) = (self.context.clone(), self.stopping.clone());
+                let supervised = context.supervise(key.clone(), command.action, stop.clone(), stopping);
+                self.jobs.push(Job { key, kind, stop, task: tokio::spawn(supervised) });
             }
         }
     }
 
     async fn cancel(&mut self, id: Option<&str>, by: &str) -> Result<String, String> {
-        let wanted = |key: &LogKey| id.is_none_or(|id| id == key.id);
+        let is_selected = |key: &LogKey| id.is_none_or(|id| id == key.id);
         let own =
-            self.jobs.iter().filter(|job| !job.task.is_finished()).map(|job| (&job.key, &self.desk.owner));
+            self.jobs.iter().filter(|job| !job.task.is_finished()).map(|job| (&job.key, &self.context.owner));
         let others = self.foreign.iter().map(|entry| (&entry.key, &entry.handled_by));
         let outcome = format!("cancelled by command {by}");
         let mut cancelled = 0;
-        for (key, owner) in own.chain(others).filter(|(key, _)| wanted(key)) {
+        for (key, owner) in own.chain(others).filter(|(key, _)| is_selected(key)) {
             let change = log::Change {
                 from: CommandState::Running,
                 owner,
                 to: CommandState::Cancelled,
                 outcome: &outcome,
-                now_ms: (self.desk.clock)(),
+                now_ms: (self.context.clock)(),
             };
-            cancelled += u32::from(self.desk.change(key, &change).await == Some(true));
+            cancelled += u32::from(self.context.change(key, &change).await == Some(true));
         }
-        for job in self.jobs.iter().filter(|job| wanted(&job.key)) {
+        for job in self.jobs.iter().filter(|job| is_selected(&job.key)) {
             job.stop.begin();
         }
         match (cancelled, id) {
-            (0, Some(id)) => Err(format!("command {id} does not go on")),
-            (0, None) => Ok("nothing goes on".to_owned()),
+            (0, Some(id)) => Err(format!("command {id} is not running")),
+            (0, None) => Ok("no command is running".to_owned()),
             (1, _) => Ok("1 command cancelled".to_owned()),
             _ => Ok(format!("{cancelled} commands cancelled")),
         }
     }
 
-    /// Looks after commands of processes that may be gone; to be called now and then.
-    pub async fn look_after(&mut self) {
+    /// Marks commands whose process has died as interrupted. Must be called regularly.
+    pub async fn interrupt_orphaned(&mut self) {
         self.jobs.retain(|job| !job.task.is_finished());
-        let now_ms = (self.desk.clock)();
+        let now_ms = (self.context.clock)();
         let mut still = Vec::new();
         for seen in std::mem::take(&mut self.foreign) {
-            match self.desk.log.get(&seen.key).await {
+            match self.context.log.get(&seen.key).await {
                 Ok(Some(entry)) if entry.state == CommandState::Running => {
                     if entry.handled_at_ms + SILENCE_MS > now_ms {
                         still.push(entry);
                         continue;
                     }
-                    let outcome = format!("its producer {} ended before it did", entry.handled_by);
+                    let outcome =
+                        format!("its producer {} stopped before the command ended", entry.handled_by);
                     let change = log::Change {
                         from: CommandState::Running,
                         owner: &entry.handled_by,
@@ -254,13 +260,13 @@ impl Control {
                         outcome: &outcome,
                         now_ms,
                     };
-                    if self.desk.change(&entry.key, &change).await == Some(true) {
+                    if self.context.change(&entry.key, &change).await == Some(true) {
                         tracing::warn!(id = entry.key.id, outcome, "command interrupted");
                     }
                 }
                 Ok(_) => {}
                 Err(e) => {
-                    tracing::debug!(error = %e, "control log");
+                    tracing::debug!(error = %e, "the control log is unavailable; retrying");
                     still.push(seen);
                 }
             }
@@ -268,7 +274,7 @@ impl Control {
         self.foreign = still;
     }
 
-    /// Stops what goes on; each writes what became of it.
+    /// Stops the running commands. Each records its outcome.
     pub async fn stop(mut self) {
         self.stopping.begin();
         let deadline = tokio::time::sleep(DRAIN);
@@ -277,38 +283,41 @@ impl Control {
             job.stop.begin();
             tokio::select! {
                 _ = &mut job.task => {}
-                // The next producer finds the row silent.
+                // The next producer marks the command as interrupted.
                 () = &mut deadline => return,
             }
         }
     }
 }
 
-impl Desk {
-    /// One command to its end; its row is kept alive meanwhile, and lost when somebody else ends it.
-    async fn go_on(self, key: LogKey, action: Action, stop: Shutdown, stopping: Shutdown) {
-        let (work, told) = (self.work.clone(), stop.clone());
-        let mut working = tokio::spawn(async move { work.carry_out(&action, &told).await });
+impl CommandContext {
+    /// Runs one command until it ends and renews its row meanwhile. If the row is no longer ours, the command is
+    /// stopped.
+    async fn supervise(self, key: LogKey, action: Action, stop: Shutdown, stopping: Shutdown) {
+        let (work, work_stop) = (self.work.clone(), stop.clone());
+        let mut working = tokio::spawn(async move { work.carry_out(&action, &work_stop).await });
         let mut renewed_ms = (self.clock)();
         let outcome = loop {
             tokio::select! {
-                ended = &mut working => break ended.unwrap_or_else(|e| Err(format!("the command broke off: {e}"))),
+                ended = &mut working => break ended.unwrap_or_else(|e| Err(format!("the command was aborted: {e}"))),
                 () = tokio::time::sleep(RENEW) => {}
             }
             let now_ms = (self.clock)();
             match self.log.renew(&key, &self.owner, now_ms).await {
                 Ok(true) => renewed_ms = now_ms,
                 Ok(false) => stop.begin(),
-                // Others take it for dead by now.
+                // Other processes consider the command dead by now.
                 Err(_) if renewed_ms + SILENCE_MS <= now_ms => stop.begin(),
-                Err(e) => tracing::debug!(error = %e, id = key.id, "the command's row was not renewed"),
+                Err(e) => {
+                    tracing::debug!(error = %e, id = key.id, "renewing the command's row failed; retrying")
+                }
             }
         };
-        self.conclude(&key, outcome, stopping.has_begun()).await;
+        self.record_outcome(&key, outcome, stopping.has_begun()).await;
     }
 
-    /// Writes what became of a command of ours.
-    async fn conclude(&self, key: &LogKey, outcome: Result<String, String>, stopped: bool) {
+    /// Records the outcome of a command of this process.
+    async fn record_outcome(&self, key: &LogKey, outcome: Result<String, String>, stopped: bool) {
         let (mut state, text) = match outcome {
             Ok(text) => (CommandState::Done, text),
             Err(text) => (CommandState::Failed, text),
@@ -330,29 +339,30 @@ impl Desk {
         let (id, state) = (&key.id, state.name());
         match written {
             Some(true) => tracing::info!(id, state, outcome = text, "command ended"),
-            _ => tracing::warn!(id, state, outcome = text, "command ended, but its row says otherwise"),
+            _ => tracing::warn!(id, state, outcome = text, "command ended, but its outcome was not recorded"),
         }
     }
 
-    /// Changes a row, asking again while the log is away. `None`: it stayed away, or refuses.
+    /// Changes a row and retries while the log is unavailable. Returns `None` if it stayed unavailable or rejected the
+    /// change.
     async fn change(&self, key: &LogKey, change: &log::Change<'_>) -> Option<bool> {
         for _ in 0..LOG_TRIES {
             match self.log.change(key, change).await {
                 Ok(true) => return Some(true),
-                // An earlier try of ours may have been carried out without an answer.
+                // An earlier try may have been applied without a response.
                 Ok(false) => match self.log.get(key).await {
                     Ok(found) => {
                         return Some(
                             found.is_some_and(|e| e.state == change.to && e.outcome == change.outcome),
                         );
                     }
-                    Err(e) => tracing::debug!(error = %e, "control log"),
+                    Err(e) => tracing::debug!(error = %e, "the control log is unavailable; retrying"),
                 },
                 Err(e @ LedgerError::Refused(_)) => {
-                    tracing::error!(error = %e, id = key.id, "a command's outcome cannot be written");
+                    tracing::error!(error = %e, id = key.id, "the outcome of a command cannot be recorded");
                     return None;
                 }
-                Err(e) => tracing::debug!(error = %e, "control log"),
+                Err(e) => tracing::debug!(error = %e, "the control log is unavailable; retrying"),
             }
             tokio::time::sleep(LOG_PAUSE).await;
         }

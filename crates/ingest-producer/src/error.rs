@@ -1,38 +1,38 @@
-//! Why an attempt ended without success, and what its caller does about it.
+//! Why an attempt failed, and what its caller does about it.
 
 /// What the caller does about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Another attempt may help.
+    /// A retry may succeed.
     Retryable,
-    /// No attempt will help: the definition, the source's answer or the rights are wrong.
+    /// A retry does not help: the definition, the response of the source or the permissions are wrong.
     Fatal,
 }
 
-/// Longest cause that is stored, in bytes: it goes into a ledger row and must not grow with what a server sends.
+/// Maximum length of a stored cause in bytes. It is part of a ledger row and must not grow with what a server sends.
 pub const MAX_CAUSE_BYTES: usize = 500;
 
 /// A failed attempt, as the ledger records it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{cause}")]
 pub struct AttemptError {
-    /// What to do about it.
+    /// Whether a retry may succeed.
     pub kind: Kind,
-    /// What went wrong, at most [`MAX_CAUSE_BYTES`].
+    /// What went wrong, at most [`MAX_CAUSE_BYTES`] long.
     pub cause: String,
-    /// The source's status, where it answered.
+    /// HTTP status of the source; absent if it did not respond.
     pub http_status: Option<u16>,
-    /// The pause the source asked for.
+    /// The pause that the source requested with `Retry-After`.
     pub retry_after_ms: Option<i64>,
 }
 
 impl AttemptError {
-    /// One that may pass.
+    /// An error that a retry may fix.
     pub fn retryable(cause: impl Into<String>) -> AttemptError {
         AttemptError::new(Kind::Retryable, cause.into())
     }
 
-    /// One that stays.
+    /// An error that a retry does not fix.
     pub fn fatal(cause: impl Into<String>) -> AttemptError {
         AttemptError::new(Kind::Fatal, cause.into())
     }
@@ -42,7 +42,7 @@ impl AttemptError {
     }
 }
 
-/// At most [`MAX_CAUSE_BYTES`] of a text, cut between characters.
+/// Truncates a text to [`MAX_CAUSE_BYTES`], at a character boundary.
 pub fn shortened(text: &str) -> String {
     match text
         .char_indices()

@@ -1,16 +1,17 @@
-//! The producer: every interval of a schedule is fetched from a REST API and produced to Kafka, whatever fails in between.
+//! The producer. It fetches every interval of a schedule from a REST API and produces the records to Kafka, and it
+//! retries until both have succeeded.
 //!
-//! A tour. Pure: [`schedule`] tiles time into intervals, [`planner`] decides from the ledger's rows what to run now,
-//! [`source`] knows requests, pages and how records become events. With effects: [`source::client`] asks the API,
-//! [`ledger`] is the run ledger in Cassandra, [`publish`] hands events to Kafka and counts acknowledgements. [`run`] orders
-//! these for one attempt; [`service`] wakes the planner and begins attempts; [`control`] carries out commands of the control
-//! topic. Beside it: [`stress`] measures, [`check`] shows what a source gives, [`runs`] and [`backfill`] are the ledger's
-//! commands.
+//! Pure modules: [`schedule`] divides time into intervals, [`planner`] decides from the ledger's rows what to run now,
+//! and [`source`] builds requests, follows pages and turns records into events. Modules with effects:
+//! [`source::client`] calls the API, [`ledger`] is the run ledger in Cassandra, and [`publish`] hands events to Kafka
+//! and counts acknowledgements. [`run`] orders these effects for one attempt, [`service`] runs the planner and starts
+//! attempts, and [`control`] executes the commands of the control topic. Command-line tools: [`stress`] measures
+//! throughput, [`check`] previews the events of a source, and [`runs`] and [`backfill`] work on the ledger.
 //!
-//! The one rule: a run has succeeded when every page was fetched and every record acknowledged; until then its interval is
-//! due again, and gives the same event ids.
+//! The one rule: a run succeeds when every page has been fetched and every record acknowledged. Until then its interval
+//! stays due, and every attempt produces the same event ids.
 
-// The ledgers' suite is compiled here and in `tests/ledger.rs`: it names the crate the same way in both.
+// The ledger suite is compiled both here and in `tests/ledger.rs`. This alias lets it use the same paths in both.
 #[cfg(test)]
 extern crate self as ingest_producer;
 
@@ -41,7 +42,7 @@ use common::shutdown::Shutdown;
 use common::stream::Definition;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
 use control::log::CassandraControlLog;
-use control::{Control, Desk, listen, work::Worker};
+use control::{CommandContext, Control, listen, work::Worker};
 use ledger::cassandra::CassandraLedger;
 use metrics::Metrics;
 use publish::KafkaPublisher;
@@ -55,40 +56,40 @@ use source::request::Requests;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long to wait for Kafka and Cassandra at start.
+/// How long to wait for Kafka and Cassandra at startup.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// How long the main loop may stand still before `/healthz` says so: a planning over 50,000 intervals takes seconds.
+/// How long the main loop may stall before `/healthz` fails. Planning 50,000 intervals takes seconds.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
-/// How long the last records may take to leave.
+/// How long to wait at shutdown for queued records to reach Kafka.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
-/// How long the process may take to end: runs have 5 s to drain, records to leave, and then there is some room.
+/// How long the process may take to shut down: 5 s to drain runs, 5 s to flush records, and some headroom.
 const GRACE: Duration = Duration::from_secs(15);
 
-/// What a command leaves behind.
+/// The output of a command.
 #[derive(Debug, Default)]
-pub struct Done {
-    /// For stdout.
+pub struct CommandOutput {
+    /// Text for stdout; nothing is printed if it is empty.
     pub text: String,
-    /// Exit code.
+    /// Exit code of the process.
     pub code: u8,
 }
 
-impl Done {
-    /// Text for stdout and exit code 0.
-    pub fn text(text: impl Into<String>) -> Done {
-        Done { text: text.into(), code: 0 }
+impl CommandOutput {
+    /// Output with exit code 0.
+    pub fn text(text: impl Into<String>) -> CommandOutput {
+        CommandOutput { text: text.into(), code: 0 }
     }
 }
 
-/// Now, in Unix milliseconds.
+/// The current time in Unix milliseconds.
 pub fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
 }
 
-/// Carries out the command.
-pub async fn run(config: &Config) -> anyhow::Result<Done> {
+/// Executes the command of `config`.
+pub async fn run(config: &Config) -> anyhow::Result<CommandOutput> {
     let definition = config.common.definition()?;
-    let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
+    let shutdown = Shutdown::on_signals(GRACE).context("cannot install signal handlers")?;
     match &config.command {
         Command::Run(args) => {
             let done = produce(config, args, definition, &shutdown).await;
@@ -114,11 +115,11 @@ pub async fn run(config: &Config) -> anyhow::Result<Done> {
                 RunsCommand::GiveUp(args) => runs::give_up(&ledger, args, now_ms()).await,
             }
         }
-        Command::Control(args) => command(config, args, &definition, &shutdown).await,
+        Command::Control(args) => control_command(config, args, &definition, &shutdown).await,
         Command::Backfill { args, dry_run } => {
-            let parts = Parts::connect(config, definition, &shutdown).await?;
-            let done = backfill::backfill(&parts.runner, args, *dry_run, &shutdown).await;
-            parts.flush().await;
+            let connections = Connections::connect(config, definition, &shutdown).await?;
+            let done = backfill::backfill(&connections.runner, args, *dry_run, &shutdown).await;
+            connections.flush().await;
             done
         }
     }
@@ -133,12 +134,12 @@ async fn ledger(
     Ok(CassandraLedger::new(session, &config.common.keyspace, &definition.stream.name).await?)
 }
 
-async fn command(
+async fn control_command(
     config: &Config,
     args: &ControlArgs,
     definition: &Definition,
     shutdown: &Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     let common = &config.common;
     let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
     let stream = &definition.stream.name;
@@ -146,27 +147,31 @@ async fn command(
     control::send::control(common, stream, &log, args, shutdown).await
 }
 
-/// Everything a run needs, connected.
-struct Parts {
+/// The runner and the connections it uses.
+struct Connections {
     runner: Arc<Runner>,
     session: Arc<Session>,
     publisher: Arc<KafkaPublisher>,
     health: Arc<Health>,
 }
 
-impl Parts {
-    async fn connect(config: &Config, definition: Definition, shutdown: &Shutdown) -> anyhow::Result<Parts> {
+impl Connections {
+    async fn connect(
+        config: &Config,
+        definition: Definition,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<Connections> {
         let common = &config.common;
         let health = Health::new(STALL_LIMIT, &[publish::DEPENDENCY, service::DEPENDENCY]);
-        let metrics = Metrics::new().context("metrics")?;
+        let metrics = Metrics::new().context("cannot register metrics")?;
         let requests = Requests::new(&definition, config.source_origin.as_deref())?;
         let source = Arc::new(SourceClient::new(&definition.source)?);
         let (brokers, instance) = (common.kafka_brokers.clone(), common.instance_name());
         let topic = common.topic_of(&definition);
-        let made = KafkaPublisher::new(&brokers, &instance, &topic, metrics.clone(), health.clone())?;
-        let publisher = Arc::new(made);
-        let asked = publisher.clone();
-        tokio::task::spawn_blocking(move || asked.describe(START_DEADLINE)).await.context("kafka")??;
+        let publisher = KafkaPublisher::new(&brokers, &instance, &topic, metrics.clone(), health.clone())?;
+        let publisher = Arc::new(publisher);
+        let probe = publisher.clone();
+        tokio::task::spawn_blocking(move || probe.describe(START_DEADLINE)).await.context("kafka")??;
         health.set(publish::DEPENDENCY, Ok(()));
         let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
         check_tables(&session, &common.keyspace, &definition.stream.name).await?;
@@ -195,11 +200,11 @@ impl Parts {
             lease_ms: i64::from(config.lease_seconds) * 1000,
             clock: Arc::new(now_ms),
         });
-        Ok(Parts { runner, session, publisher, health })
+        Ok(Connections { runner, session, publisher, health })
     }
 
-    /// Listens to the control topic until shutdown.
-    async fn commands(
+    /// Returns a future that executes commands of the control topic until shutdown.
+    async fn command_listener(
         &self,
         config: &Config,
         shutdown: &Shutdown,
@@ -209,10 +214,10 @@ impl Parts {
         let log = CassandraControlLog::new(self.session.clone(), &common.keyspace, &stream).await?;
         let (brokers, topic) = (common.kafka_brokers.clone(), common.topic_of(&runner.definition));
         let work = Worker { runner: runner.clone(), brokers: brokers.clone(), topic };
-        let life = uuid::Uuid::new_v4().simple().to_string();
-        let control = Control::new(Desk {
+        let process_id = uuid::Uuid::new_v4().simple().to_string();
+        let control = Control::new(CommandContext {
             stream: stream.clone(),
-            owner: format!("{}/{}", runner.owner, &life[..8]),
+            owner: format!("{}/{}", runner.owner, &process_id[..8]),
             log: Arc::new(log),
             work: Arc::new(work),
             clock: runner.clock.clone(),
@@ -225,7 +230,7 @@ impl Parts {
     async fn flush(&self) {
         let publisher = self.publisher.clone();
         if let Err(e) = tokio::task::spawn_blocking(move || publisher.flush(FLUSH_DEADLINE)).await {
-            tracing::error!(error = %e, "flush");
+            tracing::error!(error = %e, "flushing records panicked");
         }
     }
 }
@@ -235,47 +240,47 @@ async fn produce(
     args: &RunArgs,
     definition: Definition,
     shutdown: &Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     tracing::info!(settings = %serde_json::to_string(config)?, "configuration");
     if definition.event.id.is_none() {
         tracing::warn!(stream = definition.stream.name, "{}", check::NO_ID);
     }
-    let parts = Parts::connect(config, definition, shutdown).await?;
-    let registry = &parts.runner.metrics.registry;
-    let router = admin::router(parts.health.clone(), registry.clone());
+    let connections = Connections::connect(config, definition, shutdown).await?;
+    let registry = &connections.runner.metrics.registry;
+    let router = admin::router(connections.health.clone(), registry.clone());
     let router = admin::guarded(router, &Hosts::new(&config.common.http_hosts), registry)?;
     admin::serve(args.http_listen, router, shutdown.clone()).await?;
-    let stream = &parts.runner.definition.stream.name;
-    let who = Instance::new(&config.common, "ingest-producer", stream);
+    let stream = &connections.runner.definition.stream.name;
+    let instance = Instance::new(&config.common, "ingest-producer", stream);
     let announcing = presence::announce(
-        parts.session.clone(),
-        who,
+        connections.session.clone(),
+        instance,
         Holdings::default(),
-        parts.health.clone(),
+        connections.health.clone(),
         shutdown.clone(),
     );
     tokio::spawn(announcing);
-    let (session, runner) = (parts.session.clone(), parts.runner.clone());
+    let (session, runner) = (connections.session.clone(), connections.runner.clone());
     let (keyspace, stopped) = (config.common.keyspace.clone(), shutdown.clone());
     let registration =
         tokio::spawn(
             async move { registration::watch(&session, &keyspace, &runner.definition, &stopped).await },
         );
     let commands_running = shutdown.running("commands");
-    let commands = tokio::spawn(parts.commands(config, shutdown).await?);
+    let commands = tokio::spawn(connections.command_listener(config, shutdown).await?);
     let runs_running = shutdown.running("runs");
-    let served = Service::new(parts.runner.clone(), parts.health.clone()).run(shutdown).await;
+    let served = Service::new(connections.runner.clone(), connections.health.clone()).run(shutdown).await;
     drop(runs_running);
     shutdown.begin();
     if let Err(e) = commands.await.context("commands")? {
-        tracing::error!(error = format!("{e:#}"), "commands");
+        tracing::error!(error = format!("{e:#}"), "the control topic listener failed");
     }
     drop(commands_running);
     let _flushing = shutdown.running("flush");
-    parts.flush().await;
+    connections.flush().await;
     served?;
     registration.await.context("registration")??;
-    Ok(Done { text: String::new(), code: shutdown.exit_code() })
+    Ok(CommandOutput { text: String::new(), code: shutdown.exit_code() })
 }
 
 async fn stress(
@@ -283,7 +288,7 @@ async fn stress(
     args: &StressArgs,
     definition: Definition,
     shutdown: Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     registration::check_load(&config.common, &definition, START_DEADLINE, &shutdown).await?;
     let (brokers, topic) = (config.common.kafka_brokers.clone(), config.common.topic_of(&definition));
     let (stopped, settings) = (shutdown.clone(), args.clone());
@@ -292,5 +297,5 @@ async fn stress(
     let report = running.await.context("stress")??;
     let text = if args.json { serde_json::to_string(&report)? } else { format!("stress: {report}") };
     let code = if report.failures > 0 { 1 } else { shutdown.exit_code() };
-    Ok(Done { text, code })
+    Ok(CommandOutput { text, code })
 }

@@ -1,11 +1,11 @@
-//! The binary: settings, logs, run, exit code.
+//! The binary: parses the configuration, sets up logging, runs the command and maps its result to an exit code.
 
 use ingest_producer::config::Config;
 use ingest_producer::registration::is_refusal;
 use std::process::ExitCode;
 
-/// Kafka's client takes memory in one thread and gives it back in another, ten pieces a message: with glibc's allocator
-/// that costs a third of `stress`. The override reaches the C library's allocations too.
+/// The Kafka client allocates in one thread and frees in another, about ten times per message. With glibc's allocator
+/// this takes a third of the time of `stress`. The override also covers allocations of the C library.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Err(cause) => return fail(&format!("cannot start threads: {cause}"), 1),
     };
     let outcome = runtime.block_on(ingest_producer::run(&config));
-    // Threads that still wait for a server must not hold the process.
+    // Threads that still wait for a server must not keep the process alive.
     runtime.shutdown_background();
     match outcome {
         Ok(done) => print(&done.text, done.code),
@@ -30,16 +30,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Data goes to stdout; logs have gone to stderr.
+/// Prints data to stdout. Logs go to stderr.
 fn print(text: &str, code: u8) -> ExitCode {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
-    // A reader that has gone away, such as `head`, is no failure.
+    // A closed pipe, as with `head`, is not an error.
     let _ = if text.is_empty() { Ok(()) } else { writeln!(out, "{}", text.trim_end()) };
     ExitCode::from(code)
 }
 
-#[expect(clippy::print_stderr, reason = "the last words of a process that cannot go on")]
+#[expect(clippy::print_stderr, reason = "the process exits with this message")]
 fn fail(message: &str, code: u8) -> ExitCode {
     eprintln!("ingest-producer: {message}");
     ExitCode::from(code)

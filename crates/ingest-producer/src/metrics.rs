@@ -1,5 +1,5 @@
-//! Every metric of the producer; the only place that names one. Series exist at 0 from the start, but for times and lengths: their
-//! first value makes them.
+//! The metrics of the producer. Only this module names them. Series start at 0, except for timestamps and lengths:
+//! these have no series until their first value is set.
 
 use crate::planner::Run;
 use crate::unresolved::Count;
@@ -8,65 +8,66 @@ use common::metrics::{Eventual, Maker};
 use common::run_ledger::RunState;
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
-/// How attempts end, as values of label `outcome`.
+/// Values of label `outcome`: how an attempt ends.
 pub const OUTCOMES: [&str; 5] = ["succeeded", "failed", "lost", "interrupted", "missed"];
-/// Values of label `state` of unresolved intervals: attempted without success, and not attempted within the catch-up limit.
+/// Values of label `state` of unresolved intervals: attempted without success, or never attempted within the catch-up
+/// limit.
 pub const UNRESOLVED: [&str; 2] = ["failed", "missed"];
-/// Upper bounds in seconds of requests to the source.
+/// Histogram bounds for the duration of requests to the source, in seconds.
 const FETCH_SECONDS: [f64; 10] = [0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
-/// Upper bounds in seconds from handing a record to Kafka's client to its acknowledgement.
+/// Histogram bounds for the time from producing a record to its acknowledgement, in seconds.
 const ACK_SECONDS: [f64; 11] = [0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 120.0];
 
-/// The producer's metrics. Cloning shares them.
+/// The metrics of the producer. Clones share the same series.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Where they are gathered for `/metrics`.
+    /// The registry that `/metrics` exposes.
     pub registry: Registry,
-    /// Records taken out of pages.
+    /// Records found in pages.
     pub records_fetched: IntCounter,
-    /// Records of them that cannot become events: the processor keeps them as dead letters.
+    /// Fetched records that cannot become events. The processor writes them to the dead letters.
     pub records_refused: IntCounter,
     /// Records that Kafka acknowledged.
     pub records_acked: IntCounter,
-    /// Records that Kafka's client gave up on; their run is attempted again.
+    /// Records that the Kafka client could not deliver. Their run is retried.
     pub records_failed: IntCounter,
-    /// Pages fetched.
+    /// Pages fetched from the source.
     pub pages: IntCounter,
-    /// Bytes of pages as they came over the network.
+    /// Page bytes received over the network, before decompression.
     pub bytes: IntCounter,
-    /// Ended attempts by [`OUTCOMES`].
+    /// Finished attempts by outcome, one of [`OUTCOMES`].
     pub attempts: IntCounterVec,
-    /// Ended commands of the control topic by [`CommandState`].
+    /// Finished commands of the control topic by [`CommandState`].
     pub commands: IntCounterVec,
-    /// Runs going on now in this process.
+    /// Runs that are active in this process.
     runs_active: IntGauge,
-    /// Runs of intervals that the planner still looks at, by state in the ledger.
+    /// Runs in the planner's range, by state in the ledger.
     runs: IntGaugeVec,
-    /// Intervals without their data that are not about to be fetched, by [`UNRESOLVED`].
+    /// Intervals whose data is missing, by one of [`UNRESOLVED`].
     unresolved: IntGaugeVec,
-    /// Length of the schedule's present interval in seconds.
+    /// Length of the current interval of the schedule in seconds.
     pub interval_seconds: Eventual,
     /// Requests to the source that failed.
     pub fetches_failed: IntCounter,
-    /// Records that wait in Kafka's client or for their acknowledgement.
+    /// Records in the Kafka client that are queued or not yet acknowledged.
     pub queue_records: IntGauge,
-    /// How many may.
+    /// Maximum of `queue_records`.
     pub queue_limit: IntGauge,
-    /// Pauses because the queue was full.
+    /// How often the producer paused because the queue was full.
     pub queue_full: IntCounter,
-    /// When a run last succeeded.
+    /// Time of the last successful run, Unix seconds.
     pub last_success: Eventual,
-    /// Every interval that began before this is over.
+    /// Every interval that started before this time is finished, Unix seconds.
     pub settled: Eventual,
     /// 1 while the stream is paused.
     pub paused: IntGauge,
-    /// Seconds of one request.
+    /// Duration of a request to the source in seconds.
     pub fetch_seconds: Histogram,
-    /// Seconds from produce to acknowledgement.
+    /// Time from producing a record to its acknowledgement in seconds.
     pub ack_seconds: Histogram,
 }
 
-/// A run that is counted as going on; dropped when it ends, however it ends.
+/// Counts a run as active until it is dropped.
 #[derive(Debug)]
 pub struct ActiveRun(IntGauge);
 
@@ -77,40 +78,50 @@ impl Drop for ActiveRun {
 }
 
 impl Metrics {
-    /// Registers all of them.
+    /// Creates and registers all metrics.
     pub fn new() -> Result<Metrics, prometheus::Error> {
         let make = Maker::new("ingest-producer", env!("CARGO_PKG_VERSION"))?;
         let counter = |name: &str, help: &str| make.counter(name, help);
         let gauge = |name: &str, help: &str| make.gauge(name, help);
-        let unresolved = "Intervals that failed or were missed, until they succeed or are given up.";
+        let unresolved = "Intervals that failed or were missed and have neither succeeded nor been given up.";
         let eventual = |name: &str, help: &str| make.eventual(name, help);
-        let runs = "Runs the planner still looks at, by state in the ledger.";
+        let runs = "Runs in the range of the planner, by state in the ledger.";
         let metrics = Metrics {
-            records_fetched: counter("ingest_records_fetched_total", "Records taken out of pages.")?,
-            records_refused: counter("ingest_records_refused_total", "Records that become dead letters.")?,
+            records_fetched: counter("ingest_records_fetched_total", "Records found in pages.")?,
+            records_refused: counter("ingest_records_refused_total", "Records that cannot become events.")?,
             records_acked: counter("ingest_records_acked_total", "Records that Kafka acknowledged.")?,
-            records_failed: counter("ingest_records_failed_total", "Records not delivered; runs retry.")?,
+            records_failed: counter(
+                "ingest_records_failed_total",
+                "Records not delivered; their runs retry.",
+            )?,
             pages: counter("ingest_pages_fetched_total", "Pages fetched from the source.")?,
             bytes: counter("ingest_fetched_bytes_total", "Bytes fetched from the source.")?,
             fetches_failed: counter("ingest_fetches_failed_total", "Requests to the source that failed.")?,
-            attempts: make.counters("ingest_attempts_total", "Ended attempts by outcome.", &["outcome"])?,
-            commands: make.counters("ingest_commands_total", "Ended commands by state.", &["state"])?,
+            attempts: make.counters(
+                "ingest_attempts_total",
+                "Finished attempts by outcome.",
+                &["outcome"],
+            )?,
+            commands: make.counters("ingest_commands_total", "Finished commands by state.", &["state"])?,
             runs: make.gauges("ingest_runs", runs, &["state"])?,
             unresolved: make.gauges("ingest_unresolved_intervals", unresolved, &["state"])?,
-            runs_active: gauge("ingest_runs_active", "Runs going on in this process.")?,
-            interval_seconds: eventual("ingest_interval_seconds", "Length of the schedule's interval.")?,
-            last_success: eventual("ingest_last_success_timestamp_seconds", "When a run last succeeded.")?,
-            settled: eventual("ingest_settled_timestamp_seconds", "Intervals begun before are over.")?,
+            runs_active: gauge("ingest_runs_active", "Runs active in this process.")?,
+            interval_seconds: eventual("ingest_interval_seconds", "Length of the current interval.")?,
+            last_success: eventual(
+                "ingest_last_success_timestamp_seconds",
+                "Time of the last successful run.",
+            )?,
+            settled: eventual("ingest_settled_timestamp_seconds", "Earlier intervals are finished.")?,
             paused: gauge("ingest_paused", "1 while the stream is paused.")?,
             fetch_seconds: make.histogram(
                 "ingest_fetch_seconds",
-                "Duration of a request.",
+                "Duration of a request to the source.",
                 &FETCH_SECONDS,
             )?,
-            ack_seconds: make.histogram("ingest_ack_seconds", "Produced until acked.", &ACK_SECONDS)?,
-            queue_records: gauge("ingest_queue_records", "Records that Kafka's client holds.")?,
-            queue_limit: gauge("ingest_queue_limit_records", "Records that Kafka's client may hold.")?,
-            queue_full: counter("ingest_queue_full_total", "Pauses because that queue was full.")?,
+            ack_seconds: make.histogram("ingest_ack_seconds", "Time to acknowledgement.", &ACK_SECONDS)?,
+            queue_records: gauge("ingest_queue_records", "Records in the Kafka client.")?,
+            queue_limit: gauge("ingest_queue_limit_records", "Most records in the Kafka client.")?,
+            queue_full: counter("ingest_queue_full_total", "Pauses because the queue was full.")?,
             registry: make.registry,
         };
         for outcome in OUTCOMES {
@@ -134,14 +145,15 @@ impl Metrics {
         ActiveRun(self.runs_active.clone())
     }
 
-    /// Notes how many intervals have failed, and how many were missed.
+    /// Sets the number of failed and of missed intervals.
     pub fn unresolved(&self, count: Count) {
         for (state, count) in UNRESOLVED.into_iter().zip([count.failed, count.missed]) {
             self.unresolved.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
     }
 
-    /// What the ledger says of the runs that the planner looks at. A success before this process began counts too.
+    /// Updates the metrics that derive from ledger rows in the planner's range. The last success may predate this
+    /// process.
     pub fn ledger<'a>(&self, runs: impl Iterator<Item = &'a Run> + Clone) {
         for state in RunState::ALL {
             let count = runs.clone().filter(|run| run.state == state).count();
@@ -153,18 +165,18 @@ impl Metrics {
         }
     }
 
-    /// Counts an ended command.
+    /// Counts a finished command.
     pub fn command_ended(&self, state: CommandState) {
         self.commands.with_label_values(&[state.name()]).inc();
     }
 
-    /// The ledger does not answer: how many runs are in which state is not known.
-    pub fn ledger_is_away(&self) {
+    /// Removes the ledger's series while the ledger is unavailable, because their values are unknown.
+    pub fn ledger_unavailable(&self) {
         self.runs.reset();
         self.unresolved.reset();
     }
 
-    /// Counts an ended attempt; `outcome` is one of [`OUTCOMES`].
+    /// Counts a finished attempt. `outcome` is one of [`OUTCOMES`].
     pub fn attempt_ended(&self, outcome: &str) {
         self.attempts.with_label_values(&[outcome]).inc();
     }
@@ -175,12 +187,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_count_is_there_at_zero_from_the_start() {
+    fn every_counter_is_exported_as_zero_before_its_first_event() {
         let metrics = Metrics::new().unwrap();
         let gathered = metrics.registry.gather();
         let names: Vec<&str> =
             gathered.iter().map(|f| f.name()).filter(|n| n.starts_with("ingest_")).collect();
-        assert_eq!(names.len(), 18, "all but two times and a length: {names:?}");
+        assert_eq!(names.len(), 18, "all except two timestamps and one length: {names:?}");
         let attempts = gathered.iter().find(|f| f.name() == "ingest_attempts_total").unwrap();
         assert_eq!(attempts.get_metric().len(), OUTCOMES.len());
     }

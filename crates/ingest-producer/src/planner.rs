@@ -1,4 +1,5 @@
-//! Facts of the ledger → what to do now. Pure: the clock is an argument, doing it is `run.rs`.
+//! Decides from the state of the ledger what to do now. Pure: the time is an argument. `service.rs` executes the
+//! decisions.
 
 use crate::schedule::Timeline;
 use common::run_ledger::{Interval, RunState, RunType};
@@ -6,36 +7,37 @@ use common::stream::{RetryPolicy, StreamSettings};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// Most intervals that are noted in one planning, as scheduled or as missed.
+/// Maximum intervals per planning that are recorded as scheduled or as missed.
 pub const MAX_NOTED: usize = 500;
-/// The source is taken for away when so many runs have failed and none has succeeded since. A single one may have a reason of
-/// its own.
+/// The source is considered unavailable if at least this many runs have failed and none has succeeded since. A single
+/// run may fail for a reason that does not concern other runs.
 const MIN_FAILED: usize = 2;
 
-/// A row of the ledger, as far as decisions and people need it.
+/// A row of the run ledger.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Run {
-    /// Its interval.
+    /// The interval that the run fetches.
     pub interval: Interval,
-    /// Where it stands.
+    /// The current state.
     pub state: RunState,
-    /// Why it is run.
+    /// What started the run.
     pub run_type: RunType,
-    /// Id of the latest attempt.
+    /// Id of the latest attempt; empty before the first.
     pub run_id: String,
-    /// Number of the latest attempt, from 1; 0 before the first.
+    /// Number of the latest attempt, starting at 1; 0 before the first.
     pub attempt: i32,
-    /// Who held the lease last.
+    /// The last owner of the lease; empty before the first attempt.
     pub owner: String,
-    /// Rises with every change of ownership; every write of an owner is fenced by it.
+    /// Fencing token. It increases with each change of ownership, and an owner's writes apply only while it is
+    /// unchanged.
     pub epoch: i64,
-    /// Until when a running attempt is its owner's alone.
+    /// When the lease of a running attempt expires; otherwise when the last attempt ended.
     pub lease_until_ms: i64,
-    /// When a retrying or failed run is due.
+    /// When a retrying or failed run is due again.
     pub retry_at_ms: i64,
     /// Start of the first attempt since it was scheduled or cleared.
     pub started_at_ms: i64,
-    /// End of the last attempt of a run that is over.
+    /// When the run last succeeded, failed or was given up; 0 if never.
     pub finished_at_ms: i64,
     /// Pages of the latest attempt.
     pub pages: i32,
@@ -45,22 +47,22 @@ pub struct Run {
     pub acked: i64,
     /// Bytes of the latest attempt.
     pub bytes: i64,
-    /// Cause of the latest failure; empty: none.
+    /// Cause of the latest failure; empty if there was none.
     pub error: String,
 }
 
 impl Run {
-    /// Whether later intervals need not wait for it: it is finished, or it has failed often enough.
+    /// Whether the planner's range may move past this run. A failed run counts as over, although it is still retried.
     pub fn is_over(&self) -> bool {
         matches!(self.state, RunState::Succeeded | RunState::Failed | RunState::GivenUp)
     }
 
-    /// No attempt was made before it lay behind the catch-up limit.
+    /// Whether the interval exceeded the catch-up limit before the first attempt.
     pub fn is_missed(&self) -> bool {
         self.state == RunState::Failed && self.attempt == 0
     }
 
-    /// Whether a claim of that type forgets earlier failures. A failed run that is retried automatically keeps its count.
+    /// Whether a claim of type `run_type` resets the count of failures. The automatic retry of a failed run does not.
     pub fn starts_over(&self, run_type: RunType) -> bool {
         match self.state {
             RunState::Succeeded | RunState::GivenUp => true,
@@ -69,12 +71,12 @@ impl Run {
         }
     }
 
-    /// Whether somebody is at it.
+    /// Whether an owner holds an unexpired lease.
     pub fn holds_a_lease(&self, now_ms: i64) -> bool {
         self.state == RunState::Running && self.lease_until_ms > now_ms
     }
 
-    /// Whether another attempt may begin now.
+    /// Whether another attempt may start now.
     fn is_due(&self, facts: &Facts<'_>) -> bool {
         match self.state {
             RunState::Scheduled => true,
@@ -87,77 +89,77 @@ impl Run {
         }
     }
 
-    /// When its latest attempt ended, if that failed.
+    /// When the latest attempt ended, if it failed.
     fn failed_at_ms(&self) -> Option<i64> {
         let failed = matches!(self.state, RunState::Retrying | RunState::Failed) && self.attempt > 0;
         failed.then_some(self.lease_until_ms)
     }
 }
 
-/// What a planning needs to know.
+/// The input of a planning.
 #[derive(Debug)]
 pub struct Facts<'a> {
-    /// Now, in Unix milliseconds.
+    /// The current time in Unix milliseconds.
     pub now_ms: i64,
-    /// The intervals there are.
+    /// The intervals of the schedule.
     pub timeline: &'a Timeline,
-    /// Everything that began before this is over.
+    /// Every interval that started before this time is over.
     pub settled_to_ms: i64,
-    /// Where catching up begins: what is missing before it is only noted.
+    /// Start of the catch-up range. Intervals before it that have no row are recorded as missed.
     pub catch_up_from_ms: i64,
-    /// Ledger rows by interval start, complete from `settled_to_ms` on.
+    /// All ledger rows from `settled_to_ms` on, by interval start.
     pub runs: &'a BTreeMap<i64, Run>,
-    /// Rows before `settled_to_ms` that have not succeeded, back to `catch_up_from_ms` at least.
+    /// Rows before `settled_to_ms` that have not succeeded, at least back to `catch_up_from_ms`.
     pub unfinished: &'a [Run],
-    /// End of the latest run that succeeded; 0: not known.
+    /// End of the latest successful run; 0 if unknown.
     pub last_success_ms: i64,
-    /// The stream's pauses.
+    /// The retry policy of the stream.
     pub retry: &'a RetryPolicy,
-    /// Most runs at once.
+    /// Maximum concurrent runs.
     pub max_active_runs: u32,
-    /// Nothing new may begin.
+    /// If set, no run is started.
     pub paused: bool,
 }
 
 /// What to do about one interval.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Decision {
-    /// Run an interval that the ledger does not know.
-    Begin {
-        /// Which.
+    /// Start a run for an interval that has no row in the ledger.
+    Start {
+        /// The interval to run.
         interval: Interval,
-        /// Why.
+        /// What starts the run.
         run_type: RunType,
     },
-    /// Run an interval again whose turn has come or whose owner is gone.
+    /// Start another attempt of a run that is due or whose lease has expired.
     Resume {
-        /// Its row as read; the claim is fenced by its epoch.
+        /// The row as read. Its epoch fences the claim.
         run: Run,
     },
-    /// Note an interval as scheduled: it has waited for room so long that it would be missed before long.
+    /// Record an interval as scheduled, because it might exceed the catch-up limit before a slot is free.
     Schedule {
-        /// Which.
+        /// The interval to run.
         interval: Interval,
-        /// Why.
+        /// What starts the run.
         run_type: RunType,
     },
-    /// Note an interval as failed, because it lies behind the catch-up limit.
+    /// Record an interval as failed, because it exceeds the catch-up limit.
     Miss {
-        /// Which.
+        /// The interval that is missed.
         interval: Interval,
     },
 }
 
-/// The outcome of a planning.
+/// The result of a planning.
 #[derive(Debug, PartialEq)]
 pub struct Plan {
-    /// In the order in which to carry them out; no more runs than there is room for.
+    /// The decisions in order of execution. They start at most as many runs as there are free slots.
     pub decisions: Vec<Decision>,
-    /// Everything that began before this is over.
+    /// Every interval that started before this time is over.
     pub settled_to_ms: i64,
 }
 
-/// Where catching up begins: at the age of the catch-up limit, but at least `catch_up` intervals back.
+/// Start of the catch-up range. It covers the catch-up limit, but at least `catch_up` intervals.
 pub fn catch_up_from(timeline: &Timeline, settings: &StreamSettings, now_ms: i64) -> i64 {
     let by_age = timeline.containing(now_ms.saturating_sub(settings.catch_up_limit_ms)).start_ms;
     by_age.max(timeline.start_ms()).min(timeline.back(now_ms, settings.catch_up))
@@ -170,32 +172,33 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         return Plan { decisions: vec![], settled_to_ms };
     }
     let mut due = due(facts, settled_to_ms);
-    let room = room(facts, &mut due);
-    let waiting = due.split_off(room);
+    let slots = free_slots(facts, &mut due);
+    let waiting = due.split_off(slots);
     let mut decisions: Vec<Decision> = due.into_iter().map(|due| due.decision).collect();
-    // Half of the way to the catch-up limit: most backlogs are fetched before that, and need no rows to wait.
+    // Waiting intervals get a row at half the catch-up limit. Most backlogs are fetched before that and need no rows.
     let note_before_ms = facts.catch_up_from_ms.midpoint(facts.now_ms);
     decisions.extend(waiting.into_iter().filter_map(|due| match due.decision {
-        Decision::Begin { interval, run_type } if interval.start_ms < note_before_ms => {
+        Decision::Start { interval, run_type } if interval.start_ms < note_before_ms => {
             Some(Decision::Schedule { interval, run_type })
         }
         _ => None,
     }));
-    let behind = facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.now_ms), MAX_NOTED);
-    let missed = behind.into_iter().filter(|i| is_unknown(facts.runs, i));
+    let beyond_limit =
+        facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.now_ms), MAX_NOTED);
+    let missed = beyond_limit.into_iter().filter(|i| is_unknown(facts.runs, i));
     decisions.extend(missed.map(|interval| Decision::Miss { interval }));
     Plan { decisions, settled_to_ms }
 }
 
-/// An interval that may be run now.
+/// An interval that may run now.
 struct Due {
     start_ms: i64,
-    /// End of its latest attempt; 0: there was none.
+    /// End of the latest attempt; 0 if there was none.
     tried_ms: i64,
     decision: Decision,
 }
 
-/// Everything that may be run now, oldest first.
+/// All intervals that may run now, oldest first.
 fn due(facts: &Facts<'_>, settled_to_ms: i64) -> Vec<Due> {
     let known = facts.runs.values().chain(facts.unfinished).filter(|run| run.is_due(facts));
     let mut due: Vec<Due> = known
@@ -206,20 +209,19 @@ fn due(facts: &Facts<'_>, settled_to_ms: i64) -> Vec<Due> {
         })
         .collect();
     let from_ms = settled_to_ms.max(facts.catch_up_from_ms);
-    // Rows that are there take places in the list, but are none of those to note.
+    // The list also contains intervals with rows. They must not reduce the number of new ones.
     let candidates = facts.timeline.ended(from_ms, facts.now_ms, facts.runs.len() + MAX_NOTED);
     due.extend(candidates.into_iter().filter(|i| is_unknown(facts.runs, i)).map(|interval| {
         let run_type = run_type(facts, &interval);
-        Due { start_ms: interval.start_ms, tried_ms: 0, decision: Decision::Begin { interval, run_type } }
+        Due { start_ms: interval.start_ms, tried_ms: 0, decision: Decision::Start { interval, run_type } }
     }));
     due.sort_by_key(|due| due.start_ms);
     due
 }
 
-/// How many of the due runs begin now; those come first. While the source is away a single one is tried now and then: all that
-/// wait would only ask it in vain. That is the one that was not tried for longest, so that runs which fail for reasons of
-/// their own do not keep the others waiting.
-fn room(facts: &Facts<'_>, due: &mut [Due]) -> usize {
+/// Returns how many due runs to start now, and sorts these to the front. While the source is unavailable, only one run
+/// at a time probes it. The least recently tried run is chosen, so that runs that always fail do not block the others.
+fn free_slots(facts: &Facts<'_>, due: &mut [Due]) -> usize {
     let known = facts.runs.values().chain(facts.unfinished);
     let active = known.filter(|run| run.holds_a_lease(facts.now_ms)).count();
     let most = match probe_at(facts) {
@@ -233,8 +235,8 @@ fn room(facts: &Facts<'_>, due: &mut [Due]) -> usize {
     most.saturating_sub(active).min(due.len())
 }
 
-/// When the source is asked next, where it is taken for away: the latest attempts of several runs have failed, and none has
-/// succeeded since. The pause grows with the outage, up to the longest between two attempts of one run.
+/// When to probe the source next, or `None` if it is considered available. It is unavailable if the latest attempts of
+/// several runs have failed and none has succeeded since. The pause grows with the outage, up to `max_backoff_ms`.
 fn probe_at(facts: &Facts<'_>) -> Option<i64> {
     let runs = facts.runs.values().chain(facts.unfinished);
     let failed: Vec<i64> =
@@ -248,9 +250,15 @@ fn probe_at(facts: &Facts<'_>) -> Option<i64> {
     Some(last_ms + pause_ms)
 }
 
-/// Where to look back to instead of `from_ms`, if the ledger has a gap there: as many intervals back from its far end, the
-/// end of the `last` row that begins before `from_ms`; the timeline's start where there is none. `None`: there is no gap.
-pub fn behind_gap(timeline: &Timeline, from_ms: i64, last: Option<Interval>, intervals: u32) -> Option<i64> {
+/// Extends a look back beyond a gap in the ledger. `last` is the last row that starts before `from_ms`. If it does not
+/// reach `from_ms`, the result is `intervals` intervals before its end, or the start of the timeline if `last` is
+/// `None`. Returns `None` if there is no gap.
+pub fn look_back_before_gap(
+    timeline: &Timeline,
+    from_ms: i64,
+    last: Option<Interval>,
+    intervals: u32,
+) -> Option<i64> {
     match last {
         _ if from_ms <= timeline.start_ms() => None,
         None => Some(timeline.start_ms()),
@@ -265,7 +273,7 @@ fn is_unknown(runs: &BTreeMap<i64, Run>, interval: &Interval) -> bool {
     before_its_end.is_none_or(|(_, run)| run.interval.end_ms <= interval.start_ms)
 }
 
-/// An interval that ended less than its own length ago was not missed.
+/// An interval that ended less than one interval length ago runs as scheduled, an older one as catch-up.
 fn run_type(facts: &Facts<'_>, interval: &Interval) -> RunType {
     let length = interval.end_ms - interval.start_ms;
     if facts.now_ms - interval.end_ms < length { RunType::Scheduled } else { RunType::CatchUp }
@@ -279,19 +287,19 @@ fn settled_to(facts: &Facts<'_>) -> i64 {
     settled_to_ms
 }
 
-/// What follows a failed attempt.
+/// What to do after a failed attempt.
 #[derive(Debug, PartialEq)]
 pub enum AfterFailure {
-    /// Another attempt after this pause.
+    /// Retry after a pause.
     RetryIn {
-        /// Milliseconds.
+        /// The pause in milliseconds.
         pause_ms: i64,
     },
-    /// The run is shown as failed; the words say why. Another attempt follows all the same.
+    /// Mark the run as failed. It is still retried after a pause.
     Fail {
-        /// For the ledger, in brackets behind the cause.
+        /// Why the run is marked as failed. The ledger shows it after the cause, in parentheses.
         because: String,
-        /// Milliseconds.
+        /// The pause in milliseconds.
         pause_ms: i64,
     },
 }
@@ -299,20 +307,21 @@ pub enum AfterFailure {
 /// A failed attempt, for [`after_failure`].
 #[derive(Debug)]
 pub struct FailedAttempt {
-    /// Whether another attempt can help.
+    /// Whether a retry may succeed.
     pub retryable: bool,
-    /// Failed attempts so far, this one included.
+    /// Number of failed attempts, including this one.
     pub failures: u32,
-    /// Milliseconds since the first attempt began.
+    /// Milliseconds since the start of the first attempt.
     pub elapsed_ms: i64,
-    /// What the server asked for.
+    /// The pause that the source requested with `Retry-After`.
     pub retry_after_ms: Option<i64>,
-    /// A random number in `[0, 1)`: many producers must not come back at once.
+    /// A random number in `[0, 1)`, so that many producers do not retry at the same time.
     pub jitter: f64,
 }
 
-/// Decides about another attempt. Pauses double up to the longest; those of a failed run are half as long as it has failed
-/// for, within bounds. Half of each is jittered, and none is shorter than the server asked for.
+/// Decides how to continue after a failed attempt. The backoff doubles up to `max_backoff_ms`. For a failed run it is
+/// half the time since its first attempt, within limits. Half of each pause is jittered, and no pause is shorter than
+/// the source requested.
 pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailure {
     let jittered = |full: i64| {
         let pause_ms = full / 2 + (full as f64 / 2.0 * failed.jitter) as i64;
@@ -324,7 +333,7 @@ pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailu
         AfterFailure::Fail { because, pause_ms: jittered(full) }
     };
     if !failed.retryable {
-        return fail("a quick retry does not help".to_owned());
+        return fail("retrying soon does not help".to_owned());
     }
     if let Some(attempts) = policy.attempts.filter(|attempts| failed.failures >= *attempts) {
         return fail(format!("attempt {} of {attempts}", failed.failures));
@@ -345,7 +354,7 @@ pub(crate) mod tests {
 
     const MINUTE: i64 = 60_000;
     const T0: i64 = 1_700_000_040_000;
-    /// Intervals that a restart looks back, and those of an outage that is longer.
+    /// How many intervals a restart looks back, and a longer outage in intervals.
     const LOOK_BACK: u32 = 200;
     const OUTAGE: i64 = 300;
 
@@ -402,18 +411,20 @@ pub(crate) mod tests {
             self.runs.insert(run.interval.start_ms, run);
         }
 
-        /// All that a restart knows comes from the ledger.
+        /// Forgets everything except the ledger.
         fn restart(&mut self, now_ms: i64) {
             self.timeline = Timeline::from_json(&self.timeline.to_json()).unwrap();
             let last = |from_ms| self.runs.range(..from_ms).next_back().map(|(_, run)| run.interval);
             let mut from_ms = self.timeline.back(now_ms, LOOK_BACK);
-            while let Some(further_ms) = behind_gap(&self.timeline, from_ms, last(from_ms), LOOK_BACK) {
+            while let Some(further_ms) =
+                look_back_before_gap(&self.timeline, from_ms, last(from_ms), LOOK_BACK)
+            {
                 from_ms = further_ms;
             }
             self.settled_to_ms = from_ms;
         }
 
-        /// Until there is nothing left to do, and nothing goes wrong.
+        /// Plans and executes until nothing is left to do. Every attempt succeeds.
         fn settle(&mut self, now_ms: i64) -> Result<(), TestCaseError> {
             loop {
                 let found = self.plan(now_ms);
@@ -459,15 +470,15 @@ pub(crate) mod tests {
         plan.decisions
             .iter()
             .map(|d| match d {
-                Decision::Begin { interval, .. } | Decision::Miss { interval } => minute(interval.start_ms),
+                Decision::Start { interval, .. } | Decision::Miss { interval } => minute(interval.start_ms),
                 Decision::Resume { run } => minute(run.interval.start_ms),
                 Decision::Schedule { .. } => panic!("{d:?}"),
             })
             .collect()
     }
 
-    /// The intervals that run, and those that are only noted to wait.
-    fn begun_and_waiting(mut plan: Plan) -> (Vec<i64>, usize) {
+    /// The intervals that start, and the number of those that are only recorded as scheduled.
+    fn started_and_waiting(mut plan: Plan) -> (Vec<i64>, usize) {
         let all = plan.decisions.len();
         plan.decisions.retain(|d| !matches!(d, Decision::Schedule { .. }));
         (starts(&plan), all - plan.decisions.len())
@@ -481,29 +492,33 @@ pub(crate) mod tests {
         let types: Vec<_> = found
             .decisions
             .iter()
-            .map(|d| if let Decision::Begin { run_type, .. } = d { *run_type } else { panic!("{d:?}") })
+            .map(|d| if let Decision::Start { run_type, .. } = d { *run_type } else { panic!("{d:?}") })
             .collect();
         assert_eq!(types, [RunType::CatchUp, RunType::CatchUp, RunType::Scheduled]);
     }
 
     #[test]
-    fn no_more_runs_begin_than_there_is_room_for() {
+    fn no_more_runs_start_than_there_are_free_slots() {
         let mut world = World::new(5);
         world.max_active_runs = 2;
-        // Of those that wait the older half gets rows.
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-5, -4], 1));
+        // The older half of the waiting intervals gets rows.
+        assert_eq!(started_and_waiting(world.plan(T0)), (vec![-5, -4], 1));
         world.add(Run { lease_until_ms: T0 + 1, ..run(T0 - 5 * MINUTE, RunState::Running) });
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![-4], 1));
+        assert_eq!(started_and_waiting(world.plan(T0)), (vec![-4], 1));
         world.add(Run { lease_until_ms: T0 + 1, ..run(T0 - 4 * MINUTE, RunState::Running) });
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 1));
-        assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![-5, -4], 1), "expired leases are taken over");
+        assert_eq!(started_and_waiting(world.plan(T0)), (vec![], 1));
+        assert_eq!(
+            started_and_waiting(world.plan(T0 + 1)),
+            (vec![-5, -4], 1),
+            "an expired lease is taken over"
+        );
     }
 
     #[test]
-    fn an_interval_that_waited_for_room_is_not_missed() {
+    fn an_interval_that_waited_for_a_free_slot_is_not_missed() {
         let mut world = World::new(2);
         world.max_active_runs = 0;
-        assert_eq!(begun_and_waiting(world.plan(T0)), (vec![], 1));
+        assert_eq!(started_and_waiting(world.plan(T0)), (vec![], 1));
         world.add(run(T0 - 2 * MINUTE, RunState::Scheduled));
         world.max_active_runs = 1;
         let found = world.plan(T0 + 9 * MINUTE);
@@ -513,7 +528,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_retry_waits_for_its_time_and_holds_nobody_up() {
+    fn a_retry_waits_until_it_is_due_and_does_not_delay_other_runs() {
         let mut world = World::new(2);
         world.add(Run { retry_at_ms: T0 + 5, ..run(T0 - 2 * MINUTE, RunState::Retrying) });
         assert_eq!(starts(&world.plan(T0)), [-1]);
@@ -521,46 +536,50 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_lies_behind_the_catch_up_limit_is_noted_as_missed() {
+    fn intervals_beyond_the_catch_up_limit_are_recorded_as_missed() {
         let mut world = World::new(2);
         for minute in [-2, -1] {
             world.add(run(T0 + minute * MINUTE, RunState::Succeeded));
         }
         world.add(run(T0 + MINUTE, RunState::Retrying));
         let found = world.plan(T0 + 6 * MINUTE);
-        assert_eq!(starts(&found), [1, 4, 5, 0, 2, 3], "old runs and the last two run, the rest is missed");
+        assert_eq!(
+            starts(&found),
+            [1, 4, 5, 0, 2, 3],
+            "the existing run and the last two intervals start, the rest is missed"
+        );
         assert_eq!(found.decisions.iter().filter(|d| matches!(d, Decision::Miss { .. })).count(), 3);
         assert_eq!(found.settled_to_ms, T0);
     }
 
     #[test]
-    fn a_paused_stream_begins_nothing() {
+    fn a_paused_stream_starts_no_run() {
         assert_eq!(World::new(3).plan_with(T0, true).decisions, []);
     }
 
     #[test]
-    fn a_failed_run_is_tried_again_when_due_until_it_lies_behind_the_limit_or_is_given_up() {
+    fn a_failed_run_is_retried_when_due_until_it_exceeds_the_limit_or_is_given_up() {
         let mut world = World::new(3);
         for minute in [-3, -2, -1] {
             world.add(run(T0 + minute * MINUTE, RunState::Succeeded));
         }
         world.add(Run { retry_at_ms: T0 + 5, ..run(T0 - 2 * MINUTE, RunState::Failed) });
         world.settled_to_ms = world.plan(T0).settled_to_ms;
-        assert_eq!(world.settled_to_ms, T0, "nothing waits for it");
+        assert_eq!(world.settled_to_ms, T0, "a failed run does not hold back the range");
         assert_eq!(starts(&world.plan(T0)), [] as [i64; 0]);
         assert_eq!(starts(&world.plan(T0 + 5)), [-2]);
         world.add(Run { lease_until_ms: T0 + 30_000, ..run(T0 - 2 * MINUTE, RunState::Running) });
         assert_eq!(starts(&world.plan(T0 + 5)), [] as [i64; 0]);
-        assert_eq!(starts(&world.plan(T0 + 30_000)), [-2], "its producer is gone");
+        assert_eq!(starts(&world.plan(T0 + 30_000)), [-2], "its lease has expired");
         world.add(run(T0 - 2 * MINUTE, RunState::GivenUp));
         assert_eq!(starts(&world.plan(T0 + 30_000)), [] as [i64; 0]);
         world.add(run(T0 - 2 * MINUTE, RunState::Failed));
         assert_eq!(starts(&world.plan(T0 + MINUTE)), [-2, 0]);
-        assert_eq!(starts(&world.plan(T0 + 2 * MINUTE)), [0, 1], "behind the limit");
+        assert_eq!(starts(&world.plan(T0 + 2 * MINUTE)), [0, 1], "beyond the limit");
     }
 
     #[test]
-    fn while_the_source_is_away_one_run_at_a_time_asks_for_it() {
+    fn while_the_source_is_unavailable_one_run_at_a_time_probes_it() {
         let mut world = World::new(100);
         let failed = |minute: i64, at_ms: i64| Run {
             lease_until_ms: at_ms,
@@ -569,20 +588,20 @@ pub(crate) mod tests {
         };
         world.settled_to_ms = T0 - 3 * MINUTE;
         world.add(failed(-3, T0));
-        assert_eq!(starts(&world.plan(T0)), [-3, -2, -1], "a single failure does not hold up the others");
+        assert_eq!(starts(&world.plan(T0)), [-3, -2, -1], "a single failure does not delay the others");
         world.add(failed(-2, T0 + 1));
-        assert_eq!(begun_and_waiting(world.plan(T0 + 1)), (vec![], 0), "a pause");
-        assert_eq!(begun_and_waiting(world.plan(T0 + 1001)), (vec![-1], 0), "the one that was never tried");
+        assert_eq!(started_and_waiting(world.plan(T0 + 1)), (vec![], 0), "a pause");
+        assert_eq!(started_and_waiting(world.plan(T0 + 1001)), (vec![-1], 0), "the run that was never tried");
         world.add(failed(-1, T0 + 1001));
-        assert_eq!(starts(&world.plan(T0 + 2001)), [-3], "the one that was not tried for longest");
+        assert_eq!(starts(&world.plan(T0 + 2001)), [-3], "the least recently tried run");
         world.add(Run { lease_until_ms: T0 + 9000, ..run(T0 - 3 * MINUTE, RunState::Running) });
         assert_eq!(starts(&world.plan(T0 + 4000)), [] as [i64; 0], "one at a time");
         world.add(Run { finished_at_ms: T0 + 5000, ..run(T0 - 3 * MINUTE, RunState::Succeeded) });
-        assert_eq!(starts(&world.plan(T0 + 5000)), [-2, -1], "it is back");
+        assert_eq!(starts(&world.plan(T0 + 5000)), [-2, -1], "the source is available again");
     }
 
     #[test]
-    fn the_pause_between_questions_grows_with_the_outage_up_to_the_longest() {
+    fn the_pause_between_probes_grows_with_the_outage_up_to_the_maximum() {
         let pause_after = |outage_ms: i64| {
             let mut world = World::new(1000);
             world.settled_to_ms = T0 - 2 * MINUTE;
@@ -590,14 +609,15 @@ pub(crate) mod tests {
                 let run = run(T0 + minute * MINUTE, RunState::Retrying);
                 world.add(Run { lease_until_ms: at_ms, retry_at_ms: at_ms, ..run });
             }
-            let begins = |pause: &i64| !begun_and_waiting(world.plan(T0 + outage_ms + pause)).0.is_empty();
-            (0..100_000).step_by(500).find(begins)
+            let starts_a_run =
+                |pause: &i64| !started_and_waiting(world.plan(T0 + outage_ms + pause)).0.is_empty();
+            (0..100_000).step_by(500).find(starts_a_run)
         };
         assert_eq!([0, 4000, 40_000, 10_000_000].map(pause_after), [1000, 1000, 10_000, 60_000].map(Some));
     }
 
     #[test]
-    fn catching_up_reaches_back_to_an_age_but_at_least_some_intervals() {
+    fn catch_up_covers_an_age_but_at_least_a_number_of_intervals() {
         let text = include_str!("../../../streams/user_created.toml");
         let mut settings = common::stream::Definition::parse("users", text).unwrap().stream;
         (settings.catch_up, settings.catch_up_limit_ms) = (3, 10 * MINUTE);
@@ -615,7 +635,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn pauses_double_up_to_the_longest_until_the_run_has_failed() {
+    fn pauses_double_up_to_the_maximum_until_the_run_fails() {
         let policy = RetryPolicy { max_backoff_ms: 3000, ..RETRY };
         let few = RetryPolicy { attempts: Some(5), ..policy.clone() };
         let check = |policy: &RetryPolicy, failures, retry_after_ms, elapsed_ms, expected| {
@@ -636,16 +656,16 @@ pub(crate) mod tests {
         check(&few, 9, None, 40_000, fail("attempt 9 of 5", 15_000));
         let fatal =
             FailedAttempt { retryable: false, failures: 1, elapsed_ms: 0, retry_after_ms: None, jitter: 0.0 };
-        assert_eq!(after_failure(&policy, &fatal), fail("a quick retry does not help", 1500));
+        assert_eq!(after_failure(&policy, &fatal), fail("retrying soon does not help", 1500));
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Plans and carries out at random moments, with attempts that end well, badly or not at all, clocks that step
-        /// back, restarts, which know nothing but the ledger, and an outage longer than they look back.
+        /// Plans and executes at random times, with attempts that succeed, fail or never end, clocks that step back,
+        /// restarts that know only the ledger, and an outage longer than the look back.
         #[test]
-        fn every_interval_ends_in_the_ledger_once_whatever_happens(
+        fn every_interval_is_in_the_ledger_exactly_once_despite_failures(
             schedule in schedules(),
             steps in prop::collection::vec(
                 (-2000i64..7000, any::<bool>(), prop::collection::vec(0u8..5, 8)), 1..40),
@@ -671,20 +691,20 @@ pub(crate) mod tests {
                 for _ in 0..3 {
                     let found = world.plan(now);
                     world.settled_to_ms = found.settled_to_ms;
-                    let begins = |d: &&Decision| matches!(d, Decision::Begin { .. } | Decision::Resume { .. });
-                    let begun = found.decisions.iter().filter(begins).count();
-                    prop_assert!(begun <= room as usize);
+                    let starts = |d: &&Decision| matches!(d, Decision::Start { .. } | Decision::Resume { .. });
+                    let started = found.decisions.iter().filter(starts).count();
+                    prop_assert!(started <= room as usize);
                     for (decision, fate) in found.decisions.iter().zip(fates.iter().cycle()) {
                         carry_out(&mut world, decision, *fate, now)?;
                     }
                 }
             }
-            // In the end nothing goes wrong any more.
+            // Finally, every attempt succeeds.
             now = latest + 60 * length + 2 * RETRY.max_backoff_ms;
             world.settle(now)?;
             let mut at = world.timeline.start_ms();
             for run in world.runs.values() {
-                prop_assert_eq!(run.interval.start_ms, at, "no gap, no overlap");
+                prop_assert_eq!(run.interval.start_ms, at, "the ledger has neither gaps nor overlaps");
                 prop_assert!(run.is_over());
                 at = run.interval.end_ms;
             }
@@ -692,7 +712,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Plain lengths, and the ends of months, leap days and weeks.
+    /// Fixed lengths, and cron schedules around month ends, leap days and weeks.
     fn schedules() -> impl Strategy<Value = Schedule> {
         let crons = ["*/7 * * * *", "30 2 * * *", "0 0 1 * *", "0 0 31 * *", "0 12 28-31 * *", "0 0 * * MON"];
         prop_oneof![
@@ -706,9 +726,9 @@ pub(crate) mod tests {
         let (interval, state) = match decision {
             Decision::Miss { interval } => (*interval, RunState::Failed),
             Decision::Schedule { interval, .. } => (*interval, RunState::Scheduled),
-            Decision::Begin { interval, .. } => {
+            Decision::Start { interval, .. } => {
                 prop_assert!(is_unknown(&world.runs, interval));
-                prop_assert!(interval.end_ms <= now, "an interval runs after its end");
+                prop_assert!(interval.end_ms <= now, "an interval must not run before its end");
                 (*interval, fate_of(fate))
             }
             Decision::Resume { run } => {
@@ -717,7 +737,7 @@ pub(crate) mod tests {
             }
         };
         let finished_at_ms = if state == RunState::Succeeded { now } else { 0 };
-        let attempted = matches!(decision, Decision::Begin { .. } | Decision::Resume { .. });
+        let attempted = matches!(decision, Decision::Start { .. } | Decision::Resume { .. });
         world.add(Run {
             interval,
             attempt: i32::from(attempted),

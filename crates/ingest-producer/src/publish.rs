@@ -1,4 +1,5 @@
-//! Events → Kafka. Acknowledgements are counted, never awaited one by one; a full local queue means wait, never drop.
+//! Produces records to Kafka. Acknowledgements are counted, not awaited one by one. If the local queue is full, the
+//! publisher waits; it never drops a record.
 
 use crate::error::AttemptError;
 use crate::metrics::Metrics;
@@ -21,18 +22,18 @@ use tokio::sync::Notify;
 
 /// Name of Kafka among the dependencies of `/readyz`.
 pub const DEPENDENCY: &str = "kafka";
-/// How long Kafka's client tries to deliver one record.
+/// How long the Kafka client tries to deliver a record.
 const DELIVERY_TIMEOUT_MS: u64 = 120_000;
-/// Records that wait in the client at most, over all runs.
+/// Maximum records in the client's queue, shared by all runs.
 const QUEUE_RECORDS: u64 = 200_000;
-/// Kilobytes that wait in the client at most.
+/// Maximum size of the client's queue in kilobytes.
 const QUEUE_KBYTES: u64 = 131_072;
-/// How long a full queue is left alone; acknowledgements free it within a linger.
+/// Pause before sending to a full queue is retried. Acknowledgements free space within a linger interval.
 const FULL_QUEUE_PAUSE: Duration = Duration::from_millis(5);
-/// How often the client says which brokers are connected.
+/// Interval of the client's statistics, which report whether brokers are connected.
 const STATISTICS_MS: u64 = 1000;
 
-/// The headers that all events of one run share.
+/// The headers that all records of a run share.
 #[derive(Debug, Clone)]
 pub struct RunHeaders {
     /// `ce_source`.
@@ -46,7 +47,7 @@ pub struct RunHeaders {
 }
 
 impl RunHeaders {
-    /// For a run; its trace takes the run's id.
+    /// Creates the headers of a run. The trace id is the run id.
     pub fn new(source: String, event_type: String, run_id: &uuid::Uuid) -> RunHeaders {
         let (trace, span) = (run_id.simple().to_string(), &uuid::Uuid::new_v4().simple().to_string()[..16]);
         RunHeaders {
@@ -57,7 +58,7 @@ impl RunHeaders {
         }
     }
 
-    /// All headers of one record.
+    /// Adds the headers of one record.
     fn with(&self, outgoing: &Outgoing, produced_at_us: i64) -> OwnedHeaders {
         let add =
             |headers: OwnedHeaders, key, value: &str| headers.insert(Header { key, value: Some(value) });
@@ -81,7 +82,7 @@ impl RunHeaders {
     }
 }
 
-/// What became of the records of one run.
+/// Counts the delivery results of a run's records.
 #[derive(Debug, Default)]
 pub struct Acks {
     sent: AtomicU64,
@@ -92,17 +93,17 @@ pub struct Acks {
 }
 
 impl Acks {
-    /// Records acknowledged so far.
+    /// The number of records acknowledged so far.
     pub fn acked(&self) -> u64 {
         self.acked.load(Ordering::Acquire)
     }
 
-    /// One more record was handed to the client.
+    /// Counts a record that is handed to the client.
     pub fn sent(&self) {
         self.sent.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// One record's fate is known.
+    /// Counts the delivery result of one record.
     pub fn settled(&self, outcome: Result<(), String>) {
         match outcome {
             Ok(()) => self.acked.fetch_add(1, Ordering::AcqRel),
@@ -114,7 +115,7 @@ impl Acks {
         self.changed.notify_one();
     }
 
-    /// Waits until the fate of every record sent is known; an error if one was not delivered.
+    /// Waits for the delivery result of every record sent. Fails if any record was not delivered.
     pub async fn all(&self) -> Result<(), AttemptError> {
         loop {
             let (sent, acked) = (self.sent.load(Ordering::Acquire), self.acked());
@@ -129,16 +130,16 @@ impl Acks {
                     "{failed} of {sent} records not delivered: {cause}"
                 )));
             }
-            // `notify_one` keeps its permit: an acknowledgement between the check and this line is not missed.
+            // `notify_one` stores a permit, so an acknowledgement between the check and this line is not missed.
             self.changed.notified().await;
         }
     }
 }
 
-/// Where records go: Kafka, or a fake.
+/// Publishes records. Implemented for Kafka and by fakes in tests.
 #[async_trait]
 pub trait Publish: Send + Sync {
-    /// Hands all of them over, waiting while the queue is full; their fate is counted in `acks`.
+    /// Queues all records, waiting while the queue is full. Delivery results are counted in `acks`.
     async fn publish(
         &self,
         run: &RunHeaders,
@@ -147,14 +148,14 @@ pub trait Publish: Send + Sync {
     ) -> Result<(), AttemptError>;
 }
 
-/// What travels with a record until its acknowledgement.
+/// The state that the client keeps with a record until its acknowledgement.
 #[derive(Debug)]
 pub struct InFlight {
     acks: Arc<Acks>,
     produced_at_us: i64,
 }
 
-/// Counts acknowledgements and notes whether brokers are connected.
+/// Client callbacks that count acknowledgements and report whether brokers are connected.
 #[derive(Debug)]
 pub struct AckContext {
     metrics: Metrics,
@@ -167,7 +168,7 @@ impl ClientContext for AckContext {
         let records = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         self.metrics.queue_records.set(records(statistics.msg_cnt));
         self.metrics.queue_limit.set(records(statistics.msg_max));
-        // Bootstrap entries are placeholders until a broker has introduced itself.
+        // Bootstrap entries are placeholders. They are replaced when a broker reports its id.
         let up = statistics.brokers.values().any(|broker| broker.state == "UP");
         let down = || format!("no broker of {} is connected", self.brokers);
         self.health.set(DEPENDENCY, if up { Ok(()) } else { Err(down()) });
@@ -177,7 +178,7 @@ impl ClientContext for AckContext {
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.health.set(DEPENDENCY, Err(format!("no broker of {} is connected", self.brokers)));
         } else {
-            tracing::debug!(%error, reason, "kafka client");
+            tracing::debug!(%error, reason, "kafka client error");
         }
     }
 }
@@ -195,25 +196,25 @@ impl ProducerContext for AckContext {
             }
             Err((error, message)) => {
                 self.metrics.records_failed.inc();
-                tracing::debug!(%error, partition = message.partition(), "record not delivered");
+                tracing::debug!(%error, partition = message.partition(), "a record was not delivered");
                 sent.acks.settled(Err(error.to_string()));
             }
         }
     }
 }
 
-/// The producer of one topic.
+/// Produces to one topic.
 pub struct KafkaPublisher {
     client: Replaced<ThreadedProducer<AckContext>>,
     brokers: String,
     topic: String,
-    /// Among how many partitions keys are placed; 0: not known yet, the client decides.
+    /// Number of partitions that keys are distributed over. While it is 0 (unknown), the client chooses the partition.
     partitions: AtomicI32,
     queue_full: IntCounter,
 }
 
 impl KafkaPublisher {
-    /// Connects lazily; see [`KafkaPublisher::describe`].
+    /// Creates a client, which connects lazily. Use [`KafkaPublisher::describe`] to check the connection.
     pub fn new(
         brokers: &str,
         client_id: &str,
@@ -247,7 +248,7 @@ impl KafkaPublisher {
         &self.topic
     }
 
-    /// The topic as it is now, asked with a deadline; the error names brokers or topic, and the way out. Blocking.
+    /// Describes the topic within `deadline`. The error names the brokers or the topic, and how to fix it. Blocking.
     pub fn describe(&self, deadline: Duration) -> Result<kafka::Topic, kafka::KafkaError> {
         let described = kafka::describe(self.client.get()?.client(), &self.brokers, &self.topic, deadline);
         if let Err(error @ kafka::KafkaError::Unreachable { .. }) = &described {
@@ -256,20 +257,20 @@ impl KafkaPublisher {
         described
     }
 
-    /// From now on keys are placed among so many partitions, however many there are.
-    pub fn place_keys_among(&self, partitions: i32) {
+    /// Sets the number of partitions that keys are distributed over, regardless of how many the topic has.
+    pub fn set_partitions(&self, partitions: i32) {
         self.partitions.store(partitions, Ordering::Relaxed);
     }
 
-    /// Waits for what is still in the queue, at most `deadline`. Blocking.
+    /// Waits up to `deadline` for queued records to be delivered. Blocking.
     pub fn flush(&self, deadline: Duration) {
         let Ok(client) = self.client.get() else { return };
         if let Err(e) = client.flush(deadline) {
-            tracing::warn!(error = %e, records = client.in_flight_count(), "records not flushed");
+            tracing::warn!(error = %e, records = client.in_flight_count(), "flushing queued records failed");
         }
     }
 
-    /// False: the queue is full.
+    /// Queues a record. Returns `false` if the queue is full.
     fn try_send(
         &self,
         client: &ThreadedProducer<AckContext>,
@@ -287,7 +288,7 @@ impl KafkaPublisher {
         if partitions > 0 {
             message = message.partition(event::partition_of(record.key().as_bytes(), partitions));
         }
-        // Counted before the record is sent: its acknowledgement may come first.
+        // Counted before the send, because the acknowledgement may arrive before `send` returns.
         acks.sent();
         match client.send(message) {
             Ok(()) => Ok(true),
@@ -297,9 +298,11 @@ impl KafkaPublisher {
                     Some(RDKafkaErrorCode::QueueFull) => Ok(false),
                     Some(RDKafkaErrorCode::MessageSizeTooLarge) => {
                         let bytes = record.value().len();
-                        Err(AttemptError::fatal(format!("a record of {bytes} bytes is too large for kafka")))
+                        Err(AttemptError::fatal(format!(
+                            "a record of {bytes} bytes exceeds the maximum message size of the kafka client"
+                        )))
                     }
-                    _ => Err(AttemptError::retryable(format!("kafka refuses a record: {error}"))),
+                    _ => Err(AttemptError::retryable(format!("the kafka client rejected a record: {error}"))),
                 }
             }
         }
@@ -380,7 +383,7 @@ mod tests {
         assert_eq!(metrics.ack_seconds.get_sample_count(), 5000);
     }
 
-    /// Sends one record and reads it back.
+    /// Publishes one record and reads it back.
     async fn sent(record: Outgoing) -> OwnedMessage {
         let cluster = cluster();
         let (publisher, _) = publisher(&cluster.bootstrap_servers());
@@ -416,23 +419,23 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_record_carries_its_reason_and_neither_id_nor_time() {
-        let (reason, key, value) = ("no JSON".to_owned(), "k".to_owned(), b"\xff{".to_vec());
+        let (reason, key, value) = ("not valid JSON".to_owned(), "k".to_owned(), b"\xff{".to_vec());
         let message = sent(Outgoing::Refused(Refused { reason, key, value })).await;
         let header = |name: &str| {
             message.headers().unwrap().iter().find(|h| h.key == name).map(|h| h.value.unwrap().to_vec())
         };
         assert_eq!((message.key(), message.payload()), (Some(b"k".as_slice()), Some(b"\xff{".as_slice())));
-        assert_eq!(header(event::HEADER_REFUSED), Some(b"no JSON".to_vec()));
+        assert_eq!(header(event::HEADER_REFUSED), Some(b"not valid JSON".to_vec()));
         assert_eq!((header(event::HEADER_ID), header(event::HEADER_TIME)), (None, None));
         assert!(header(event::HEADER_RUN_ID).is_some());
     }
 
     #[tokio::test]
-    async fn a_record_that_is_refused_fails_its_run_only() {
+    async fn an_undelivered_record_fails_only_its_own_run() {
         let cluster = cluster();
         let (publisher, metrics) = publisher(&cluster.bootstrap_servers());
-        let refused = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE];
-        cluster.request_errors(RDKafkaApiKey::Produce, &refused);
+        let errors = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE];
+        cluster.request_errors(RDKafkaApiKey::Produce, &errors);
         let (first, second) = (Arc::new(Acks::default()), Arc::new(Acks::default()));
         publisher.publish(&headers(), &events(1), &first).await.unwrap();
         let error = first.all().await.unwrap_err();
@@ -443,7 +446,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_topic_that_is_missing_is_named_with_the_way_out() {
+    async fn the_error_for_a_missing_topic_names_the_topic_and_the_fix() {
         let cluster: MockCluster<'static, DefaultProducerContext> = MockCluster::new(1).unwrap();
         cluster.topic_error(TOPIC, RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART).unwrap();
         let (publisher, _) = publisher(&cluster.bootstrap_servers());
@@ -452,11 +455,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_has_become_unusable_is_replaced() {
+    async fn an_unusable_client_is_replaced() {
         let cluster = cluster();
-        // The broker refuses the first producer its id: to the client library that is final.
-        let refused = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED];
-        cluster.request_errors(RDKafkaApiKey::InitProducerId, &refused);
+        // The broker denies the first producer an id. The client library treats this as fatal.
+        let errors = [RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED];
+        cluster.request_errors(RDKafkaApiKey::InitProducerId, &errors);
         let (publisher, metrics) = publisher(&cluster.bootstrap_servers());
         let first = Arc::new(Acks::default());
         publisher.publish(&headers(), &events(1), &first).await.unwrap();
@@ -468,15 +471,15 @@ mod tests {
         let second = Arc::new(Acks::default());
         publisher.publish(&headers(), &events(10), &second).await.unwrap();
         second.all().await.unwrap();
-        assert!(first.all().await.is_err(), "what the unusable client held is reported, not forgotten");
+        assert!(first.all().await.is_err(), "records in the unusable client are reported as not delivered");
         assert_eq!((metrics.records_failed.get(), metrics.records_acked.get()), (1, 10));
     }
 
     #[tokio::test]
-    async fn keys_stay_where_they_are_when_partitions_are_added() {
+    async fn keys_keep_their_partition_when_partitions_are_added() {
         let cluster = cluster();
         let (publisher, _) = publisher(&cluster.bootstrap_servers());
-        publisher.place_keys_among(2);
+        publisher.set_partitions(2);
         let acks = Arc::new(Acks::default());
         publisher.publish(&headers(), &events(200), &acks).await.unwrap();
         acks.all().await.unwrap();
@@ -490,7 +493,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_sent_is_nothing_to_wait_for() {
+    async fn waiting_returns_at_once_if_nothing_was_sent() {
         Acks::default().all().await.unwrap();
     }
 }

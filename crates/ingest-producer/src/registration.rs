@@ -1,5 +1,6 @@
-//! Whether the events topic still is what the stream was registered with. Asked before each run and each load: with another
-//! number of partitions the same record would go elsewhere, and be counted again.
+//! Checks that the events topic still matches the registration of its stream. The check precedes each run and each
+//! load: if the number of partitions changed, the same key would move to another partition and its event would be
+//! counted twice.
 
 use crate::error::AttemptError;
 use crate::publish::KafkaPublisher;
@@ -15,19 +16,20 @@ use scylla::client::session::Session;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long processors may take to notice another layout, and to end.
-const PROCESSORS_FIRST: Duration = Duration::from_secs(20);
-/// How long Kafka may take to describe the topic.
+/// How long processors may take to detect a new layout and restart with it.
+const PROCESSOR_RESTART_TIME: Duration = Duration::from_secs(20);
+/// Timeout of a describe request to Kafka.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Whether no retry changes it: the stream was made otherwise, or it is not known which datacenter to ask.
+/// Whether a restart would fail with the same error: the stream is registered differently, or the datacenter is
+/// unknown.
 pub fn is_refusal(error: &anyhow::Error) -> bool {
     error.downcast_ref().is_some_and(RegistryError::is_refusal)
         || matches!(error.downcast_ref(), Some(ConnectError::Datacenter(_)))
 }
 
-/// Begins shutdown once `init` has registered another layout, and the processors have had the time to start again: rows of events
-/// that they take before would lack the columns that are new.
+/// Starts shutdown after `init` has registered another layout and the processors have had time to restart. A processor
+/// with the old layout would write the rows of new events without the new columns.
 pub async fn watch(
     session: &Session,
     keyspace: &str,
@@ -37,10 +39,10 @@ pub async fn watch(
     let changed = async {
         let changed = changed(session, keyspace, definition).await;
         tracing::warn!(
-            seconds = PROCESSORS_FIRST.as_secs(),
-            "{changed}; this producer ends after the processors"
+            seconds = PROCESSOR_RESTART_TIME.as_secs(),
+            "{changed}; this producer shuts down after the processors have restarted"
         );
-        tokio::time::sleep(PROCESSORS_FIRST).await;
+        tokio::time::sleep(PROCESSOR_RESTART_TIME).await;
         changed
     };
     tokio::select! {
@@ -52,7 +54,8 @@ pub async fn watch(
     }
 }
 
-/// Refuses a load on its own, which has no [`RegisteredTopic`]. Waits for Kafka and Cassandra, each at most `deadline`.
+/// Checks the topic before a `stress` command, which has no [`RegisteredTopic`]. Waits at most `deadline` each for
+/// Kafka and Cassandra.
 pub async fn check_load(
     common: &CommonArgs,
     definition: &Definition,
@@ -70,33 +73,34 @@ pub async fn check_load(
     Ok(registered.check_topic(stream, &topic, &found.await??)?)
 }
 
-/// Compares a topic with its stream's registration, or a fake that does not.
+/// Checks a topic against the registration of its stream. Tests use a fake.
 #[async_trait]
 pub trait CheckTopic: Send + Sync {
-    /// Refuses where nothing may be produced.
+    /// Fails if nothing may be produced to the topic.
     async fn check(&self) -> Result<(), AttemptError>;
 }
 
 /// The events topic of a registered stream.
 pub struct RegisteredTopic {
-    /// Whose topic it is.
+    /// The publisher that produces to the topic.
     pub publisher: Arc<KafkaPublisher>,
-    /// Where the registration stands.
+    /// The session that reads the registration.
     pub session: Arc<Session>,
     /// Keyspace of the registration.
     pub keyspace: String,
-    /// The stream.
+    /// Name of the stream.
     pub stream: String,
 }
 
 impl RegisteredTopic {
-    /// Asks Cassandra and Kafka again, and lets the publisher know the number of partitions.
+    /// Compares the topic in Kafka with the registration in Cassandra and passes the number of partitions to the
+    /// publisher.
     pub async fn compare(&self) -> anyhow::Result<()> {
         let registered = registered(&self.session, &self.keyspace, &self.stream).await?;
         let publisher = self.publisher.clone();
         let found = tokio::task::spawn_blocking(move || publisher.describe(DEADLINE)).await??;
         registered.check_topic(&self.stream, self.publisher.topic(), &found)?;
-        self.publisher.place_keys_among(found.partitions);
+        self.publisher.set_partitions(found.partitions);
         Ok(())
     }
 }

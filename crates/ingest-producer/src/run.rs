@@ -1,6 +1,6 @@
-//! The one file that orders effects: plan → lease → fetch page by page → publish → wait for all acknowledgements →
-//! succeeded. What is due comes from the ledger alone; a tick only wakes the planner. Whatever ends in between, a crash
-//! included, leaves a lease that runs out and an interval that another attempt finishes with the same event ids.
+//! Orders the effects of an attempt: plan → lease → fetch page by page → publish → wait for all acknowledgements →
+//! succeeded. Only the ledger determines what is due; a tick just runs the planner. If an attempt stops at any point,
+//! for example in a crash, its lease expires and another attempt completes the interval with the same event ids.
 
 use crate::error::{AttemptError, Kind};
 use crate::ledger::{
@@ -27,61 +27,61 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// Unix milliseconds; an argument, so that tests can turn it.
+/// Returns the current time in Unix milliseconds. It is injected so that tests can control it.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
-/// Records, and bytes of their values, that are made of a page's text before they are handed to Kafka's client.
+/// Limits of a batch, in records and in bytes of their values. A page is handed to the Kafka client batch by batch.
 const BATCH_RECORDS: usize = 500;
 const BATCH_BYTES: usize = 1 << 20;
-/// Pause before the ledger is asked again.
+/// Pause before a ledger call is retried.
 const LEDGER_PAUSE: Duration = Duration::from_millis(500);
-/// How often a claim without an answer is made again: well within a lease of the usual length.
-const CLAIM_AGAIN: usize = 4;
-/// How often the ledger is asked again once the process has been asked to stop.
-const LAST_TRIES: u32 = 6;
+/// Maximum retries of a claim whose result is unknown. They take much less time than a lease of default length.
+const CLAIM_RETRIES: usize = 4;
+/// Maximum retries of a ledger call after shutdown has started.
+const RETRIES_AFTER_STOP: u32 = 6;
 
-/// Runs attempts of one stream. Everything it touches is a field.
+/// Runs the attempts of one stream. All of its dependencies are fields.
 pub struct Runner {
-    /// The stream.
+    /// The stream definition.
     pub definition: Definition,
-    /// Where runs are recorded.
+    /// The run ledger.
     pub ledger: Arc<dyn Ledger>,
-    /// Where pages come from.
+    /// The source of pages.
     pub source: Arc<dyn FetchPage>,
-    /// Where events go.
+    /// The destination of records.
     pub publisher: Arc<dyn Publish>,
-    /// Whether they may go there.
+    /// Checks before each attempt that the topic may be written to.
     pub topic: Arc<dyn CheckTopic>,
-    /// URLs of pages.
+    /// Builds the URLs of pages.
     pub requests: Requests,
-    /// What records become.
+    /// Turns records into events.
     pub extractor: Extractor,
-    /// What is counted.
+    /// The metrics of the producer.
     pub metrics: Metrics,
-    /// This instance's name.
+    /// Name of this instance, which owns the leases.
     pub owner: String,
-    /// How long a lease holds without renewal, in milliseconds.
+    /// Duration of a lease without renewal, in milliseconds.
     pub lease_ms: i64,
-    /// Now.
+    /// The clock.
     pub clock: Clock,
 }
 
 /// How an attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// Every record acknowledged.
+    /// Every record was acknowledged.
     Succeeded,
-    /// Another attempt follows soon.
+    /// It failed. The run is retried with a short backoff.
     Retrying,
-    /// Shown as failed; another attempt follows now and then.
+    /// It failed, and the run is marked as failed. It is retried with a long backoff.
     Failed,
-    /// Somebody else has the lease.
+    /// Another owner holds the lease.
     Lost,
-    /// Asked to stop; due again at once.
+    /// The producer is stopping. The run is due again immediately.
     Interrupted,
 }
 
-/// What an attempt has done so far, readable while it goes on.
+/// The progress of an attempt, readable while it runs.
 #[derive(Debug, Default)]
 struct Progress {
     pages: AtomicI64,
@@ -113,7 +113,7 @@ impl Runner {
         (self.clock)()
     }
 
-    /// Takes the lease of an interval whose row is as `seen`; `None`: somebody else was faster.
+    /// Claims the lease of an interval whose row is still as `seen`. Returns `None` if another owner claimed it first.
     pub async fn claim(
         &self,
         interval: Interval,
@@ -121,31 +121,31 @@ impl Runner {
         seen: Option<&Run>,
     ) -> Result<Option<Claim>, LedgerError> {
         if let Some(vanished) = seen.filter(|run| run.state == RunState::Running) {
-            let cause = format!("the lease of {} ran out", vanished.owner);
-            let last_sign_ms = vanished.lease_until_ms - self.lease_ms;
-            let lost = noted(vanished, vanished.attempt, OUTCOME_LOST, cause);
-            self.ledger.record(&Attempt { started_ms: last_sign_ms, ..lost }).await?;
+            let cause = format!("the lease of {} expired", vanished.owner);
+            let last_renewal_ms = vanished.lease_until_ms - self.lease_ms;
+            let lost = attempt_record(vanished, vanished.attempt, OUTCOME_LOST, cause);
+            self.ledger.record(&Attempt { started_ms: last_renewal_ms, ..lost }).await?;
         }
         let now_ms = self.now();
         let until_ms = now_ms + self.lease_ms;
         let lease = Lease { run_id: Uuid::new_v4().to_string(), owner: self.owner.clone(), now_ms, until_ms };
-        // The same lease again: where an earlier try was carried out without an answer, it is found to be ours.
-        let pauses = ExponentialBuilder::default().with_min_delay(LEDGER_PAUSE).with_max_times(CLAIM_AGAIN);
+        // Retries use the same lease, so that a claim that was applied without a response is recognized as ours.
+        let pauses = ExponentialBuilder::default().with_min_delay(LEDGER_PAUSE).with_max_times(CLAIM_RETRIES);
         let claim = (|| self.ledger.claim(interval, run_type, seen, &lease)).retry(pauses);
         let claimed = claim.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
-        if let (Some(claim), Some(over)) = (&claimed, seen.filter(|run| run.starts_over(run_type))) {
-            let cause = format!("was {}; run again by a {}", over.state, run_type);
-            let cleared = noted(over, claim.attempt - 1, OUTCOME_CLEARED, cause);
+        if let (Some(claim), Some(restarted)) = (&claimed, seen.filter(|run| run.starts_over(run_type))) {
+            let cause = format!("was {}; restarted by {}", restarted.state, run_type);
+            let cleared = attempt_record(restarted, claim.attempt - 1, OUTCOME_CLEARED, cause);
             let cleared = Attempt { owner: self.owner.clone(), started_ms: now_ms, ..cleared };
-            // Without it earlier failures count on: no reason to leave a run that is claimed.
+            // If this record is missing, earlier failures still count. That is no reason to abandon the claimed run.
             if let Err(e) = self.ledger.record(&cleared).await {
-                tracing::debug!(error = %e, run_id = claim.run_id, "a run's new beginning was not recorded");
+                tracing::debug!(error = %e, run_id = claim.run_id, "recording that the run was cleared failed");
             }
         }
         Ok(claimed)
     }
 
-    /// One attempt, from the first page to the ledger. `stop` interrupts it.
+    /// Runs one attempt, from the first page to its ledger record. `stop` interrupts it.
     pub async fn attempt(self: Arc<Self>, claim: Claim, stop: CancellationToken) -> Ended {
         let _active = self.metrics.active_run();
         tracing::info!(
@@ -153,40 +153,40 @@ impl Runner {
             run_id = claim.run_id,
             attempt = claim.attempt,
             run_type = claim.run_type.name(),
-            "run begins"
+            "run started"
         );
         let progress = Progress::default();
         let (lost, over) = (CancellationToken::new(), CancellationToken::new());
-        // Whatever ends this attempt ends its keeper: a lease that nobody works for must run out.
+        // The drop guard stops the renewal however this attempt ends: a lease without an attempt must expire.
         let _over = over.clone().drop_guard();
         let keeper = tokio::spawn(self.clone().keep_lease(claim.clone(), lost.clone(), over.clone()));
         let timeout = Duration::from_millis(self.definition.stream.retry.attempt_timeout_ms.unsigned_abs());
         let work = AssertUnwindSafe(self.fetch_and_publish(&claim, &progress)).catch_unwind();
         let outcome = tokio::select! {
             done = work => Outcome::Done(done.unwrap_or_else(|panic| Err(panicked(&*panic)))),
-            () = tokio::time::sleep(timeout) => Outcome::Done(Err(self.cut_off(progress.counts()))),
+            () = tokio::time::sleep(timeout) => Outcome::Done(Err(self.timed_out(progress.counts()))),
             () = lost.cancelled() => Outcome::Lost,
             () = stop.cancelled() => Outcome::Interrupted,
         };
         over.cancel();
-        // Joined, not aborted: a request given up on would keep its place in the connection.
+        // Joined, not aborted: an abandoned request would keep its stream id on the connection.
         if let Err(e) = keeper.await {
-            tracing::error!(error = %e, "the lease's keeper ended badly");
+            tracing::error!(error = %e, "renewing the lease panicked");
         }
-        self.conclude(&claim, progress.counts(), outcome, &stop).await
+        self.record_end(&claim, progress.counts(), outcome, &stop).await
     }
 
-    /// Why an attempt that takes too long ends.
-    fn cut_off(&self, counts: Counts) -> AttemptError {
+    /// The error of an attempt that exceeds its timeout.
+    fn timed_out(&self, counts: Counts) -> AttemptError {
         let seconds = self.definition.stream.retry.attempt_timeout_ms as f64 / 1000.0;
         let Counts { pages, records, acked, .. } = counts;
         AttemptError::retryable(format!(
             "not done within {seconds} s: {pages} pages, {records} records, {acked} acknowledged; raise \
-             stream.retry.attempt_timeout, or choose a shorter schedule"
+             stream.retry.attempt_timeout, or shorten the schedule's intervals"
         ))
     }
 
-    /// Renews the lease at a third of its time until `over`; cancels `lost` once it cannot be held any more.
+    /// Renews the lease after each third of its duration until `over`. Cancels `lost` if the lease is lost.
     async fn keep_lease(self: Arc<Self>, claim: Claim, lost: CancellationToken, over: CancellationToken) {
         let mut until_ms = claim.started_ms + self.lease_ms;
         let mut pause = Duration::from_millis((self.lease_ms / 3).unsigned_abs());
@@ -195,19 +195,20 @@ impl Runner {
                 () = over.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
-            let asked_until_ms = self.now() + self.lease_ms;
-            match self.ledger.renew(&claim, asked_until_ms).await {
+            let new_until_ms = self.now() + self.lease_ms;
+            match self.ledger.renew(&claim, new_until_ms).await {
                 Ok(true) => {
-                    until_ms = asked_until_ms;
+                    until_ms = new_until_ms;
                     pause = Duration::from_millis((self.lease_ms / 3).unsigned_abs());
                 }
                 Ok(false) => return lost.cancel(),
                 Err(e) if self.now() >= until_ms => {
-                    tracing::warn!(error = %e, run_id = claim.run_id, "the lease ran out while the ledger was away");
+                    let run_id = &claim.run_id;
+                    tracing::warn!(error = %e, run_id, "the lease expired while the ledger was unavailable");
                     return lost.cancel();
                 }
                 Err(e) => {
-                    tracing::debug!(error = %e, run_id = claim.run_id, "the lease was not renewed");
+                    tracing::debug!(error = %e, run_id = claim.run_id, "renewing the lease failed; retrying");
                     pause = LEDGER_PAUSE;
                 }
             }
@@ -236,7 +237,7 @@ impl Runner {
         }
     }
 
-    /// Publishes the records of a page as they are read: no more than a batch of them is held beside the page's text.
+    /// Publishes the records of a page while reading it. At most one batch is in memory besides the text of the page.
     async fn publish_page<'p>(
         &self,
         claim: &Claim,
@@ -281,27 +282,27 @@ impl Runner {
         let count = batch.len() as i64;
         if progress.records.fetch_add(count, Ordering::Relaxed) + count > i64::from(most) {
             return Err(AttemptError::fatal(format!(
-                "more than {most} records; raise source.limits.records"
+                "the interval has more than {most} records; raise source.limits.records"
             )));
         }
         let refused = batch.iter().filter(|record| matches!(record, Outgoing::Refused(_))).count();
         self.metrics.records_fetched.inc_by(batch.len() as u64);
         self.metrics.records_refused.inc_by(refused as u64);
         self.publisher.publish(headers, batch, &progress.acks).await?;
-        // Reading a large page must not hold up the other tasks of this thread.
+        // A large page must not block the other tasks of this thread.
         tokio::task::yield_now().await;
         Ok(())
     }
 
-    /// Writes what became of an attempt: its own row first, then the run's, which makes it true.
-    async fn conclude(
+    /// Records the end of an attempt: first in the attempt's row, then in the run's row, which is authoritative.
+    async fn record_end(
         &self,
         claim: &Claim,
         counts: Counts,
         outcome: Outcome,
         stop: &CancellationToken,
     ) -> Ended {
-        let (word, error) = match &outcome {
+        let (outcome_name, error) = match &outcome {
             Outcome::Done(Ok(())) => (OUTCOME_SUCCEEDED, None),
             Outcome::Done(Err(error)) => (OUTCOME_FAILED, Some(error)),
             Outcome::Lost => (OUTCOME_LOST, None),
@@ -313,41 +314,44 @@ impl Runner {
             number: claim.attempt,
             run_id: claim.run_id.clone(),
             owner: claim.owner.clone(),
-            outcome: word.to_owned(),
+            outcome: outcome_name.to_owned(),
             cause: error.map(|e| e.cause.clone()).unwrap_or_default(),
             http_status: error.and_then(|e| e.http_status).map(i32::from),
             counts,
             started_ms: claim.started_ms,
             milliseconds: now_ms - claim.started_ms,
         };
-        let recorded = self.until_answered(stop, || self.ledger.record(&attempt)).await;
-        self.metrics.attempt_ended(word);
+        let recorded = self.retry_ledger(stop, || self.ledger.record(&attempt)).await;
+        self.metrics.attempt_ended(outcome_name);
         if recorded.is_none() || matches!(outcome, Outcome::Lost) {
             tracing::warn!(
                 interval = claim.interval.start_ms,
                 run_id = claim.run_id,
-                outcome = word,
-                "run left to others"
+                outcome = outcome_name,
+                "attempt abandoned; another attempt will finish the run"
             );
             return Ended::Lost;
         }
         let ending = |state, error, retry_at_ms| Ending { state, counts, error, now_ms, retry_at_ms };
         let (ending, ended) = match outcome {
             Outcome::Done(Ok(())) => (ending(RunState::Succeeded, String::new(), 0), Ended::Succeeded),
-            Outcome::Done(Err(error)) => self.after(claim, error, &ending, stop).await,
-            _ => (ending(RunState::Retrying, "interrupted by a stop".to_owned(), now_ms), Ended::Interrupted),
+            Outcome::Done(Err(error)) => self.ending_after_failure(claim, error, &ending, stop).await,
+            _ => (
+                ending(RunState::Retrying, "interrupted by a shutdown".to_owned(), now_ms),
+                Ended::Interrupted,
+            ),
         };
         self.finish(claim, &ending, ended, stop).await
     }
 
-    async fn after(
+    async fn ending_after_failure(
         &self,
         claim: &Claim,
         error: AttemptError,
         ending: &(dyn Fn(RunState, String, i64) -> Ending + Sync),
         stop: &CancellationToken,
     ) -> (Ending, Ended) {
-        let attempts = self.until_answered(stop, || self.ledger.attempts(claim.interval.start_ms)).await;
+        let attempts = self.retry_ledger(stop, || self.ledger.attempts(claim.interval.start_ms)).await;
         let failed = FailedAttempt {
             retryable: error.kind == Kind::Retryable,
             failures: attempts.map_or(1, |attempts| failures(&attempts)),
@@ -368,9 +372,9 @@ impl Runner {
 
     async fn finish(&self, claim: &Claim, ending: &Ending, ended: Ended, stop: &CancellationToken) -> Ended {
         let (interval, run_id) = (claim.interval.start_ms, &claim.run_id);
-        let held = self.until_answered(stop, || self.finished(claim, ending)).await;
+        let held = self.retry_ledger(stop, || self.finished(claim, ending)).await;
         if held != Some(true) {
-            tracing::warn!(interval, run_id, "the lease was lost before the run's end was written");
+            tracing::warn!(interval, run_id, "the lease was lost before the end of the run was recorded");
             return Ended::Lost;
         }
         match ended {
@@ -385,7 +389,7 @@ impl Runner {
                     run_id,
                     cause,
                     next_attempt,
-                    "run failed; it is tried again now and then"
+                    "run failed; it is retried with a long backoff"
                 );
             }
             _ => tracing::warn!(
@@ -393,13 +397,14 @@ impl Runner {
                 run_id,
                 cause = ending.error,
                 retry_at = ending.retry_at_ms,
-                "run retries"
+                "attempt failed; the run is retried"
             ),
         }
         ended
     }
 
-    /// Whether the run ends as written here, now or by an earlier try that got no answer.
+    /// Writes the end of the run. Returns `true` if it is stored, be it by this call or an earlier one without a
+    /// response.
     async fn finished(&self, claim: &Claim, ending: &Ending) -> Result<bool, LedgerError> {
         if self.ledger.finish(claim, ending).await? {
             return Ok(true);
@@ -410,20 +415,21 @@ impl Runner {
         }))
     }
 
-    /// Asks the ledger until it answers; after a stop only a few times more. `None`: it did not, or refuses.
-    async fn until_answered<T, F>(&self, stop: &CancellationToken, ask: impl Fn() -> F) -> Option<T>
+    /// Retries a ledger call until it succeeds, and only a few times after `stop`. Returns `None` if it failed for
+    /// good.
+    async fn retry_ledger<T, F>(&self, stop: &CancellationToken, call: impl Fn() -> F) -> Option<T>
     where
         F: Future<Output = Result<T, LedgerError>>,
     {
-        let mut tries_left = LAST_TRIES;
+        let mut tries_left = RETRIES_AFTER_STOP;
         loop {
-            match ask().await {
-                Ok(answer) => return Some(answer),
+            match call().await {
+                Ok(value) => return Some(value),
                 Err(e @ LedgerError::Refused(_)) => {
-                    tracing::error!(error = %e, "a run cannot be recorded");
+                    tracing::error!(error = %e, "the ledger rejected a request of an attempt");
                     return None;
                 }
-                Err(e) => tracing::debug!(error = %e, "asking the ledger again"),
+                Err(e) => tracing::debug!(error = %e, "the ledger is unavailable; retrying"),
             }
             if stop.is_cancelled() {
                 tries_left = tries_left.checked_sub(1)?;
@@ -433,7 +439,7 @@ impl Runner {
     }
 }
 
-/// Records on their way from a page's text to Kafka's client.
+/// Records that are handed to the Kafka client together.
 #[derive(Default)]
 struct Batch {
     outgoing: Vec<Outgoing>,
@@ -451,15 +457,15 @@ impl Batch {
     }
 }
 
-/// An attempt that ended by a fault of this program.
+/// The error of an attempt that panicked.
 fn panicked(panic: &(dyn Any + Send)) -> AttemptError {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    let words = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no words");
-    AttemptError::retryable(format!("the attempt panicked: {words}"))
+    let message = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    AttemptError::retryable(format!("the attempt panicked: {message}"))
 }
 
-/// An attempt number that nobody else has said anything about.
-fn noted(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
+/// A record of an attempt number that has no record of its own owner.
+fn attempt_record(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
     Attempt {
         interval: run.interval,
         number,
@@ -474,7 +480,8 @@ fn noted(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
     }
 }
 
-/// In `[0, 1)`: another one for each owner, interval and attempt, so that those who failed together come back apart.
+/// A number in `[0, 1)` that depends on owner, interval and attempt, so that runs that failed together retry at
+/// different times.
 fn jitter(claim: &Claim) -> f64 {
     let drawn = common::event::seen_hash(
         claim.interval.start_ms,

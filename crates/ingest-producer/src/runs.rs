@@ -1,6 +1,6 @@
-//! `runs list | show | clear | give-up`: the ledger for people.
+//! `runs list | show | clear | give-up`: commands that inspect and edit the run ledger.
 
-use crate::Done;
+use crate::CommandOutput;
 use crate::config::{ListArgs, ShowArgs, SpanArgs};
 use crate::ledger::{Attempt, Counts, Ledger, OUTCOME_CLEARED};
 use crate::planner::Run;
@@ -13,15 +13,15 @@ use std::fmt::Write;
 
 const DAY_MS: i64 = 86_400_000;
 
-/// Runs, newest first.
-pub async fn list(ledger: &dyn Ledger, args: &ListArgs, now_ms: i64) -> anyhow::Result<Done> {
+/// Lists runs, newest first.
+pub async fn list(ledger: &dyn Ledger, args: &ListArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let to_ms = args.to.unwrap_or(now_ms);
     let found = ledger.runs(args.from.unwrap_or(to_ms - DAY_MS), to_ms).await?;
     let runs = found.iter().rev().filter(|run| args.state.is_none_or(|state| run.state == state));
     let runs: Vec<&Run> = runs.take(args.limit as usize).collect();
     if args.json {
         let rows: Vec<Value> = runs.iter().map(|run| as_json(run)).collect();
-        return Ok(Done::text(serde_json::to_string_pretty(&rows)?));
+        return Ok(CommandOutput::text(serde_json::to_string_pretty(&rows)?));
     }
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
@@ -33,19 +33,19 @@ pub async fn list(ledger: &dyn Ledger, args: &ListArgs, now_ms: i64) -> anyhow::
         table.add_row(row.into_iter().chain([&run.owner, &run.error]));
     }
     let count = runs.len();
-    Ok(Done::text(format!("{table}\n{count} runs")))
+    Ok(CommandOutput::text(format!("{table}\n{count} runs")))
 }
 
-/// One run and its attempts.
-pub async fn show(ledger: &dyn Ledger, args: &ShowArgs) -> anyhow::Result<Done> {
+/// Shows one run with its attempts.
+pub async fn show(ledger: &dyn Ledger, args: &ShowArgs) -> anyhow::Result<CommandOutput> {
     let Some(run) = ledger.run(args.start).await? else {
-        anyhow::bail!("no run begins at {}; `runs list` shows which do", time(args.start));
+        anyhow::bail!("no run starts at {}; `runs list` shows the existing runs", time(args.start));
     };
     let attempts = ledger.attempts(args.start).await?;
     if args.json {
         let mut object = as_json(&run);
         object["attempts"] = attempts.iter().map(attempt_json).collect();
-        return Ok(Done::text(serde_json::to_string_pretty(&object)?));
+        return Ok(CommandOutput::text(serde_json::to_string_pretty(&object)?));
     }
     let mut text = String::new();
     if let Value::Object(fields) = as_json(&run) {
@@ -57,7 +57,7 @@ pub async fn show(ledger: &dyn Ledger, args: &ShowArgs) -> anyhow::Result<Done> 
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header([
-        "attempt", "outcome", "began", "ms", "http", "pages", "records", "bytes", "owner", "cause",
+        "attempt", "outcome", "started", "ms", "http", "pages", "records", "bytes", "owner", "cause",
     ]);
     for a in &attempts {
         let status = a.http_status.map_or_else(String::new, |s| s.to_string());
@@ -67,21 +67,21 @@ pub async fn show(ledger: &dyn Ledger, args: &ShowArgs) -> anyhow::Result<Done> 
         let row = [a.number.to_string(), a.outcome.clone(), time(a.started_ms)].into_iter().chain(numbers);
         table.add_row(row.chain([a.owner.clone(), a.cause.clone()]));
     }
-    Ok(Done::text(format!("{text}{table}")))
+    Ok(CommandOutput::text(format!("{text}{table}")))
 }
 
-/// Makes runs due again: any running producer takes up those its schedule reaches back to, a backfill takes up any.
-pub async fn clear(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<Done> {
+/// Makes runs due again. Producers run those within the catch-up range; a backfill can run any.
+pub async fn clear(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let cleared = overrule(ledger, args, RunState::Scheduled, now_ms).await?;
     ledger.touch(now_ms).await?;
-    Ok(Done::text(format!("{cleared} runs cleared")))
+    Ok(CommandOutput::text(format!("{cleared} runs cleared")))
 }
 
-/// Gives up what has not succeeded.
-pub async fn give_up(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<Done> {
+/// Gives up runs that have not succeeded.
+pub async fn give_up(ledger: &dyn Ledger, args: &SpanArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let given_up = overrule(ledger, args, RunState::GivenUp, now_ms).await?;
     ledger.touch(now_ms).await?;
-    Ok(Done::text(format!("{given_up} runs given up")))
+    Ok(CommandOutput::text(format!("{given_up} runs given up")))
 }
 
 async fn overrule(
@@ -94,20 +94,20 @@ async fn overrule(
         RunState::GivenUp => ("given_up", "given up by hand"),
         _ => (OUTCOME_CLEARED, ""),
     };
-    let stays = |run: &Run| {
+    let is_kept = |run: &Run| {
         run.state == state
             || (state == RunState::GivenUp && run.state == RunState::Succeeded)
-            || args.state.is_some_and(|wanted| wanted != run.state)
+            || args.state.is_some_and(|only| only != run.state)
     };
     let mut changed = 0;
     for run in ledger.runs(args.from, args.to).await? {
-        if stays(&run) {
+        if is_kept(&run) {
             continue;
         }
         if !ledger.overrule(&run, state, cause, now_ms).await? {
             tracing::warn!(
                 interval = run.interval.start_ms,
-                "the run changed meanwhile and was left as it is"
+                "the run changed concurrently and was not modified; repeat the command"
             );
             continue;
         }
@@ -129,7 +129,7 @@ async fn overrule(
     Ok(changed)
 }
 
-/// RFC 3339 in UTC; empty for 0, which stands for never.
+/// RFC 3339 in UTC; empty for 0, which means never.
 pub(crate) fn time(ms: i64) -> String {
     if ms == 0 {
         return String::new();
@@ -198,13 +198,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn cleared_runs_are_due_and_their_history_says_so() {
+    async fn clearing_makes_runs_due_and_is_recorded_in_their_history() {
         let ledger = ledger_with(3).await;
         let done = clear(&ledger, &span(1, 3), T0 + 1).await.unwrap();
         assert_eq!(done.text, "2 runs cleared");
         let states: Vec<RunState> = ledger.all().iter().map(|run| run.state).collect();
         assert_eq!(states, [RunState::Failed, RunState::Scheduled, RunState::Scheduled]);
-        assert_eq!(ledger.stream_state().await.unwrap().updated_at_ms, T0 + 1, "producers look back again");
+        assert_eq!(
+            ledger.stream_state().await.unwrap().updated_at_ms,
+            T0 + 1,
+            "producers read old runs again"
+        );
         assert_eq!(ledger.attempts(T0 + 60_000).await.unwrap()[0].outcome, OUTCOME_CLEARED);
         assert_eq!(give_up(&ledger, &span(1, 3), T0).await.unwrap().text, "2 runs given up");
         assert_eq!(give_up(&ledger, &span(1, 3), T0).await.unwrap().text, "0 runs given up");
@@ -233,6 +237,6 @@ mod tests {
         let text = show(&ledger, &ShowArgs { start: T0, json: true }).await.unwrap().text;
         insta::assert_snapshot!(text);
         let error = show(&ledger, &ShowArgs { start: T0 + 1, json: false }).await.unwrap_err().to_string();
-        assert!(error.starts_with("no run begins at 2026-01-01T00:00:00.001Z"), "{error}");
+        assert!(error.starts_with("no run starts at 2026-01-01T00:00:00.001Z"), "{error}");
     }
 }

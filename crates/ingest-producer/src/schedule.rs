@@ -1,5 +1,5 @@
-//! Schedules tile time: which half-open UTC intervals there are, also across changes of the schedule. Pure; what is done
-//! about an interval is `planner.rs`.
+//! Divides time into half-open UTC intervals by a schedule, also across changes of the schedule. Pure. `planner.rs`
+//! decides what to do with an interval.
 
 use chrono::{DateTime, Utc};
 use common::run_ledger::Interval;
@@ -8,19 +8,19 @@ use croner::Cron;
 use croner::parser::{CronParser, Seconds, Year};
 use serde::{Deserialize, Serialize};
 
-/// A schedule that tiles nothing.
+/// An invalid schedule.
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
-    /// The cron expression cannot be read.
-    #[error("schedule.cron `{expression}`: {cause}; five fields in UTC such as `*/5 * * * *`")]
+    /// The cron expression is invalid.
+    #[error("schedule.cron `{expression}`: {cause}; use five fields in UTC such as `*/5 * * * *`")]
     Cron {
-        /// As written.
+        /// The expression in the definition.
         expression: String,
-        /// The parser's words.
+        /// The parser's error.
         cause: String,
     },
-    /// The stored history cannot be read.
-    #[error("stream_state.schedules: {0}; it was written by another version")]
+    /// The stored schedules cannot be parsed.
+    #[error("stream_state.schedules: {0}; another version of the producer may have written it")]
     History(String),
 }
 
@@ -44,19 +44,19 @@ impl Tiling {
         Ok(Tiling::Cron(Box::new(cron)))
     }
 
-    /// The last boundary at or before `at_ms`; the beginning of time where there is none.
+    /// The last boundary at or before `at_ms`, or `i64::MIN` if none exists.
     fn floor(&self, at_ms: i64) -> i64 {
         match self {
             Tiling::Every(length) => common::event::floor_to(at_ms, *length),
             Tiling::Cron(cron) => {
-                // Boundaries are whole seconds: without this, the search would skip the second that `at` is in.
+                // Boundaries are whole seconds. Without rounding, the search would skip the second that contains `at`.
                 let at = time(common::event::floor_to(at_ms, 1000));
                 cron.find_previous_occurrence(&at, true).map_or(i64::MIN, |found| found.timestamp_millis())
             }
         }
     }
 
-    /// The first boundary after `at_ms`; the end of time where there is none.
+    /// The first boundary after `at_ms`, or `i64::MAX` if none exists.
     fn next(&self, at_ms: i64) -> i64 {
         match self {
             Tiling::Every(length) => common::event::floor_to(at_ms, *length) + length,
@@ -72,7 +72,7 @@ fn time(ms: i64) -> DateTime<Utc> {
     DateTime::from_timestamp_millis(ms).unwrap_or_default()
 }
 
-/// A schedule and the moment from which it holds.
+/// A schedule and the time from which it applies.
 #[derive(Debug, Clone)]
 struct Era {
     from_ms: i64,
@@ -80,8 +80,8 @@ struct Era {
     tiling: Tiling,
 }
 
-/// All schedules a stream has had: each holds from its own beginning to the next one's, so that a changed schedule never
-/// moves the bounds of intervals that are in the ledger.
+/// All schedules that a stream has had. Each applies until the next one starts, so that a change of the schedule never
+/// moves the bounds of intervals in the ledger.
 #[derive(Debug, Clone)]
 pub struct Timeline {
     /// Ascending, never empty.
@@ -99,7 +99,7 @@ struct StoredEra {
 }
 
 impl Timeline {
-    /// A first schedule. It begins `catch_up` intervals before `now_ms`, but not before `start_ms`.
+    /// The timeline of a new stream. It starts `catch_up` intervals before `now_ms`, but not before `start_ms`.
     pub fn first(
         schedule: &Schedule,
         start_ms: Option<i64>,
@@ -111,12 +111,12 @@ impl Timeline {
         for _ in 0..catch_up {
             from_ms = tiling.floor(from_ms - 1);
         }
-        // A start between two boundaries begins with a short interval.
+        // If the start is between two boundaries, the first interval is shorter.
         let from_ms = from_ms.max(start_ms.unwrap_or(i64::MIN)).max(0);
         Ok(Timeline { eras: vec![Era { from_ms, schedule: schedule.clone(), tiling }] })
     }
 
-    /// Reads what [`Timeline::to_json`] wrote.
+    /// Parses the output of [`Timeline::to_json`].
     pub fn from_json(text: &str) -> Result<Timeline, ScheduleError> {
         let stored: Vec<StoredEra> =
             serde_json::from_str(text).map_err(|e| ScheduleError::History(e.to_string()))?;
@@ -138,7 +138,7 @@ impl Timeline {
         Ok(Timeline { eras })
     }
 
-    /// As stored in `stream_state.schedules`.
+    /// Serializes the timeline for `stream_state.schedules`.
     pub fn to_json(&self) -> String {
         let eras = self.eras.iter().map(|era| match &era.schedule {
             Schedule::Every(ms) => serde_json::json!({"from_ms": era.from_ms, "every_ms": ms}),
@@ -147,12 +147,12 @@ impl Timeline {
         serde_json::Value::Array(eras.collect()).to_string()
     }
 
-    /// Whether `schedule` is the one in force.
+    /// Whether `schedule` is the current one.
     pub fn ends_with(&self, schedule: &Schedule) -> bool {
         self.eras.last().is_some_and(|era| era.schedule == *schedule)
     }
 
-    /// The same history, going on with another schedule from `from_ms`: the end of the last interval in the ledger.
+    /// This timeline with another schedule from `from_ms` on, which is the end of the last interval in the ledger.
     pub fn changed(&self, schedule: &Schedule, from_ms: i64) -> Result<Timeline, ScheduleError> {
         let mut eras: Vec<Era> = self.eras.iter().filter(|era| era.from_ms < from_ms).cloned().collect();
         let from_ms = if eras.is_empty() { self.start_ms() } else { from_ms };
@@ -160,12 +160,13 @@ impl Timeline {
         Ok(Timeline { eras })
     }
 
-    /// Where the first interval begins.
+    /// Start of the first interval.
     pub fn start_ms(&self) -> i64 {
         self.eras.first().map_or(0, |era| era.from_ms)
     }
 
-    /// The interval that holds `at_ms`. Before the start the first schedule reaches back: a backfill may go there.
+    /// The interval that contains `at_ms`. Times before the start follow the first schedule, so that a backfill can
+    /// use them.
     pub fn containing(&self, at_ms: i64) -> Interval {
         let index = self.eras.iter().rposition(|era| era.from_ms <= at_ms);
         let (lowest, tiling, next_era) = match index {
@@ -176,7 +177,7 @@ impl Timeline {
         Interval { start_ms: tiling.floor(at_ms).max(lowest), end_ms: tiling.next(at_ms).min(highest) }
     }
 
-    /// The intervals that begin at or after `from_ms` and have ended by `until_ms`, at most `limit`, oldest first.
+    /// Up to `limit` intervals that start at or after `from_ms` and end at or before `until_ms`, oldest first.
     pub fn ended(&self, from_ms: i64, until_ms: i64, limit: usize) -> Vec<Interval> {
         let mut found = Vec::new();
         let mut at_ms = from_ms;
@@ -193,7 +194,8 @@ impl Timeline {
         found
     }
 
-    /// The start of the interval `count` intervals before the one that holds `at_ms`, not before the start.
+    /// Start of the interval `count` intervals before the one that contains `at_ms`, but not before the timeline's
+    /// start.
     pub fn back(&self, at_ms: i64, count: u32) -> i64 {
         let mut start_ms = self.containing(at_ms).start_ms;
         for _ in 0..count {
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interval_reaches_from_one_occurrence_to_the_next() {
+    fn an_interval_spans_from_one_occurrence_to_the_next() {
         let minute = Schedule::Every(60_000);
         check(&minute, "2026-01-31T23:59:59.999Z", "2026-01-31T23:59:00Z", "2026-02-01T00:00:00Z");
         check(&minute, "2026-02-01T00:00:00Z", "2026-02-01T00:00:00Z", "2026-02-01T00:01:00Z");
@@ -243,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_start_reaches_back_but_not_before_its_start_date() {
+    fn a_new_timeline_starts_in_the_past_but_not_before_its_start_date() {
         let now = ms("2026-01-01T00:10:30Z");
         let minute = Schedule::Every(60_000);
         let timeline = Timeline::first(&minute, None, 3, now).unwrap();
@@ -254,12 +256,12 @@ mod tests {
         assert_eq!(
             timeline.ended(start, now, 100),
             [first],
-            "a start within a minute begins with a short interval"
+            "a start within a minute shortens the first interval"
         );
     }
 
     #[test]
-    fn expressions_that_tile_nothing_are_refused() {
+    fn invalid_cron_expressions_are_rejected() {
         for wrong in ["", "* * * *", "0 0 30 2 *", "* * * * * *", "61 * * * *"] {
             let error = Timeline::first(&cron(wrong), None, 1, 0).expect_err(wrong).to_string();
             assert!(error.starts_with(&format!("schedule.cron `{wrong}`")), "{error}");
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_schedule_begins_where_the_ledger_ends() {
+    fn a_changed_schedule_starts_where_the_ledger_ends() {
         let now = ms("2026-01-01T00:10:30Z");
         let old = Timeline::first(&Schedule::Every(60_000), None, 5, now).unwrap();
         let new = old.changed(&Schedule::Every(300_000), ms("2026-01-01T00:08:00Z")).unwrap();
@@ -297,7 +299,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn intervals_tile_time_without_gap_or_overlap_across_changes(
+        fn intervals_have_neither_gaps_nor_overlaps_across_changes(
             first in schedules(),
             changes in prop::collection::vec((schedules(), 0usize..8), 0..4),
             now in 1_500_000_000_000i64..2_000_000_000_000,
@@ -314,7 +316,7 @@ mod tests {
             let mut at = timeline.start_ms();
             for _ in 0..40 {
                 let interval = timeline.containing(at);
-                prop_assert_eq!(interval.start_ms, at, "an interval begins where the last ended");
+                prop_assert_eq!(interval.start_ms, at, "an interval starts where the previous one ended");
                 prop_assert!(interval.end_ms > at);
                 for inside in [at, at + (interval.end_ms - at) / 2, interval.end_ms - 1] {
                     prop_assert_eq!(timeline.containing(inside), interval);
@@ -324,7 +326,7 @@ mod tests {
         }
 
         #[test]
-        fn time_before_the_start_is_tiled_too(schedule in schedules(), back in 1i64..10_000_000_000) {
+        fn times_before_the_start_have_intervals_too(schedule in schedules(), back in 1i64..10_000_000_000) {
             let timeline = Timeline::first(&schedule, None, 0, 1_700_000_000_000).unwrap();
             let before = timeline.containing(timeline.start_ms() - back);
             prop_assert!(before.end_ms <= timeline.start_ms());

@@ -1,5 +1,6 @@
-//! `run`: wakes the planner, carries its decisions out through [`Runner`], stops in order. It keeps nothing that is not in
-//! the ledger but shortcuts: up to where every interval is over, and what is left unfinished before that.
+//! `run`: calls the planner, executes its decisions through [`Runner`] and shuts down in order. All durable state is
+//! in the ledger. The service only caches up to where every interval is finished, and which runs before that are
+//! unfinished.
 
 use crate::ledger::{LedgerError, Note};
 use crate::planner::{self, Decision, Facts, Run};
@@ -20,51 +21,52 @@ use tokio_util::sync::CancellationToken;
 
 /// Name of Cassandra among the dependencies of `/readyz`.
 pub const DEPENDENCY: &str = "cassandra";
-/// How often the planner is woken. What is due comes from the ledger: a missed tick changes nothing.
+/// Interval between plannings. The ledger determines what is due, so a missed tick changes nothing.
 const TICK: Duration = Duration::from_millis(500);
-/// Rows of one planning that lengthen the pause after it by another [`TICK`]: reading them takes time.
+/// For every this many ledger rows of a planning, the pause after it grows by one [`TICK`], because reading them takes
+/// time.
 const ROWS_PER_TICK: u32 = 1000;
-/// How many intervals back unfinished runs are looked for after a start: it bounds what one planning holds in memory.
+/// How many intervals before now the planner considers after a start. It bounds the memory of a planning.
 const LOOK_BACK_INTERVALS: u32 = MAX_CATCH_UP_INTERVALS as u32;
-/// Rows of the ledger are read in so long pieces while the end of a gap is looked for.
+/// Length of the ledger ranges that are read while searching for the end of a gap.
 const DAY_MS: i64 = 86_400_000;
-/// Rows of intervals that are not begun now, written at once.
+/// Maximum concurrent writes of rows for intervals that are not started now.
 const NOTES_IN_FLIGHT: usize = 16;
-/// How long runs may go on after a stop before they are interrupted.
+/// How long active runs may continue after a stop before they are interrupted.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Why the service cannot go on.
+/// An error that ends the service.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// The ledger refuses.
+    /// The ledger failed.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
-    /// The schedule tiles nothing.
+    /// The schedule is invalid.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
 }
 
-/// The planner's loop.
+/// The loop that plans and starts runs.
 pub struct Service {
     runner: Arc<Runner>,
     health: Arc<Health>,
     timeline: Option<Timeline>,
-    /// Every interval that began before this is over.
+    /// Every interval that started before this time is finished.
     settled_to_ms: i64,
-    /// What is left unfinished before that.
+    /// The unfinished runs before `settled_to_ms`.
     unresolved: Unresolved,
-    /// End of the latest run that succeeded; 0: not known.
+    /// End of the latest successful run; 0 if unknown.
     last_success_ms: i64,
-    /// As last seen; another value means: look back again.
+    /// `updated_at` of the stream state as last read. A change triggers another look back.
     updated_at_ms: i64,
-    /// Ledger rows of the latest planning.
+    /// Number of ledger rows that the latest planning read.
     rows: usize,
     active: JoinSet<Ended>,
     stop: CancellationToken,
 }
 
 impl Service {
-    /// Nothing is asked of the ledger yet.
+    /// Creates the service without calling the ledger.
     pub fn new(runner: Arc<Runner>, health: Arc<Health>) -> Service {
         Service {
             runner,
@@ -80,14 +82,14 @@ impl Service {
         }
     }
 
-    /// Runs until shutdown, then lets what goes on come to an end.
+    /// Runs until shutdown, then waits for active runs to end.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), ServiceError> {
         while !shutdown.has_begun() {
             self.health.beat();
             match self.tick().await {
                 Ok(()) => self.health.set(DEPENDENCY, Ok(())),
                 Err(ServiceError::Ledger(LedgerError::Unavailable(cause))) => {
-                    self.runner.metrics.ledger_is_away();
+                    self.runner.metrics.ledger_unavailable();
                     self.health.set(DEPENDENCY, Err(cause));
                 }
                 Err(e) => {
@@ -100,7 +102,7 @@ impl Service {
                 () = tokio::time::sleep(pause) => {}
                 Some(ended) = self.active.join_next() => {
                     if let Err(e) = ended {
-                        tracing::error!(error = %e, "an attempt broke off; its interval is due when its lease has run out");
+                        tracing::error!(error = %e, "an attempt was aborted; it is retried when its lease expires");
                     }
                 }
                 () = shutdown.begun() => {}
@@ -111,14 +113,14 @@ impl Service {
         Ok(())
     }
 
-    /// One planning, carried out.
+    /// Plans once and executes the decisions.
     pub async fn tick(&mut self) -> Result<(), ServiceError> {
         let now_ms = (self.runner.clock)();
         let runner = self.runner.clone();
         let state = runner.ledger.stream_state().await?;
         runner.metrics.paused.set(i64::from(state.paused));
         let timeline = match (&self.timeline, &state.schedules) {
-            (None, stored) => self.begin(stored.as_deref(), now_ms).await?,
+            (None, stored) => self.initial_timeline(stored.as_deref(), now_ms).await?,
             (Some(timeline), Some(stored)) if timeline.to_json() != *stored => Timeline::from_json(stored)?,
             (Some(timeline), _) => timeline.clone(),
         };
@@ -152,11 +154,11 @@ impl Service {
             last_success_ms: self.last_success_ms,
             retry: &settings.retry,
             max_active_runs: settings.max_active_runs,
-            // The ledger answered just now: what is not ready is Kafka, and runs would only fail on it.
-            paused: state.paused || self.kafka_is_away(),
+            // The ledger has just responded. If the service is not ready, Kafka is unavailable and runs would fail.
+            paused: state.paused || self.kafka_is_unavailable(),
         });
         if runs.range(..plan.settled_to_ms).any(|(_, run)| run.state == RunState::Failed) {
-            self.unresolved.changed();
+            self.unresolved.invalidate_recent();
         }
         self.settled_to_ms = plan.settled_to_ms;
         self.timeline = Some(timeline);
@@ -164,13 +166,13 @@ impl Service {
         self.carry_out(plan.decisions, now_ms).await
     }
 
-    fn kafka_is_away(&self) -> bool {
+    fn kafka_is_unavailable(&self) -> bool {
         self.health.set(DEPENDENCY, Ok(()));
         !self.health.is_ready()
     }
 
-    /// The timeline at a start: stored, or first, or changed where the definition's schedule is another one now.
-    async fn begin(&self, stored: Option<&str>, now_ms: i64) -> Result<Timeline, ServiceError> {
+    /// The timeline at a start: the stored one, extended if the schedule has changed, or a new one if none is stored.
+    async fn initial_timeline(&self, stored: Option<&str>, now_ms: i64) -> Result<Timeline, ServiceError> {
         let settings = &self.runner.definition.stream;
         let ledger = &self.runner.ledger;
         let (timeline, old) = match stored {
@@ -192,25 +194,25 @@ impl Service {
         if ledger.set_schedules(old, &timeline.to_json(), now_ms).await? {
             return Ok(timeline);
         }
-        // Another producer was faster: its timeline counts.
+        // Another producer stored its timeline first. That one is used.
         let state = ledger.stream_state().await?;
         Ok(Timeline::from_json(state.schedules.as_deref().unwrap_or_default())?)
     }
 
-    /// From where on runs are looked for that are not over or not there. Over a gap it goes on from the gap's far end, so that
-    /// an outage of any length is noted to its first interval.
+    /// Where the planner's range starts. If the ledger has a gap there, the search continues before the gap, so that
+    /// even the first interval of a long outage is recorded as missed.
     async fn look_back(&self, timeline: &Timeline, now_ms: i64) -> Result<i64, LedgerError> {
         let mut from_ms = timeline.back(now_ms, LOOK_BACK_INTERVALS);
         loop {
             let last = self.last_before(from_ms, timeline.start_ms()).await?;
-            match planner::behind_gap(timeline, from_ms, last, LOOK_BACK_INTERVALS) {
+            match planner::look_back_before_gap(timeline, from_ms, last, LOOK_BACK_INTERVALS) {
                 Some(further_ms) => from_ms = further_ms,
                 None => return Ok(from_ms),
             }
         }
     }
 
-    /// The last interval with a row that begins before `to_ms`, but not before `start_ms`.
+    /// The last interval with a row that starts in `[start_ms, to_ms)`.
     async fn last_before(&self, mut to_ms: i64, start_ms: i64) -> Result<Option<Interval>, LedgerError> {
         while to_ms > start_ms {
             self.health.beat();
@@ -227,9 +229,9 @@ impl Service {
         let mut notes = Vec::new();
         for decision in decisions {
             match decision {
-                Decision::Begin { interval, run_type } => self.start(interval, run_type, None).await?,
+                Decision::Start { interval, run_type } => self.start(interval, run_type, None).await?,
                 Decision::Resume { run } => {
-                    // A backfill that failed is tried again as what is caught up: its earlier failures count on.
+                    // A failed backfill is retried as a catch-up run, so that its earlier failures still count.
                     let run_type =
                         if run.state == RunState::Failed { RunType::CatchUp } else { run.run_type };
                     self.start(run.interval, run_type, Some(&run)).await?;
@@ -248,7 +250,7 @@ impl Service {
                 from,
                 to,
                 count,
-                "intervals were missed: they lie behind the catch-up limit; a backfill runs them"
+                "intervals are older than the catch-up limit and were missed; run a backfill to fetch them"
             );
             self.runner.metrics.attempts.with_label_values(&["missed"]).inc_by(count as u64);
         }
@@ -267,7 +269,7 @@ impl Service {
     ) -> Result<(), LedgerError> {
         let claim = self.runner.claim(interval, run_type, seen).await?;
         if seen.is_some() {
-            self.unresolved.changed();
+            self.unresolved.invalidate_recent();
         }
         if let Some(claim) = claim {
             self.active.spawn(self.runner.clone().attempt(claim, self.stop.clone()));
@@ -278,13 +280,13 @@ impl Service {
     fn missed(&self, interval: Interval) -> Note {
         let hours = self.runner.definition.stream.catch_up_limit_ms / 3_600_000;
         let cause = format!(
-            "missed: older than the catch-up limit of {hours} h when a producer came back; `backfill` runs it, \
-             `runs give-up` accepts that it stays without data"
+            "missed: no producer ran within the catch-up limit of {hours} h; fetch it with `backfill`, or accept the \
+             missing data with `runs give-up`"
         );
         Note { interval, run_type: RunType::CatchUp, state: RunState::Failed, cause }
     }
 
-    /// Lets runs end by themselves for a while, then interrupts them; each writes its row.
+    /// Waits for active runs to end and interrupts them after [`DRAIN`]. Each run records its end in the ledger.
     async fn drain(&mut self) {
         let deadline = tokio::time::sleep(DRAIN);
         tokio::pin!(deadline);
@@ -296,7 +298,7 @@ impl Service {
         }
     }
 
-    /// Runs going on.
+    /// Waits until no run is active.
     #[cfg(test)]
     pub(crate) async fn wait_for_active(&mut self) {
         while self.active.join_next().await.is_some() {}

@@ -1,5 +1,6 @@
-//! The REST API side: what to ask ([`request`]), where the next page is ([`paginate`]), where values stand in a page's text
-//! ([`scan`]), how a record becomes an event ([`extract`]), all pure; and [`client`], which asks, with every bound and guard.
+//! The REST API. Pure modules build requests ([`request`]), find the next page ([`paginate`]), locate values in the
+//! text of a page ([`scan`]) and turn records into events ([`extract`]). [`client`] sends the requests within limits
+//! and guards.
 
 pub mod client;
 pub mod extract;

@@ -1,5 +1,6 @@
-//! `stress`: made-up events as fast as wanted. Single acknowledgements are never waited for; latency counts from the moment
-//! a message was meant to be sent, so that a slow broker cannot hide by slowing the sender (coordinated omission).
+//! `stress`: produces synthetic events at a given rate. It never waits for a single acknowledgement. Latency is
+//! measured from the time at which a message was due, so that a slow broker that delays the sender is visible
+//! (coordinated omission).
 
 mod made_up;
 mod report;
@@ -21,32 +22,32 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Messages when neither number nor time is given.
+/// Number of messages if neither a number nor a duration is given.
 const DEFAULT_MESSAGES: u64 = 100_000;
-/// Messages that wait in the client at most: more of them only leave the processor's caches before they are sent.
+/// Maximum messages in the client's queue. With a longer queue, messages leave the CPU caches before they are sent.
 const QUEUE_MESSAGES: u64 = 20_000;
-/// Messages of one request's batch: several fill while one is on its way.
+/// Maximum messages of a batch, so that several batches fill while one is in flight.
 const BATCH_MESSAGES: u64 = 2000;
-/// Kilobytes that wait in the client at most.
+/// Maximum size of the client's queue in kilobytes.
 const QUEUE_KBYTES: u64 = 262_144;
 /// How long the client tries to deliver one message.
 const DELIVERY_TIMEOUT_MS: u64 = 120_000;
-/// How long a full queue is left alone.
+/// Pause before sending to a full queue is retried.
 const FULL_QUEUE_PAUSE: Duration = Duration::from_micros(500);
-/// A sender sleeps only when it is ahead by this much; below, it sends.
+/// How far a sender must be ahead of its rate to sleep instead of sending.
 const AHEAD: Duration = Duration::from_micros(500);
 /// How long to wait for the first broker.
 const START_DEADLINE: Duration = Duration::from_secs(15);
-/// Highest latency told apart, in µs: ten minutes.
+/// Highest recorded latency in microseconds: ten minutes.
 const MAX_LATENCY_US: u64 = 600_000_000;
 
-/// Counts acknowledgements; the opaque value is the intended send time in µs since the start.
+/// Counts acknowledgements. The opaque value of a message is its due time in microseconds since `started`.
 #[derive(Debug)]
 struct StressContext {
     started: Instant,
     acked: AtomicU64,
     failed: AtomicU64,
-    /// One thread polls: never contended.
+    /// Only the polling thread locks it while messages are sent.
     latencies: Mutex<Histogram<u64>>,
     first_failure: Mutex<Option<String>>,
 }
@@ -74,25 +75,28 @@ impl ProducerContext for StressContext {
     }
 }
 
-/// What one sender sends.
+/// What one sender thread sends.
 struct Plan<'a> {
     args: &'a StressArgs,
     topic: &'a str,
     partitions: i32,
     pool: &'a Pool,
-    /// This sender's share.
+    /// Number of messages of this sender.
     messages: u64,
-    /// This sender's rate; 0: as fast as possible.
+    /// Messages per second of this sender; 0 means as fast as possible.
     rate: f64,
-    /// Headers that never change.
+    /// Header `ce_type`.
     event_type: &'a str,
+    /// Header `ce_source`.
     source: &'a str,
+    /// Header `run_id`.
     run_id: String,
     sent: &'a AtomicU64,
     shutdown: &'a Shutdown,
 }
 
-/// Sends, waits for every acknowledgement, reports. Blocking: call it off the runtime.
+/// Sends all messages, waits for every acknowledgement and returns the report. Blocking; do not call it on the async
+/// runtime.
 pub fn run(
     brokers: &str,
     topic: &str,
@@ -115,7 +119,7 @@ pub fn run(
         .set("batch.num.messages", BATCH_MESSAGES.to_string())
         .set("batch.size", "1000000")
         .create_with_context(context)
-        .context("kafka client")?;
+        .context("cannot create the kafka client")?;
     let partitions = kafka::partition_count(producer.client(), brokers, topic, START_DEADLINE)?;
     let pool = Pool::new(definition, args.payload_bytes);
     let total = args.messages.unwrap_or(if args.seconds.is_some() { u64::MAX } else { DEFAULT_MESSAGES });
@@ -135,7 +139,7 @@ pub fn run(
         sent: &sent,
         shutdown,
     };
-    let begun = Instant::now();
+    let sending_started = Instant::now();
     let bar = report::progress_bar(total, args.seconds);
     let sending: anyhow::Result<()> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..senders)
@@ -155,7 +159,12 @@ pub fn run(
     sending?;
     wait_for_all(&producer, sent.load(Ordering::Relaxed), &bar)?;
     bar.finish_and_clear();
-    Ok(report::report(producer.context(), sent.load(Ordering::Relaxed), begun.elapsed(), pool.value_bytes()))
+    Ok(report::report(
+        producer.context(),
+        sent.load(Ordering::Relaxed),
+        sending_started.elapsed(),
+        pool.value_bytes(),
+    ))
 }
 
 fn wait_for_all(
@@ -163,7 +172,7 @@ fn wait_for_all(
     sent: u64,
     bar: &indicatif::ProgressBar,
 ) -> anyhow::Result<()> {
-    // Each message has its own timeout in the client: this ends.
+    // The loop ends, because the client applies a timeout to each message.
     loop {
         let context = producer.context();
         let settled = context.acked.load(Ordering::Relaxed) + context.failed.load(Ordering::Relaxed);
@@ -181,12 +190,12 @@ fn wait_for_all(
 
 fn send_all(producer: &ThreadedProducer<StressContext>, plan: &Plan<'_>, sender: u64) -> anyhow::Result<()> {
     let started = producer.context().started;
-    let begun = Instant::now();
-    let deadline = plan.args.seconds.map(|seconds| begun + Duration::from_secs(seconds));
+    let sender_started = Instant::now();
+    let deadline = plan.args.seconds.map(|seconds| sender_started + Duration::from_secs(seconds));
     let mut identity = Identity::new(sender);
     let mut repeats = Repeats::new(plan.args.duplicates);
     for index in 0..plan.messages {
-        let intended = intended_at(begun, index, plan.rate).unwrap_or_else(Instant::now);
+        let intended = intended_at(sender_started, index, plan.rate).unwrap_or_else(Instant::now);
         wait_until(intended);
         if plan.shutdown.has_begun() || deadline.is_some_and(|deadline| intended >= deadline) {
             break;
@@ -199,7 +208,7 @@ fn send_all(producer: &ThreadedProducer<StressContext>, plan: &Plan<'_>, sender:
     Ok(())
 }
 
-/// Now, or as far back as this message's place in `--span` says.
+/// The event time of a message: now, or its position in `--span`.
 fn event_time(plan: &Plan<'_>, index: u64) -> i64 {
     let left = |span: i64| (span as f64 * (1.0 - index as f64 / plan.messages as f64)) as i64;
     now_ms() - plan.args.span.map_or(0, left)
@@ -223,17 +232,17 @@ fn send(
                 return Ok(());
             }
             Err((error, again)) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
-                // The library took the headers' memory only on success: they are sent again as they are.
+                // The client takes ownership of the headers only on success, so the record can be sent again.
                 record = again;
                 std::thread::park_timeout(FULL_QUEUE_PAUSE);
             }
-            Err((error, _)) => return Err(error).context("kafka refuses a message"),
+            Err((error, _)) => return Err(error).context("the kafka client rejected a message"),
         }
     }
 }
 
-/// The headers of an event but for `content-type` and `traceparent`, which nothing of made-up events needs: each header
-/// costs the client an allocation.
+/// The headers of an event, without `content-type` and `traceparent`. Synthetic events do not need these, and each
+/// header costs the client an allocation.
 fn headers(plan: &Plan<'_>, identity: &Identity) -> OwnedHeaders {
     let mut produced_at = [0u8; 20];
     let produced_at = made_up::decimal(micros(since_epoch()), &mut produced_at);
@@ -248,9 +257,10 @@ fn headers(plan: &Plan<'_>, identity: &Identity) -> OwnedHeaders {
         .insert(text(event::HEADER_PRODUCED_AT, produced_at))
 }
 
-/// When a message is due, however late those before it were: a stall counts against all that wait behind it. `None`: no rate.
-fn intended_at(begun: Instant, index: u64, rate: f64) -> Option<Instant> {
-    (rate > 0.0).then(|| begun + Duration::from_secs_f64(index as f64 / rate))
+/// When a message is due, regardless of delays of earlier messages, so that a stall adds to the latency of all
+/// messages queued behind it. `None` if there is no rate.
+fn intended_at(start: Instant, index: u64, rate: f64) -> Option<Instant> {
+    (rate > 0.0).then(|| start + Duration::from_secs_f64(index as f64 / rate))
 }
 
 fn wait_until(intended: Instant) {

@@ -1,41 +1,41 @@
-//! What is left unfinished before the intervals that the planner looks at: failed and missed ones. They are read seldom and by
-//! their state alone, so that an interval that fails for days costs no more than its own row.
+//! Tracks the failed and missed intervals before the planner's range. They are read infrequently and filtered by
+//! state, so that an interval that fails for days costs only its own row.
 
 use crate::ledger::{Ledger, LedgerError};
 use crate::planner::Run;
 use common::run_ledger::RunState;
 
-/// How often those that are tried again by themselves are read.
+/// Refresh interval of recent runs, which are retried automatically.
 const RECENT_EVERY_MS: i64 = 10_000;
-/// How often the others are read: only a person changes them, and `stream_state` tells unless the command was killed.
+/// Refresh interval of old runs. Only a command changes them, and it updates `stream_state` unless it is killed.
 const OLD_EVERY_MS: i64 = 600_000;
-/// The others are read in pieces of this length and counted, never held.
+/// Old runs are read in ranges of this length and only counted, to bound memory.
 const PIECE_MS: i64 = 86_400_000;
 
-/// Unfinished runs as last read from the ledger.
+/// The unfinished runs as last read from the ledger.
 #[derive(Debug, Default)]
 pub struct Unresolved {
-    /// How many begin before `recent_from_ms`.
+    /// Number of runs that start before `recent_from_ms`.
     old: Count,
     old_read_ms: Option<i64>,
-    /// Where catching up began when the old ones were counted.
+    /// Start of the catch-up range when the old runs were counted.
     recent_from_ms: i64,
     recent: Vec<Run>,
     recent_read_ms: Option<i64>,
 }
 
-/// Where to look for unfinished runs, in Unix milliseconds.
+/// The time range of unfinished runs, in Unix milliseconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Span {
     /// Start of the timeline.
     pub start_ms: i64,
-    /// Where catching up begins.
+    /// Start of the catch-up range.
     pub catch_up_from_ms: i64,
-    /// Where the intervals begin that the planner looks at.
+    /// Start of the planner's range, which ends the range of unfinished runs.
     pub settled_to_ms: i64,
 }
 
-/// Numbers of intervals without their data.
+/// Numbers of intervals whose data is missing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Count {
     /// Attempted without success.
@@ -53,7 +53,7 @@ impl Count {
 }
 
 impl Unresolved {
-    /// Reads again what may have changed; `all`: everything.
+    /// Reads the runs whose refresh interval has passed, or all runs if `all` is set.
     pub async fn refresh(
         &mut self,
         ledger: &dyn Ledger,
@@ -82,17 +82,17 @@ impl Unresolved {
         Ok(())
     }
 
-    /// Those that are recent are read again at the next opportunity.
-    pub fn changed(&mut self) {
+    /// Makes the next refresh read the recent runs.
+    pub fn invalidate_recent(&mut self) {
         self.recent_read_ms = None;
     }
 
-    /// Unfinished runs from the catch-up limit on.
+    /// Unfinished runs within the catch-up range.
     pub fn recent(&self) -> &[Run] {
         &self.recent
     }
 
-    /// How many there are with those of `later` runs that have failed.
+    /// The number of unresolved intervals, including the failed runs of `later`.
     pub fn count(&self, later: &[Run]) -> Count {
         let mut count = self.old;
         count.add(&self.recent);
@@ -101,7 +101,8 @@ impl Unresolved {
     }
 }
 
-/// Before the intervals that the planner looks at, a run that is going on or due is one that failed and is tried again.
+/// Reads the unresolved runs of a time range before the planner's range. There, an active or due run is the retry of a
+/// failed one.
 async fn unresolved(ledger: &dyn Ledger, from_ms: i64, to_ms: i64) -> Result<Vec<Run>, LedgerError> {
     let mut runs = ledger.unfinished(from_ms, to_ms).await?;
     runs.retain(|run| run.state != RunState::GivenUp);

@@ -1,4 +1,4 @@
-//! The suite of every ledger over the real one. `./test e2e` starts Cassandra and names this target.
+//! Runs the ledger suite against Cassandra. `./test e2e` starts Cassandra and runs this target.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -16,8 +16,9 @@ use scylla::client::session_builder::SessionBuilder;
 use std::sync::Arc;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cassandra_ledger_passes_the_suite_of_every_ledger() {
-    let node = std::env::var("PIPELINE_TEST_CASSANDRA").expect("this test is started by ./test e2e");
+async fn the_cassandra_ledger_passes_the_ledger_suite() {
+    let node = std::env::var("PIPELINE_TEST_CASSANDRA")
+        .expect("PIPELINE_TEST_CASSANDRA is not set; run this test with ./test e2e");
     let session = Arc::new(SessionBuilder::new().known_node(node).build().await.unwrap());
     let keyspace = format!("ledger_{}", std::process::id());
     let replication = "{'class': 'SimpleStrategy', 'replication_factor': 1}";

@@ -1,7 +1,15 @@
-//! `local-stack bench`: one run on one machine with servers of its own. In order: the producer fills the topic, then one of its own,
-//! Kafka's own `kafka-producer-perf-test` sends as many records of the same bytes to another, the bare driver writes the same rows,
-//! the processor drains the topic, the bare driver once more; so the ratio compares the processor with a driver that was no
-//! warmer. How each is measured, and the other loads of `bench PART`, is in `bench/`.
+//! `local-stack bench`: one measurement on private servers. The default load runs these steps in order:
+//!
+//! 1. The producer fills the topic.
+//! 2. The producer is measured on a second topic.
+//! 3. `kafka-producer-perf-test` sends the same number of records, with the same bytes, to a third topic.
+//! 4. The bare driver writes the rows of the first topic.
+//! 5. A bare consumer reads the first topic.
+//! 6. The processor drains the first topic.
+//! 7. The bare driver writes its rows again.
+//!
+//! The bare driver runs before and after the processor, so that warm-up of the servers does not distort the ratio
+//! between the two. The modules in `bench/` implement the steps and the other loads of `bench PART`.
 
 mod bare;
 mod kafka_perf;
@@ -16,63 +24,63 @@ use serde::Serialize;
 use crate::cli::{BenchArgs, BenchPart};
 use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::private::{self, Private};
+use crate::private::{self, PrivateServers};
 use crate::process::{Process, Spec};
 use crate::services;
 use crate::stack::{Extent, Stack};
 use crate::terminal::Terminal;
 
-/// Keyspace and topic that the processor works on.
+/// Keyspace and topic of the processor.
 const NAME: &str = "bench";
 
-/// Keyspace and topic of the producer's own turn.
+/// Keyspace and topic of the producer measurement.
 const PRODUCED: &str = "bench_produced";
 
-/// How long the producer may take for all messages.
-const PRELOAD_WITHIN: Duration = Duration::from_secs(1800);
+/// Time limit for the producer to send all messages.
+const PRELOAD_TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// How long `init` may take.
-const INIT_WITHIN: Duration = Duration::from_secs(120);
+/// Time limit for `init`.
+const INIT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The figures of one run.
+/// Results of one run of the default load.
 #[derive(Debug, Serialize)]
 pub struct Figures {
-    /// Events preloaded and drained.
+    /// Number of events preloaded and drained.
     messages: u64,
-    /// Whether the servers had the heaps meant for measurements.
+    /// Whether the servers ran with the heap sizes for measurements.
     bench_heaps: bool,
-    /// (a) Rows per second of the bare driver before and after the processor's turn.
+    /// (a) Rows per second of the bare driver, before and after the processor.
     bare_rows_per_second: [f64; 2],
-    /// (b) Events per second of the processor, from its start until all are counted in Cassandra.
+    /// (b) Events per second of the processor, from its start until Cassandra counts all events.
     processor_events_per_second: f64,
-    /// (b) The same without the time until the first events were counted.
+    /// (b) Like the previous figure, but without the time until the first events were counted.
     processor_steady_events_per_second: f64,
-    /// (c) (b) over the mean of (a).
+    /// (c) Ratio of (b) to the mean of (a).
     ratio: f64,
-    /// (d) CPU seconds of the processor per million events.
+    /// (d) CPU time of the processor in seconds per million events.
     cpu_seconds_per_million: f64,
     /// (e) Peak resident memory of the processor in MiB.
     peak_resident_mib: f64,
-    /// (f) Messages per second of the producer, all acknowledged.
+    /// (f) Messages per second of the producer, with all messages acknowledged.
     producer_messages_per_second: f64,
-    /// (g) The same of Kafka's own `kafka-producer-perf-test`, same acks, compression, linger and record size.
+    /// (g) Messages per second of `kafka-producer-perf-test` with the same acks, compression, linger and record size.
     kafka_perf_messages_per_second: f64,
-    /// (h) Messages per second of a bare consumer of the same topic: nothing decoded, nothing written.
+    /// (h) Messages per second of a bare consumer of the same topic, which decodes and writes nothing.
     consumer_messages_per_second: f64,
-    /// Mean bytes of a record in (f) and (g): key, headers and value.
+    /// Mean size of a record in (f) and (g) in bytes: key, headers and value.
     record_bytes: u64,
 }
 
-/// Measures and prints.
+/// Runs the selected measurement on private servers and prints the results.
 pub async fn run(settings: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<()> {
     let (sized, bench_heaps) = settings.clone().with_bench_heaps();
-    let own = Private::prepare(&sized, private::folder(settings, "bench-")?, terminal).await?;
+    let own = PrivateServers::prepare(&sized, private::folder(settings, "bench-")?, terminal).await?;
     let mut stack = Stack::new(own.settings.clone(), terminal);
     let measured = tokio::select! {
         measured = async {
             stack.start(&own.installed, Extent::Servers).await?;
             init(&own.settings, NAME).await?;
-            part(&own, args, bench_heaps, terminal).await
+            measure_part(&own, args, bench_heaps, terminal).await
         } => measured,
         error = private::interrupted() => Err(error),
     };
@@ -83,12 +91,17 @@ pub async fn run(settings: &Settings, args: &BenchArgs, terminal: Terminal) -> R
     measured
 }
 
-/// Measures what was asked for; a part other than the drain prints its figures as JSON.
-async fn part(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Terminal) -> Result<()> {
+/// Runs the selected measurement. All loads except the drain print their results as JSON.
+async fn measure_part(
+    own: &PrivateServers,
+    args: &BenchArgs,
+    bench_heaps: bool,
+    terminal: Terminal,
+) -> Result<()> {
     let private = &own.settings;
     let figures = match args.part {
         BenchPart::Drain => {
-            let figures = all(own, args, bench_heaps, terminal).await?;
+            let figures = measure_drain(own, args, bench_heaps, terminal).await?;
             print(&figures, args.json, terminal);
             return Ok(());
         }
@@ -101,16 +114,21 @@ async fn part(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Term
     Ok(())
 }
 
-async fn all(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Terminal) -> Result<Figures> {
+async fn measure_drain(
+    own: &PrivateServers,
+    args: &BenchArgs,
+    bench_heaps: bool,
+    terminal: Terminal,
+) -> Result<Figures> {
     let private = &own.settings;
-    // The broker's JVM compiles while the topic is filled; then the producer is measured.
+    // Filling the topic also warms up the JVM of the broker, before the producer is measured.
     stress(private, NAME, &["--messages", &args.messages.to_string()]).await?;
     let producer = producer(private, args.messages, terminal).await?;
     let perf = kafka_perf::run(private, &own.installed, NAME, args.messages, terminal).await?;
-    let bare = bare::Bare::prepare(private, NAME, args, terminal).await?;
+    let bare = bare::BareDriver::prepare(private, NAME, args, terminal).await?;
     bare.warm_up(terminal).await?;
     let before = bare.run("bare driver", terminal).await?;
-    // Also the broker's first group: what it sets up for groups is there before the processor joins one.
+    // This is also the first consumer group, so the broker creates its group metadata before the processor joins.
     let consumer = measure::consume(private, NAME, args.messages).await?;
     let drained = measure::drain(private, NAME, args.messages, terminal).await?;
     let after = bare.run("bare driver again", terminal).await?;
@@ -131,7 +149,7 @@ async fn all(own: &Private, args: &BenchArgs, bench_heaps: bool, terminal: Termi
     })
 }
 
-/// Fills a topic of its own; gives messages per second as the producer itself counts them, all acknowledged.
+/// Measures the producer on a separate topic. Returns the acknowledged messages per second that the producer reports.
 async fn producer(private: &Settings, messages: u64, terminal: Terminal) -> Result<f64> {
     init(private, PRODUCED).await?;
     let since = Instant::now();
@@ -141,25 +159,25 @@ async fn producer(private: &Settings, messages: u64, terminal: Terminal) -> Resu
     let rate = measure::messages_per_second(&text).unwrap_or(messages as f64 / since.elapsed().as_secs_f64());
     terminal.done(
         "producer",
-        &format!("{messages} messages acknowledged, {rate:.0} a second"),
+        &format!("{messages} messages acknowledged, {rate:.0} per second"),
         since.elapsed(),
     );
     Ok(rate)
 }
 
-/// `ingest-producer stress` into a topic, to its end.
+/// Runs `ingest-producer stress` into a topic and waits until it exits.
 async fn stress(private: &Settings, name: &str, arguments: &[&str]) -> Result<()> {
-    finish(private, name, services::stress(private, arguments)?, PRELOAD_WITHIN).await
+    run_to_end(private, name, services::stress(private, arguments)?, PRELOAD_TIMEOUT).await
 }
 
-/// `stream-processor init` of a keyspace and topic.
+/// Runs `stream-processor init` for a keyspace and a topic.
 async fn init(private: &Settings, name: &str) -> Result<()> {
-    finish(private, name, services::init(private)?, INIT_WITHIN).await
+    run_to_end(private, name, services::init(private)?, INIT_TIMEOUT).await
 }
 
-async fn finish(private: &Settings, name: &str, mut spec: Spec, within: Duration) -> Result<()> {
+async fn run_to_end(private: &Settings, name: &str, mut spec: Spec, timeout: Duration) -> Result<()> {
     spec.environment.extend(services::names(name));
-    Process::spawn(&spec, &private.folders)?.finished(within).await
+    Process::spawn(&spec, &private.folders)?.finished(timeout).await
 }
 
 fn print(figures: &Figures, json: bool, terminal: Terminal) {
@@ -168,14 +186,14 @@ fn print(figures: &Figures, json: bool, terminal: Terminal) {
         return;
     }
     let [before, after] = figures.bare_rows_per_second;
-    let row = |what: &str, value: String, aim: &str| [what.to_owned(), value, aim.to_owned()];
+    let row = |figure: &str, value: String, target: &str| [figure.to_owned(), value, target.to_owned()];
     terminal.data(&format!(
         "\n{} events, {} heaps\n",
         figures.messages,
         if figures.bench_heaps { "bench" } else { "small" }
     ));
     terminal.table(
-        ["figure", "measured", "aim"],
+        ["figure", "measured", "target"],
         &[
             row("(a) bare driver, before and after", format!("{before:.0} and {after:.0} rows/s"), ""),
             row(
@@ -184,7 +202,7 @@ fn print(figures: &Figures, json: bool, terminal: Terminal) {
                 "",
             ),
             row(
-                "    processor, once it runs",
+                "    processor, after its start-up",
                 format!("{:.0} events/s", figures.processor_steady_events_per_second),
                 "",
             ),

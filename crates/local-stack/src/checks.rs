@@ -1,5 +1,5 @@
-//! What the machine must offer before anything starts: free ports, memory, disk, a JVM of the right version. Only
-//! looks; what is missing comes back as the line to print. Tools and their installation are `bootstrap.sh`'s.
+//! Checks of the machine before anything starts: free ports, memory, disk space, and the JVM version. The checks change
+//! nothing and return the line to print. `bootstrap.sh` checks and installs the tools.
 
 use std::fs;
 use std::path::Path;
@@ -8,16 +8,16 @@ use std::process::Command;
 use crate::config::{Heaps, Settings, is_free};
 use crate::error::{Error, Result};
 
-/// Disk that a first start writes: logs, commitlog, checkpoints, some minutes of events.
+/// Disk space that a first start needs for logs, the commit log, checkpoints and a few minutes of events.
 const DISK_MIB: u64 = 2048;
 
-/// Both JVMs beside their heaps, the services and Prometheus together (measured: about 1.1 GiB).
+/// Memory of both JVMs outside their heaps, the services and Prometheus together. Measured at about 1.1 GiB.
 const BESIDE_HEAPS_MIB: u64 = 1100;
 
-/// The Java major that Kafka 4.3 and Cassandra 5.0 both run on.
+/// Java major version that both Kafka 4.3 and Cassandra 5.0 support.
 const JAVA_MAJOR: u32 = 17;
 
-/// Every check in the order a start makes them, with its name: none is left out when another fails.
+/// Runs every check and returns the results by name, in the order of a start. A failed check does not skip the others.
 pub fn all(settings: &Settings) -> Vec<(&'static str, Result<String>)> {
     vec![
         ("java", java(&settings.java)),
@@ -28,25 +28,26 @@ pub fn all(settings: &Settings) -> Vec<(&'static str, Result<String>)> {
     ]
 }
 
-/// The JVM runs and is of the right major version.
+/// Checks that the JVM runs and has the right major version.
 pub fn java(java: &Path) -> Result<String> {
     let failed = |cause: String| Error::Tool {
         tool: java.display().to_string(),
         cause,
-        way_out: format!("set JAVA_HOME to a JDK {JAVA_MAJOR}; ./run doctor names what is missing"),
+        hint: format!("set JAVA_HOME to a JDK {JAVA_MAJOR}; ./run doctor lists what is missing"),
     };
     let output = Command::new(java).arg("-version").output().map_err(|error| failed(error.to_string()))?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    match java_major(&said) {
-        Some(JAVA_MAJOR) => Ok(said.lines().next().unwrap_or_default().to_owned()),
-        Some(other) => Err(failed(format!("is Java {other}, and Cassandra 5.0 needs {JAVA_MAJOR}"))),
-        None => Err(failed("does not tell its version".to_owned())),
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    match java_major(&text) {
+        Some(JAVA_MAJOR) => Ok(text.lines().next().unwrap_or_default().to_owned()),
+        Some(other) => Err(failed(format!("is Java {other}, but Cassandra 5.0 needs {JAVA_MAJOR}"))),
+        None => Err(failed("does not print its version".to_owned())),
     }
 }
 
-/// The major version in what `java -version` prints: `openjdk version "17.0.15"`, `java version "1.8.0_402"`.
-fn java_major(said: &str) -> Option<u32> {
-    let version = said.split('"').nth(1)?;
+/// Parses the major version from the output of `java -version`, such as `openjdk version "17.0.15"` or
+/// `java version "1.8.0_402"`.
+fn java_major(text: &str) -> Option<u32> {
+    let version = text.split('"').nth(1)?;
     let mut numbers = version.split(['.', '-', '+', '_']);
     match numbers.next()?.parse().ok()? {
         1 => numbers.next()?.parse().ok(),
@@ -54,7 +55,7 @@ fn java_major(said: &str) -> Option<u32> {
     }
 }
 
-/// Nobody listens on any of the ports.
+/// Checks that all ports are free.
 pub fn ports(settings: &Settings) -> Result<String> {
     let taken: Vec<String> = settings
         .ports
@@ -70,7 +71,7 @@ pub fn ports(settings: &Settings) -> Result<String> {
     }
 }
 
-/// The heaps and what comes beside them fit into memory.
+/// Checks that the heaps and everything outside them fit into the available memory.
 pub fn memory(heaps: Heaps) -> Result<String> {
     let needed_mib = u64::from(heaps.kafka_mib + heaps.cassandra_mib) + BESIDE_HEAPS_MIB;
     let available_mib = available_memory_mib();
@@ -80,7 +81,8 @@ pub fn memory(heaps: Heaps) -> Result<String> {
     Ok(format!("{available_mib} MiB available, {needed_mib} MiB needed"))
 }
 
-/// The folder's disk has room; a folder that is not there yet counts as its parent.
+/// Checks the free space on the disk of a folder. If the folder does not exist yet, its nearest existing parent is
+/// used.
 pub fn disk(folder: &Path) -> Result<String> {
     let existing = folder.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let disk = rustix::fs::statvfs(existing).map_err(|error| Error::io(existing)(error.into()))?;
@@ -91,7 +93,7 @@ pub fn disk(folder: &Path) -> Result<String> {
     Ok(format!("{available_mib} MiB free at {}", existing.display()))
 }
 
-/// What the kernel calls available, or less where a container's limit is nearer.
+/// Returns the `MemAvailable` of the kernel, or the rest of the memory limit of the container if that is smaller.
 fn available_memory_mib() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let machine = mem_available_kib(&meminfo).map_or(u64::MAX, |kib| kib / 1024);
@@ -120,8 +122,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn java_versions_old_and_new_are_read() {
-        let check = |said: &str, major| assert_eq!(java_major(said), major, "{said}");
+    fn old_and_new_java_versions_are_parsed() {
+        let check = |text: &str, major| assert_eq!(java_major(text), major, "{text}");
         check("openjdk version \"17.0.15\" 2025-04-15\nOpenJDK …", Some(17));
         check("openjdk version \"21\" 2023-09-19", Some(21));
         check("openjdk version \"17-ea\"", Some(17));
@@ -130,12 +132,12 @@ mod tests {
     }
 
     #[test]
-    fn available_memory_is_read_from_meminfo() {
+    fn available_memory_is_parsed_from_meminfo() {
         assert_eq!(mem_available_kib("MemTotal: 9 kB\nMemAvailable:    2048 kB\n"), Some(2048));
     }
 
     #[test]
-    fn a_heap_larger_than_the_machine_is_refused_with_both_figures() {
+    fn heaps_that_do_not_fit_into_memory_are_refused() {
         let heaps = Heaps { kafka_mib: 1_000_000_000, cassandra_mib: 1 };
         let error = memory(heaps).unwrap_err().to_string();
         assert!(error.contains("1000001101 MiB needed"), "{error}");

@@ -1,184 +1,185 @@
-//! The command line of `local-stack`, which is also that of `./run` and `./test`.
+//! The command line of `local-stack`. `./run` and `./test` accept the same commands and flags.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::PlaceArgs;
 use crate::source::SourceArgs;
 
-/// The whole pipeline on one machine: real Kafka, real Cassandra, the services and their page
+/// Runs the whole pipeline on one machine: Kafka, Cassandra, the services and Prometheus
 #[derive(Debug, Parser)]
 #[command(name = "local-stack", version, args_conflicts_with_subcommands = true)]
 pub struct Cli {
-    /// Without a command everything is started.
+    /// Command to run; without one, everything is started.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// How to start it.
+    /// Options of the default command, `up`.
     #[command(flatten)]
     pub up: UpArgs,
 }
 
-/// What can be done beside starting everything.
+/// Commands of `local-stack`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start everything (the default)
     Up(UpArgs),
-    /// Stop everything in order
+    /// Stop everything
     Stop,
-    /// Show what runs where
+    /// Show the state of every process
     Status(StatusArgs),
-    /// Print the log of one part
+    /// Print the log of a service
     Logs(LogsArgs),
-    /// Remove data, logs and checkpoints of this checkout; refused while something runs
+    /// Delete the data, logs and checkpoints of this checkout; fails while anything is running
     Reset,
-    /// Report what this machine lacks, change nothing
+    /// Report missing prerequisites without changing anything
     Doctor(PlaceArgs),
-    /// Fetch the servers into the cache and end
+    /// Download the servers into the cache
     Fetch(PlaceArgs),
     /// Serve the simulated REST APIs of the shipped stream definitions
     Source(SourceArgs),
-    /// Run tests of this checkout (./test sets up what they need)
+    /// Run the tests of this checkout; ./test installs what they need
     Test(TestArgs),
-    /// Measure throughput on servers of its own
+    /// Measure throughput, latency and memory on private servers
     Bench(BenchArgs),
-    /// Strike processes and servers of its own at random under load, then compare everything with Kafka's log
+    /// Inject random faults under load on private servers, then compare all results with the log in Kafka
     Soak(SoakArgs),
 }
 
-/// How to start everything.
+/// Options of `up`.
 #[derive(Args, Clone, Debug)]
 pub struct UpArgs {
-    /// Return when everything is ready; a supervisor in the background keeps it running until ./run stop
+    /// Return when everything is ready; a supervisor in the background restarts what fails until ./run stop
     #[arg(long)]
     pub detach: bool,
-    /// Be that supervisor
+    /// Run as the supervisor of --detach
     #[arg(long, hide = true, conflicts_with = "detach")]
     pub supervise: bool,
     /// Start Kafka and Cassandra only
     #[arg(long)]
     pub servers_only: bool,
-    /// Ports and cache.
+    /// Ports and cache folder.
     #[command(flatten)]
     pub place: PlaceArgs,
 }
 
-/// How to show the state.
+/// Options of `status`.
 #[derive(Args, Debug)]
 pub struct StatusArgs {
-    /// One JSON array instead of a table
+    /// Print a JSON array instead of a table
     #[arg(long)]
     pub json: bool,
 }
 
-/// Which log to print.
+/// Options of `logs`.
 #[derive(Args, Debug)]
 pub struct LogsArgs {
-    /// kafka, cassandra, source, init, ingest-producer, stream-processor, metrics-dashboard, prometheus or supervisor
+    /// One of kafka, cassandra, source, init, ingest-producer, stream-processor, metrics-dashboard, prometheus or
+    /// supervisor
     pub service: String,
-    /// Go on printing what is added
+    /// Keep printing new lines
     #[arg(short, long)]
     pub follow: bool,
-    /// How many of the last lines to print first
+    /// Number of existing lines to print, counted from the end of the log
     #[arg(short = 'n', long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub lines: u32,
 }
 
-/// Which tests to run.
+/// Options of `test`.
 #[derive(Args, Debug)]
 pub struct TestArgs {
-    /// Part to run
+    /// Part of the test suite to run
     #[arg(default_value = "all")]
     pub part: TestPart,
-    /// Only end-to-end or metrics tests whose name contains this
+    /// Run only the end-to-end or metrics tests whose name contains TEXT
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
-    /// Cache of the servers.
+    /// Ports and cache folder.
     #[command(flatten)]
     pub place: PlaceArgs,
 }
 
-/// What to measure.
+/// Options of `bench`.
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
-    /// What to measure
+    /// Load to measure
     #[arg(value_enum, default_value_t)]
     pub part: BenchPart,
-    /// Events to preload and drain
+    /// Number of events to preload and drain
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=50_000_000))]
     pub messages: u64,
-    /// Batches of the bare driver in flight
+    /// Number of concurrent batches of the bare driver
     #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub in_flight: u32,
-    /// One JSON object instead of a table
+    /// Print a JSON object instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Cache of the servers.
+    /// Ports and cache folder.
     #[command(flatten)]
     pub place: PlaceArgs,
 }
 
-/// What a benchmark measures.
+/// Load of a benchmark.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum BenchPart {
-    /// Producer, bare driver, and the processor draining new events
+    /// Throughput of producer, bare driver and processor on new events
     #[default]
     Drain,
-    /// The processor draining old events, spread over a week, beside a live load
+    /// Throughput on events spread over the last week, with a concurrent live load
     Cold,
-    /// Latency at a steady rate, and the restart of a killed processor under it
+    /// Latency at a steady rate, and recovery time of a killed processor
     Latency,
-    /// The processor's memory against a large backlog
+    /// Memory while a large backlog is drained
     Backlog,
-    /// The processor's memory under the worst definition that passes the checks
+    /// Memory with the stream definition that needs the most of it
     Worst,
 }
 
-/// How long and how hard to soak.
+/// Options of `soak`.
 #[derive(Args, Clone, Debug)]
 pub struct SoakArgs {
-    /// Minutes under load and faults
+    /// Duration in minutes
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     pub minutes: u64,
-    /// Kill so often in all, and go on for as many minutes as that takes
+    /// Run for as long as this many kills take, instead of for --minutes
     #[arg(long, value_name = "N", conflicts_with = "minutes", value_parser = clap::value_parser!(u64).range(1..=20_000))]
     pub kills: Option<u64>,
-    /// Kills a minute: of 22 one hits Kafka, one Cassandra, the others processors and producers, two to one
+    /// Kills per minute; of 22 kills, one hits Kafka, one Cassandra, and the rest processors and producers (two to one)
     #[arg(long, default_value_t = 22, value_parser = clap::value_parser!(u64).range(0..=60))]
     pub kills_per_minute: u64,
-    /// Pauses a minute: SIGSTOP for Kafka, Cassandra, a processor or the producer
+    /// Pauses (SIGSTOP) per minute of Kafka, Cassandra, a processor or the producer
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(0..=10))]
     pub pauses_per_minute: u64,
-    /// Seconds that a pause, or an outage of the source, lasts at most; at least 3
+    /// Longest pause or source outage, in seconds; the shortest is 3 seconds
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(3..=600))]
     pub longest_pause: u64,
-    /// Of so many faults in a hundred, each strikes a system that has recovered from all others: their recovery times say
-    /// most. The run takes longer by the time that nothing else strikes
+    /// Percentage of faults that are injected alone, after the pipeline has recovered from all others; these give the
+    /// most accurate recovery times
     #[arg(long, default_value_t = 10, value_name = "PERCENT", value_parser = clap::value_parser!(u64).range(0..=100))]
     pub percent_alone: u64,
-    /// Faults to include
+    /// Kinds of faults to inject
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = FaultKind::ALL)]
     pub faults: Vec<FaultKind>,
-    /// Stream processors
+    /// Number of stream processors
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=6))]
     pub processors: u64,
-    /// Give each processor a checkpoint folder of its own, as on machines without a common disk
+    /// Give each processor its own checkpoint folder, as on machines without a shared disk
     #[arg(long)]
     pub own_checkpoints: bool,
-    /// Decides which fault comes when [default: another one each time, printed]
+    /// Seed of the fault schedule [default: random, printed]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Events a second, besides those of the source
+    /// Events per second, in addition to those of the source
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub rate: u64,
-    /// One JSON object instead of tables
+    /// Print a JSON object instead of tables
     #[arg(long)]
     pub json: bool,
-    /// Cache of the servers.
+    /// Ports and cache folder.
     #[command(flatten)]
     pub place: PlaceArgs,
 }
 
 impl Default for SoakArgs {
-    /// What the command line says when nothing is said.
+    /// The same defaults as on the command line.
     fn default() -> Self {
         Self {
             minutes: 10,
@@ -198,44 +199,44 @@ impl Default for SoakArgs {
     }
 }
 
-/// Faults of a soak.
+/// Kinds of faults that a soak injects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FaultKind {
-    /// SIGKILL of processors, producers, Kafka and Cassandra; sometimes the state files are lost, too
+    /// SIGKILL of processors, producers, Kafka and Cassandra, some with loss of the state files
     Kills,
-    /// SIGSTOP of Kafka, Cassandra, processors and the producer, as a long pause of a JVM
+    /// SIGSTOP of Kafka, Cassandra, processors and the producer, like a long GC pause
     Pauses,
-    /// Cassandra goes back to an older snapshot
+    /// Restore of Cassandra from an older snapshot
     Restores,
-    /// The source goes away and comes back
+    /// Outages of the source
     Outages,
     /// Transactions that are committed, aborted or abandoned
     Transactions,
-    /// At the end the topic gets partitions that the stream was not registered with
+    /// Partitions added to the topic at the end of the run
     Partitions,
 }
 
 impl FaultKind {
-    /// Every one.
+    /// Every kind of fault.
     pub const ALL: [Self; 6] =
         [Self::Kills, Self::Pauses, Self::Restores, Self::Outages, Self::Transactions, Self::Partitions];
 }
 
-/// Parts of `./test`.
+/// Parts of the test suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TestPart {
-    /// Formatting, lints, unit tests and the page's
+    /// Formatting, lints, and the unit tests of the crates and the page
     Unit,
-    /// End to end on real Kafka and Cassandra
+    /// End-to-end tests on real Kafka and Cassandra
     E2e,
-    /// The page in a real browser
+    /// Tests of the page in a real browser
     Page,
-    /// Rules, alerts and boards on the whole system with Prometheus
+    /// Rules, alerts and dashboards on the whole system with Prometheus
     Metrics,
-    /// Faults of every kind under load for three minutes (`long`: for fifteen)
+    /// Fault injection under load for three minutes (fifteen with `long`)
     Soak,
-    /// Everything but `long`
+    /// Everything except the additional tests of `long`
     All,
-    /// Everything, with the tests that take many minutes
+    /// Everything, including the tests that take many minutes
     Long,
 }

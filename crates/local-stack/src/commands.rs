@@ -1,4 +1,4 @@
-//! What `./run` offers beside starting: look, stop, print logs, start over.
+//! The commands of `./run`: start, stop, show the state, print logs, and delete all data.
 
 pub mod detach;
 pub mod up;
@@ -15,11 +15,11 @@ use crate::checks;
 use crate::cli::{LogsArgs, StatusArgs};
 use crate::config::{Folders, Settings};
 use crate::error::{Error, Result};
-use crate::process::{LOOK_AGAIN, Record, last_lines};
+use crate::process::{POLL_INTERVAL, Record, last_lines};
 use crate::servers::http_ok;
 use crate::terminal::Terminal;
 
-/// Parts in the order of their start; stopping goes backwards.
+/// Names of all parts in start order. They are stopped in reverse order.
 const ORDER: [&str; 8] = [
     "cassandra",
     "kafka",
@@ -31,28 +31,29 @@ const ORDER: [&str; 8] = [
     "prometheus",
 ];
 
-/// Name of the record of the process that keeps everything running: `./run`, or what `./run --detach` leaves in the background.
+/// Record name of the supervisor, which restarts the parts. It is `./run` itself, or the background process that
+/// `./run --detach` starts.
 pub(crate) const SUPERVISOR: &str = "supervisor";
 
-/// How long the supervisor may take to stop everything.
-const SUPERVISOR_WITHIN: Duration = Duration::from_secs(180);
+/// Time limit for the supervisor to stop all parts.
+const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// How often a followed log is read again.
-const FOLLOW_EVERY: Duration = Duration::from_millis(200);
+/// Poll interval while following a log.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The parts of this checkout that run now, in the order of their start.
+/// Returns the running parts of this checkout in start order.
 pub(crate) fn running(folders: &Folders) -> Vec<Record> {
     recorded(folders).into_iter().filter(Record::is_alive).collect()
 }
 
-/// The parts that run and those that are down although they should run, in the order of their start.
+/// Returns the parts that run, and those that are down although they should run, in start order.
 fn recorded(folders: &Folders) -> Vec<Record> {
     let records = ORDER.iter().filter_map(|name| Record::read(&folders.run().join(format!("{name}.json"))));
     records.filter(|part| part.down.is_some() || part.is_alive()).collect()
 }
 
-/// Removes the records of what has ended.
-fn forget_all(folders: &Folders) {
+/// Removes the records of all parts and of the supervisor.
+fn remove_records(folders: &Folders) {
     for name in ORDER.iter().chain([&SUPERVISOR]) {
         let _ = fs::remove_file(folders.run().join(format!("{name}.json")));
     }
@@ -62,29 +63,29 @@ fn supervisor(folders: &Folders) -> Option<Record> {
     Record::read(&folders.run().join(format!("{SUPERVISOR}.json"))).filter(Record::is_alive)
 }
 
-/// Stops everything in order, whoever started it.
+/// Stops all parts of this checkout in order, no matter which process started them.
 pub async fn stop(settings: &Settings, terminal: Terminal) -> Result<()> {
-    // First the supervisor: it would start again what is stopped.
+    // The supervisor must stop first, because it would restart the parts.
     if let Some(supervisor) = supervisor(&settings.folders) {
         supervisor.signal(Signal::TERM);
-        let deadline = Instant::now() + SUPERVISOR_WITHIN;
+        let deadline = Instant::now() + SUPERVISOR_TIMEOUT;
         while supervisor.is_alive() && Instant::now() < deadline {
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
     let mut parts = running(&settings.folders);
     while let Some(part) = parts.pop() {
         let since = Instant::now();
-        let gently = part.stop().await;
-        let how = if gently { "stopped" } else { "killed: it did not stop in time" };
+        let graceful = part.stop().await;
+        let how = if graceful { "stopped" } else { "killed after the grace period" };
         terminal.done(&part.name, how, since.elapsed());
     }
-    forget_all(&settings.folders);
-    terminal.progress("nothing of this checkout runs");
+    remove_records(&settings.folders);
+    terminal.progress("all parts of this checkout are stopped");
     Ok(())
 }
 
-/// Prints what runs where.
+/// Prints the state of every part.
 pub async fn status(settings: &Settings, args: &StatusArgs, terminal: Terminal) {
     let supervised = supervisor(&settings.folders).is_some();
     let mut rows = Vec::new();
@@ -105,20 +106,20 @@ pub async fn status(settings: &Settings, args: &StatusArgs, terminal: Terminal) 
                 json!({"name": part.name, "pid": part.pid, "address": part.address, "state": state,
                        "restarts": part.restarts, "resident_mib": mib, "uptime_seconds": seconds, "log": part.log,
                        "ended": part.down.as_ref().map(|down| &down.ended),
-                       "last_words": part.down.as_ref().map(|down| &down.words)})
+                       "last_words": part.down.as_ref().map(|down| &down.last_words)})
             })
             .collect();
         terminal.data(&json!(list).to_string());
         return;
     }
     if rows.is_empty() {
-        terminal.data("nothing of this checkout runs; ./run starts everything");
+        terminal.data("no part of this checkout is running; start everything with ./run");
         return;
     }
-    let ends: Vec<String> = rows
+    let exits: Vec<String> = rows
         .iter()
         .filter_map(|(part, ..)| {
-            part.down.as_ref().map(|down| format!("{}: {}: {}", part.name, down.ended, down.words))
+            part.down.as_ref().map(|down| format!("{}: {}: {}", part.name, down.ended, down.last_words))
         })
         .collect();
     let rows: Vec<[String; 7]> = rows
@@ -133,11 +134,13 @@ pub async fn status(settings: &Settings, args: &StatusArgs, terminal: Terminal) 
         })
         .collect();
     terminal.table(["part", "state", "restarts", "address", "memory", "up", "log"], &rows);
-    for line in ends {
+    for line in exits {
         terminal.data(&line);
     }
     if !supervised {
-        terminal.warning("no supervisor runs: what ends stays down; ./run stop and ./run start it again");
+        terminal.warning(
+            "no supervisor is running, so parts that exit are not restarted; run ./run stop, then ./run",
+        );
     }
 }
 
@@ -158,12 +161,12 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-/// Prints the end of a part's log, and what is added to it.
+/// Prints the last lines of the log of a part. With `--follow`, keeps printing new lines.
 pub async fn logs(settings: &Settings, args: &LogsArgs, terminal: Terminal) -> Result<()> {
     let log = settings.folders.logs().join(format!("{}.log", args.service));
     if !ORDER.contains(&args.service.as_str()) && args.service != SUPERVISOR {
         return Err(Error::Refused(format!(
-            "no part is called {}; one of {}, {SUPERVISOR}",
+            "unknown part {}; use one of {}, {SUPERVISOR}",
             args.service,
             ORDER.join(", ")
         )));
@@ -176,9 +179,9 @@ pub async fn logs(settings: &Settings, args: &LogsArgs, terminal: Terminal) -> R
         return Ok(());
     }
     loop {
-        tokio::time::sleep(FOLLOW_EVERY).await;
+        tokio::time::sleep(FOLLOW_INTERVAL).await;
         let now = fs::metadata(&log).map_or(0, |metadata| metadata.len());
-        // A shorter log is that of a new start.
+        // A log that has become shorter belongs to a new start of the part.
         length = copy_from(&log, if now < length { 0 } else { length })?;
     }
 }
@@ -192,12 +195,12 @@ fn copy_from(log: &Path, offset: u64) -> Result<u64> {
     Ok(offset + added.len() as u64)
 }
 
-/// Removes what the parts wrote, and what the processor remembers.
+/// Deletes the data and logs of all parts, and the checkpoints of the processor.
 pub fn reset(settings: &Settings, terminal: Terminal) -> Result<()> {
     let running = running(&settings.folders);
     if let Some(part) = running.first() {
         return Err(Error::Refused(format!(
-            "{} and {} more parts run; ./run stop first",
+            "{} and {} more parts are running; stop them first with ./run stop",
             part.name,
             running.len() - 1
         )));
@@ -213,19 +216,20 @@ pub fn reset(settings: &Settings, terminal: Terminal) -> Result<()> {
             removed.map_err(Error::io(&path))?;
         }
     }
-    terminal
-        .progress("data, logs and checkpoints of this checkout are gone; the next ./run starts from nothing");
+    terminal.progress(
+        "deleted the data, logs and checkpoints of this checkout; the next ./run starts without any data",
+    );
     Ok(())
 }
 
-/// Reports every check; tells whether all hold.
+/// Prints the result of every check. Returns whether all passed.
 pub fn doctor(settings: &Settings, terminal: Terminal) -> bool {
     let running = running(&settings.folders);
     let mut healthy = true;
     for (name, outcome) in checks::all(settings) {
         match outcome {
             Ok(detail) => terminal.data(&format!("ok    {name:<8} {detail}")),
-            // A running system holds its own ports and memory.
+            // The running parts themselves use these ports and this memory.
             Err(Error::PortsTaken { .. } | Error::TooLittleMemory { .. }) if !running.is_empty() => {
                 terminal.data(&format!("ok    {name:<8} in use by the {} running parts", running.len()));
             }
@@ -243,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_short() {
+    fn durations_are_shown_in_a_short_form() {
         assert_eq!([5, 65, 3_700].map(duration), ["5s", "1m05s", "1h01m"]);
     }
 }

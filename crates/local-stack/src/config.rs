@@ -1,4 +1,4 @@
-//! Where everything is on this machine: ports, folders, heaps, tools. The only reader of the environment here.
+//! Ports, folders, heap sizes and tools on this machine. Only this module reads the environment.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -8,37 +8,37 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How many ports `--port-base B` uses, from `B` upwards.
+/// Number of consecutive ports that `--port-base B` uses, starting at `B`.
 pub const PORTS: u16 = 12;
 
-/// Settings of every command that starts or examines parts.
+/// Settings of every command that starts or inspects parts.
 #[derive(Args, Clone, Debug, Default)]
 pub struct PlaceArgs {
-    /// Moves every port: the parts listen on B, B+1, … instead of their usual ports
+    /// Use the ports B, B+1, … instead of the usual ones, for a second checkout on the same machine
     #[arg(long, value_name = "B", env = "PIPELINE_PORT_BASE", value_parser = clap::value_parser!(u16).range(1024..=65000))]
     pub port_base: Option<u16>,
 
-    /// Folder for downloaded servers, shared by all checkouts [default: ~/.cache/event-pipeline]
+    /// Folder of downloaded servers, shared by all checkouts [default: `~/.cache/event-pipeline`]
     #[arg(long, value_name = "FOLDER", env = "PIPELINE_CACHE")]
     pub cache: Option<PathBuf>,
 }
 
-/// One loopback port for each part.
+/// Loopback ports of all parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ports {
-    /// Kafka's clients.
+    /// Kafka listener for clients.
     pub kafka: u16,
-    /// Kafka's KRaft controller.
+    /// KRaft controller of Kafka.
     pub controller: u16,
-    /// CQL.
+    /// CQL port of Cassandra.
     pub cassandra: u16,
-    /// Cassandra between its nodes.
+    /// Internode port of Cassandra.
     pub storage: u16,
-    /// JMX of Cassandra, for nodetool.
+    /// JMX port of Cassandra, for nodetool.
     pub jmx: u16,
-    /// JMX agent in Kafka: `/metrics`.
+    /// `/metrics` of the JMX agent in Kafka.
     pub kafka_agent: u16,
-    /// JMX agent in Cassandra: `/metrics`.
+    /// `/metrics` of the JMX agent in Cassandra.
     pub cassandra_agent: u16,
     /// Source simulator.
     pub source: u16,
@@ -53,7 +53,7 @@ pub struct Ports {
 }
 
 impl Default for Ports {
-    /// The ports of DESIGN section 8.
+    /// The ports used without `--port-base`.
     fn default() -> Self {
         Self {
             kafka: 9092,
@@ -73,7 +73,7 @@ impl Default for Ports {
 }
 
 impl Ports {
-    /// The ports `base`, `base + 1`, … in the order of the fields. `base` is at most 65,000.
+    /// Assigns `base`, `base + 1`, … in the order of the fields. `base` must be at most 65,000.
     pub fn from_base(base: u16) -> Self {
         Self {
             kafka: base,
@@ -91,17 +91,21 @@ impl Ports {
         }
     }
 
-    /// Ports that nobody listens on now, below the range the system gives to outgoing connections.
+    /// Finds ports that are free now, below the ephemeral range of the operating system.
     pub fn private() -> Result<Self> {
         let first = 20_000 + (std::process::id() % 500) as u16 * 20;
         (0..500u16)
             .map(|step| 20_000 + (first - 20_000 + step * 20) % 10_000)
             .map(Self::from_base)
             .find(|ports| ports.all().iter().all(|(_, port)| is_free(*port)))
-            .ok_or_else(|| Error::Refused("no twelve free ports in a row between 20000 and 30000".to_owned()))
+            .ok_or_else(|| {
+                Error::Refused(
+                    "no twelve consecutive free ports between 20000 and 30000; free some of them".to_owned(),
+                )
+            })
     }
 
-    /// Every port with the part that listens on it.
+    /// All ports, each with the name of the part that listens on it.
     pub fn all(&self) -> [(&'static str, u16); PORTS as usize] {
         [
             ("kafka", self.kafka),
@@ -120,12 +124,12 @@ impl Ports {
     }
 }
 
-/// Whether this process could listen on the loopback port now.
+/// Returns whether the loopback port is free now.
 pub fn is_free(port: u16) -> bool {
     TcpListener::bind(("127.0.0.1", port)).is_ok()
 }
 
-/// A loopback address as clients name it.
+/// The address `127.0.0.1:PORT`.
 pub fn loopback(port: u16) -> String {
     format!("127.0.0.1:{port}")
 }
@@ -133,53 +137,53 @@ pub fn loopback(port: u16) -> String {
 /// Heap sizes of the two servers, in MiB.
 #[derive(Clone, Copy, Debug)]
 pub struct Heaps {
-    /// Kafka's.
+    /// Heap of Kafka.
     pub kafka_mib: u32,
-    /// Cassandra's.
+    /// Heap of Cassandra.
     pub cassandra_mib: u32,
 }
 
 impl Heaps {
-    /// Small: the whole system runs in 4 GiB of free memory.
+    /// Small heaps: the whole system fits into 4 GiB of free memory.
     pub const SMALL: Self = Self { kafka_mib: 512, cassandra_mib: 1024 };
-    /// For measurements: large enough that collections do not decide the figures.
+    /// Heaps for measurements, large enough that garbage collection does not dominate the results.
     pub const BENCH: Self = Self { kafka_mib: 2048, cassandra_mib: 6144 };
 }
 
-/// The folders of one running system.
+/// Folders of one running system.
 #[derive(Clone, Debug)]
 pub struct Folders {
-    /// `.local` of the checkout, or a temporary folder of a test.
+    /// `.local` in the checkout, or a temporary folder of a test or measurement.
     pub root: PathBuf,
 }
 
 impl Folders {
-    /// What Kafka, Cassandra and Prometheus keep.
+    /// Data of Kafka, Cassandra and Prometheus.
     pub fn data(&self) -> PathBuf {
         self.root.join("data")
     }
 
-    /// Generated configuration.
+    /// Generated configuration files.
     pub fn config(&self) -> PathBuf {
         self.root.join("config")
     }
 
-    /// One log file a part.
+    /// Log files, one per part.
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")
     }
 
-    /// One record a running part.
+    /// Process records ([`Record`](crate::process::Record)), one per running part.
     pub fn run(&self) -> PathBuf {
         self.root.join("run")
     }
 
-    /// Drops what the servers keep, so that a folder kept for its logs is small.
+    /// Deletes the data of the servers, to save space when the folder is kept only for its logs.
     pub fn drop_data(&self) {
         let _ = std::fs::remove_dir_all(self.data());
     }
 
-    /// Makes all of them.
+    /// Creates all folders.
     pub fn create(&self) -> Result<()> {
         for folder in [self.data(), self.config(), self.logs(), self.run()] {
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -188,40 +192,40 @@ impl Folders {
     }
 }
 
-/// Everything a command needs to know about the machine and the checkout.
+/// Settings of a command, resolved for this machine and this checkout.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Root of the checkout: the current folder.
+    /// Root of the checkout, which is the current folder.
     pub checkout: PathBuf,
-    /// Where the parts keep what they write.
+    /// Folders that the parts write to.
     pub folders: Folders,
-    /// Where the processor keeps its checkpoints.
+    /// Checkpoint folder of the processor.
     pub checkpoints: PathBuf,
-    /// Downloaded servers.
+    /// Folder of the downloaded servers.
     pub cache: PathBuf,
-    /// The JVM both servers run on.
+    /// The `java` executable that runs Kafka and Cassandra.
     pub java: PathBuf,
     /// Ports of all parts.
     pub ports: Ports,
-    /// Heaps of the two servers.
+    /// Heap sizes of the two servers.
     pub heaps: Heaps,
-    /// Folder of the binaries: the one this program stands in.
+    /// Folder of the service binaries, which is the folder of this program.
     pub binaries: PathBuf,
-    /// Stream definition the services work on.
+    /// Stream definition of the services.
     pub stream: PathBuf,
-    /// `PIPELINE_SOURCE_ORIGIN` as the user set it.
+    /// Value of `PIPELINE_SOURCE_ORIGIN`; `None` if the user did not set it.
     pub source_origin: Option<String>,
-    /// `CARGO` or `cargo`.
+    /// Cargo executable: the value of `CARGO`, or `cargo`.
     pub cargo: PathBuf,
 }
 
 impl Settings {
-    /// Reads the environment; the current folder must be the root of a checkout.
+    /// Reads the environment. Fails if the current folder is not the root of a checkout.
     pub fn load(args: &PlaceArgs) -> Result<Self> {
         let checkout = std::env::current_dir().map_err(Error::io("."))?;
         if !checkout.join("crates/local-stack/Cargo.toml").is_file() {
             return Err(Error::Refused(format!(
-                "{} is not a checkout of the pipeline; start ./run or ./test there",
+                "{} is not a checkout of the pipeline; start ./run or ./test in the root of a checkout",
                 checkout.display()
             )));
         }
@@ -243,14 +247,14 @@ impl Settings {
         })
     }
 
-    /// The same machine, measured: bench heaps where they fit, and whether they do.
+    /// Uses [`Heaps::BENCH`] if they fit into memory, otherwise [`Heaps::SMALL`]. Returns whether they fit.
     pub fn with_bench_heaps(mut self) -> (Self, bool) {
         let fit = crate::checks::memory(Heaps::BENCH).is_ok();
         self.heaps = if fit { Heaps::BENCH } else { Heaps::SMALL };
         (self, fit)
     }
 
-    /// The same machine with private ports, everything written below `folder`.
+    /// A copy of these settings with free ports, whose parts write everything below `folder`.
     pub fn private(&self, folder: &Path) -> Result<Self> {
         Ok(Self {
             folders: Folders { root: folder.to_owned() },
@@ -261,15 +265,15 @@ impl Settings {
     }
 }
 
-/// False where the user set `NO_COLOR` (no-color.org).
+/// Returns `false` if the user has set `NO_COLOR` (<https://no-color.org>).
 pub fn colours_allowed() -> bool {
     variable("NO_COLOR").is_none()
 }
 
 fn default_cache() -> Result<PathBuf> {
-    variable("HOME")
-        .map(|home| Path::new(&home).join(".cache/event-pipeline"))
-        .ok_or_else(|| Error::Refused("HOME is not set; name a folder with --cache FOLDER".to_owned()))
+    variable("HOME").map(|home| Path::new(&home).join(".cache/event-pipeline")).ok_or_else(|| {
+        Error::Refused("HOME is not set; set it, or choose a cache folder with --cache FOLDER".to_owned())
+    })
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -281,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_base_moves_every_port_to_one_of_its_own() {
+    fn a_port_base_moves_every_port_to_a_distinct_one() {
         let ports: std::collections::BTreeSet<u16> =
             Ports::from_base(20_000).all().map(|(_, port)| port).into();
         assert_eq!(ports, (20_000..20_000 + PORTS).collect());

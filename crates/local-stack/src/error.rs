@@ -1,96 +1,96 @@
-//! What can go wrong on the local machine, each as one line that names the cause, the log file and the way out.
-//! Nothing here decides what to do about it: the commands print the line and end.
+//! Errors of the commands. Each one displays as a single line with the cause, the log file and a way to fix it. The
+//! commands print that line and exit.
 
 use std::path::PathBuf;
 
-/// A result whose error is already the line that the user reads.
+/// A result whose error displays as the line that the user reads.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a command of `local-stack` could not do its work.
+/// Why a command of `local-stack` failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Ports that something else holds, as `9092 (kafka), 9042 (cassandra)`.
-    #[error("ports taken: {ports}; free them, or move every port with --port-base 20000")]
+    /// Some ports are in use.
+    #[error("ports in use: {ports}; free them, or move all ports with --port-base 20000")]
     PortsTaken {
-        /// The ports with the parts that want them.
+        /// The ports and the parts that need them, such as `9092 (kafka), 9042 (cassandra)`.
         ports: String,
     },
-    /// Less memory than the parts need together.
+    /// The machine has too little memory.
     #[error(
         "{available_mib} MiB of memory available, {needed_mib} MiB needed; close something or use a larger machine"
     )]
     TooLittleMemory {
-        /// What the machine (or its container) can still give.
+        /// Memory available on the machine or in its container.
         available_mib: u64,
-        /// What the parts need together.
+        /// Memory that all parts need together.
         needed_mib: u64,
     },
-    /// Less disk than a first start needs.
-    #[error("{available_mib} MiB free on the disk of {}, {needed_mib} MiB needed; free some or move the checkout", folder.display())]
+    /// The disk has too little free space.
+    #[error("{available_mib} MiB free on the disk of {}, {needed_mib} MiB needed; free some space or move the checkout", folder.display())]
     TooLittleDisk {
-        /// The folder whose disk is meant.
+        /// A folder on that disk.
         folder: PathBuf,
-        /// What is left there.
+        /// Free space on that disk.
         available_mib: u64,
-        /// What a start needs.
+        /// Space that a first start needs.
         needed_mib: u64,
     },
-    /// A part that ended although it should run.
+    /// A part exited although it should keep running.
     #[error("{name} ended while starting ({ended}): {cause}; log: {}", log.display())]
     DiedAtStart {
-        /// The part.
+        /// Name of the part.
         name: String,
-        /// How it ended, as `exit code 1`.
+        /// How it exited, such as `exit code 1` or `signal 9`.
         ended: String,
-        /// The line of its log that says most.
+        /// The line of its log that most likely names the cause.
         cause: String,
-        /// The whole log.
+        /// Path of its log.
         log: PathBuf,
     },
-    /// A part that runs and does not answer.
-    #[error("{name} runs but does not answer at {address} after {seconds} s: {cause}; log: {}", log.display())]
+    /// A part runs but does not become ready.
+    #[error("{name} is running but not ready after {seconds} s (waiting for {awaited}): {cause}; log: {}", log.display())]
     NotReady {
-        /// The part.
+        /// Name of the part.
         name: String,
-        /// Where an answer was expected.
-        address: String,
-        /// How long it was waited for.
+        /// Address or event that this process waited for.
+        awaited: String,
+        /// How long this process waited, in seconds.
         seconds: u64,
-        /// The line of its log that says most.
+        /// The line of its log that most likely names the cause.
         cause: String,
-        /// The whole log.
+        /// Path of its log.
         log: PathBuf,
     },
-    /// A tool such as Maven that failed or is not there.
-    #[error("{tool}: {cause}; {way_out}")]
+    /// A tool such as Maven failed or is not installed.
+    #[error("{tool}: {cause}; {hint}")]
     Tool {
-        /// What was called.
+        /// Name of the tool.
         tool: String,
-        /// What it said.
+        /// Its error message.
         cause: String,
-        /// What the user can do.
-        way_out: String,
+        /// What the user can do about it.
+        hint: String,
     },
-    /// A request that makes no sense now, with the way out in the text.
+    /// Any other failure. The text includes the way to fix it.
     #[error("{0}")]
     Refused(String),
-    /// A file or folder that could not be used.
+    /// A file or folder could not be accessed.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
 }
 
 impl Error {
-    /// A start of what runs already.
+    /// The error for a start while the stack of this checkout is already running.
     pub fn already_running() -> Self {
-        Self::Refused("already running; ./run status shows it, ./run stop ends it".to_owned())
+        Self::Refused("already running; see ./run status, or stop it with ./run stop".to_owned())
     }
 
-    /// Names the path of a failed file operation: `fs::read(&path).map_err(Error::io(&path))`.
+    /// Adds the path to the error of a file operation: `fs::read(&path).map_err(Error::io(&path))`.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }

@@ -1,13 +1,16 @@
-//! The whole pipeline on one machine without Docker: real Kafka, Cassandra and Prometheus as plain processes, the
-//! services beside them, a source simulator, end-to-end tests and benchmarks. The services are driven as processes,
-//! the way a user does it; of the workspace only `common` is imported.
+//! Runs the whole pipeline on one machine without Docker: Kafka, Cassandra and Prometheus as plain processes, the
+//! services, a source simulator, end-to-end tests and benchmarks. The services run as separate processes, as they do in
+//! production. Of the other crates in the workspace, this one imports only `common`.
 //!
-//! A tour: [`cli`] says what can be asked, [`config`] where everything is, [`checks`] what the machine must offer.
-//! [`install`] brings servers into the cache, [`servers`] and [`services`] know how each part is started,
-//! [`process`] keeps it under control, [`supervise`] starts again what ends, [`stack`] knows the order, [`commands`] is what
-//! `./run` does with all that.
-//! [`source`] is the simulated REST API, [`test_parts`] is `./test`, [`bench`] measures, [`soak`] kills under load; these
-//! three have servers of their own from [`private`].
+//! The modules, from the command line down:
+//!
+//! - [`cli`] defines the command line, [`config`] the ports, folders and tools, and [`commands`] implements `./run`.
+//! - [`checks`] verifies the prerequisites of the machine, and [`install`] downloads the servers into the cache.
+//! - [`servers`] and [`services`] define how each part is started, and [`stack`] defines the order.
+//! - [`process`] controls a single process, and [`supervise`] restarts it when it exits.
+//! - [`source`] is the simulated REST API.
+//! - [`test_parts`] implements `./test`, [`bench`] measures performance, and [`soak`] injects faults under load. These
+//!   three start their own servers through [`private`].
 
 pub mod bench;
 pub mod checks;
@@ -35,27 +38,28 @@ use config::{PlaceArgs, Settings};
 use install::Installed;
 use terminal::Terminal;
 
-/// Does what the command line asks; the code is 0, 1 for a refusal or failure, 130 or 143 after a signal.
+/// Runs the given command and returns its exit code: 0 on success, 1 on failure, or 128 plus the signal number if a
+/// signal stopped it.
 pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let terminal = Terminal::default();
-    let here = || Settings::load(&PlaceArgs::default());
+    let settings = || Settings::load(&PlaceArgs::default());
     match cli.command.unwrap_or(Command::Up(cli.up)) {
         Command::Up(args) => up(&args, terminal).await,
-        Command::Stop => Ok(commands::stop(&here()?, terminal).await.map(|()| ExitCode::SUCCESS)?),
+        Command::Stop => Ok(commands::stop(&settings()?, terminal).await.map(|()| ExitCode::SUCCESS)?),
         Command::Status(args) => {
-            commands::status(&here()?, &args, terminal).await;
+            commands::status(&settings()?, &args, terminal).await;
             Ok(ExitCode::SUCCESS)
         }
         Command::Logs(args) => {
-            Ok(commands::logs(&here()?, &args, terminal).await.map(|()| ExitCode::SUCCESS)?)
+            Ok(commands::logs(&settings()?, &args, terminal).await.map(|()| ExitCode::SUCCESS)?)
         }
-        Command::Reset => Ok(commands::reset(&here()?, terminal).map(|()| ExitCode::SUCCESS)?),
+        Command::Reset => Ok(commands::reset(&settings()?, terminal).map(|()| ExitCode::SUCCESS)?),
         Command::Doctor(place) => {
             let healthy = commands::doctor(&Settings::load(&place)?, terminal);
             Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Source(args) => {
-            // The other commands speak to people through the terminal; this one is a server.
+            // Unlike the other commands, this one is a server, so it logs instead of writing to the terminal.
             tracing_subscriber::fmt().with_writer(std::io::stderr).json().flatten_event(true).init();
             source::serve(args).await.map(|()| ExitCode::SUCCESS)
         }
@@ -88,7 +92,7 @@ async fn up(args: &UpArgs, terminal: Terminal) -> anyhow::Result<ExitCode> {
     Ok(match outcome {
         Outcome::Detached => ExitCode::SUCCESS,
         Outcome::Failed => ExitCode::FAILURE,
-        // Shells report an end by signal N as 128 + N.
+        // By shell convention, a process stopped by signal N exits with code 128 + N.
         Outcome::Stopped(signal) => ExitCode::from(128 + signal),
     })
 }

@@ -1,4 +1,4 @@
-//! `local-stack`: reads the command line, runs it, turns the outcome into an exit code.
+//! Entry point of `local-stack`: parses the command line, runs the command, and returns its exit code.
 
 use std::process::ExitCode;
 

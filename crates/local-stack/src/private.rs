@@ -1,5 +1,5 @@
-//! Servers of one's own for a measurement or a test: a folder, ports, what must be checked and fetched before they start.
-//! What runs on them is the callers'.
+//! Private servers for a measurement or a test: their folder, their ports, and the checks and downloads before they
+//! start. The callers start the servers and run their work on them.
 
 use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,18 +10,18 @@ use crate::error::{Error, Result};
 use crate::install::Installed;
 use crate::terminal::Terminal;
 
-/// Everything that servers of one's own need; its folder goes away with it.
+/// Settings and binaries for private servers. Dropping this deletes the folder.
 #[derive(Debug)]
-pub struct Private {
-    /// The machine with private ports, everything written below the folder.
+pub struct PrivateServers {
+    /// Settings with free ports. Everything is written below the private folder.
     pub settings: Settings,
-    /// Fetched servers.
+    /// Downloaded servers.
     pub installed: Installed,
     folder: TempDir,
 }
 
-impl Private {
-    /// Checks the machine, makes the folders, fetches the servers; starts nothing.
+impl PrivateServers {
+    /// Creates the folders, checks the machine and downloads the servers. Starts nothing.
     pub async fn prepare(settings: &Settings, folder: TempDir, terminal: Terminal) -> Result<Self> {
         let settings = settings.private(folder.path())?;
         settings.folders.create()?;
@@ -33,22 +33,22 @@ impl Private {
         Ok(Self { settings, installed, folder })
     }
 
-    /// Leaves the folder where it is, without the servers' data, and says so: something went wrong.
+    /// Keeps the folder for troubleshooting, except for the data of the servers, and prints where it is.
     pub fn keep(self, terminal: Terminal) {
         self.settings.folders.drop_data();
         let logs = self.folder.keep();
-        terminal.warning(&format!("logs of the servers and services are kept in {}", logs.display()));
+        terminal.warning(&format!("the logs of the servers and services are kept in {}", logs.display()));
     }
 }
 
-/// A new folder below `.local`: the system's temporary folder may be memory.
+/// Creates a folder below `.local`, because the temporary folder of the system may be in memory.
 pub fn folder(settings: &Settings, prefix: &str) -> Result<TempDir> {
     let parent = &settings.folders.root;
     std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
     tempfile::Builder::new().prefix(prefix).tempdir_in(parent).map_err(Error::io(parent))
 }
 
-/// Waits for SIGINT or SIGTERM; gives the error that tells of it.
+/// Waits for SIGINT or SIGTERM, then returns the error to report.
 pub async fn interrupted() -> Error {
     match signal(SignalKind::terminate()) {
         Ok(mut terminated) => tokio::select! {

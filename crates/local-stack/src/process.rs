@@ -1,5 +1,6 @@
-//! Processes of the stack: started in groups of their own, recorded in `.local/run` by pid and start time (so that
-//! a recycled pid is never killed), stopped with a deadline. Which parts there are is not known here.
+//! Processes of the stack. Each runs in its own process group, is recorded in `.local/run`, and is stopped with a
+//! deadline. The record holds the pid and the start time, so that a process with a reused pid is never killed. This
+//! module does not know which parts exist.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -16,82 +17,83 @@ use serde::{Deserialize, Serialize};
 use crate::config::Folders;
 use crate::error::{Error, Result};
 
-/// How often a process that should end or answer is looked at.
-pub const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Poll interval while waiting for a process to start or exit.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How many of the last lines of a log are searched for the cause of a failure.
+/// Number of lines at the end of a log that are searched for the cause of a failure.
 const CAUSE_LINES: usize = 400;
 
-/// A cause longer than this many characters is cut: the log has the rest.
+/// Maximum length of a cause in characters. Longer ones are truncated; the log has the full text.
 const CAUSE_CHARACTERS: usize = 300;
 
 /// A process to start.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// Name of the part: also of its log and its record.
+    /// Name of the part, also used for its log and its record.
     pub name: String,
     /// Program to execute.
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
-    /// Variables set on top of this process's own.
+    /// Variables added to the environment of this process.
     pub environment: Vec<(String, String)>,
-    /// Folder it runs in.
+    /// Working folder.
     pub folder: PathBuf,
-    /// Where it will answer, as the user names it.
+    /// Address that it will serve; empty if it does not serve one.
     pub address: String,
-    /// How long it may take to end after SIGTERM.
+    /// Time limit for the exit after SIGTERM; then it is killed.
     pub grace: Duration,
 }
 
-/// What is remembered of a running process, across processes of `local-stack`.
+/// The record of a running process, stored as JSON and shared between invocations of `local-stack`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// Name of the part.
     pub name: String,
-    /// Process id, which is also its process group.
+    /// Process id, which is also the id of its process group.
     pub pid: u32,
-    /// Start time in clock ticks since boot: with the pid the identity of the process.
+    /// Start time in clock ticks since boot. Together with the pid it identifies the process.
     pub started_ticks: u64,
     /// Log file.
     pub log: PathBuf,
-    /// Where it answers.
+    /// Address that it serves; empty if there is none.
     pub address: String,
-    /// Seconds it may take to end.
+    /// Time limit for the exit after SIGTERM, in seconds.
     pub grace_seconds: u64,
-    /// How often it was started again after it had ended by itself.
+    /// Number of restarts after an unexpected exit.
     #[serde(default)]
     pub restarts: u64,
-    /// How it ended, where it is down although it should run.
+    /// How it exited, if it is down although it should run.
     #[serde(default)]
     pub down: Option<Down>,
 }
 
-/// The end of a process that should run.
+/// The unexpected exit of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Down {
-    /// As `exit code 1` or `signal 9`.
+    /// How it exited, such as `exit code 1` or `signal 9`.
     pub ended: String,
-    /// The line of its log that says most; empty where a signal ended it.
-    pub words: String,
-    /// It refuses to run and is not started again.
+    /// The line of its log that most likely names the cause; empty if a signal ended it.
+    #[serde(rename = "words")]
+    pub last_words: String,
+    /// Whether it refused to run; then it is not restarted.
     pub refused: bool,
 }
 
-/// A process this program started itself.
+/// A child process of this program.
 #[derive(Debug)]
 pub struct Process {
-    /// What others can know of it.
+    /// Its record, as other invocations of `local-stack` read it.
     pub record: Record,
     spec: Spec,
     child: Child,
     record_file: PathBuf,
-    /// Bytes in its log when it was last started.
-    log_begins: u64,
+    /// Length of its log in bytes at its latest start.
+    log_start: u64,
 }
 
 impl Process {
-    /// Starts the process with a fresh log (the previous one is kept as `NAME.log.1`) and records it.
+    /// Starts and records the process with an empty log. The previous log is kept as `NAME.log.1`.
     pub fn spawn(spec: &Spec, folders: &Folders) -> Result<Self> {
         let log = folders.logs().join(format!("{}.log", spec.name));
         if log.exists() {
@@ -109,12 +111,12 @@ impl Process {
             down: None,
         };
         let record_file = record.write(&folders.run())?;
-        Ok(Self { record, spec: spec.clone(), child, record_file, log_begins: 0 })
+        Ok(Self { record, spec: spec.clone(), child, record_file, log_start: 0 })
     }
 
-    /// Starts a process that has ended once more; its log goes on in the same file.
-    pub fn spawn_again(&mut self) -> Result<()> {
-        self.log_begins = fs::metadata(&self.record.log).map_or(0, |log| log.len());
+    /// Restarts a process that has exited. It appends to the same log.
+    pub fn respawn(&mut self) -> Result<()> {
+        self.log_start = fs::metadata(&self.record.log).map_or(0, |log| log.len());
         self.child = self.spec.start(&self.record.log)?;
         self.record.pid = self.child.id();
         self.record.started_ticks = Stat::read(self.record.pid).map_or(0, |stat| stat.started_ticks);
@@ -123,31 +125,31 @@ impl Process {
         self.record.write_to(&self.record_file)
     }
 
-    /// Records how a process ended that should run.
-    pub fn went_down(&mut self, status: ExitStatus, refused: bool) -> Result<Down> {
-        // A process that was killed has no last words: the end of its log has nothing to do with it.
-        let words = match status.code() {
-            Some(_) => cause(&tail(&self.record.log, self.log_begins, CAUSE_LINES)),
+    /// Records the unexpected exit of this process.
+    pub fn record_exit(&mut self, status: ExitStatus, refused: bool) -> Result<Down> {
+        // The log of a killed process does not contain the cause of its exit.
+        let last_words = match status.code() {
+            Some(_) => cause(&tail(&self.record.log, self.log_start, CAUSE_LINES)),
             None => String::new(),
         };
-        let down = Down { ended: describe(status), words, refused };
+        let down = Down { ended: describe(status), last_words, refused };
         self.record.down = Some(down.clone());
         self.record.write_to(&self.record_file)?;
         Ok(down)
     }
 
-    /// Removes the record of a process that has ended.
-    pub fn forget(&self) {
+    /// Removes the record of a process that has exited.
+    pub fn remove_record(&self) {
         let _ = fs::remove_file(&self.record_file);
     }
 
-    /// How the process ended, once it has.
+    /// Returns the exit status of the process, or `None` while it runs.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// The error for a process that ended although it should run.
-    pub fn death(&self, status: ExitStatus) -> Error {
+    /// Returns the error for a process that exited although it should keep running.
+    pub fn exit_error(&self, status: ExitStatus) -> Error {
         Error::DiedAtStart {
             name: self.record.name.clone(),
             ended: describe(status),
@@ -156,62 +158,62 @@ impl Process {
         }
     }
 
-    /// Waits for a process that does its work and ends, such as `stream-processor init`.
-    pub async fn finished(&mut self, within: Duration) -> Result<()> {
-        let deadline = Instant::now() + within;
+    /// Waits for a process that is expected to exit, such as `stream-processor init`. Stops it after the timeout.
+    pub async fn finished(&mut self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
         let status = loop {
             if let Some(status) = self.ended() {
                 break status;
             }
             if Instant::now() >= deadline {
                 self.stop().await;
-                return Err(self.not_ready("its end", within));
+                return Err(self.not_ready("its exit", timeout));
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         };
         let _ = fs::remove_file(&self.record_file);
-        if status.success() { Ok(()) } else { Err(self.death(status)) }
+        if status.success() { Ok(()) } else { Err(self.exit_error(status)) }
     }
 
-    /// The error for a process that runs and does not answer.
-    pub fn not_ready(&self, address: &str, waited: Duration) -> Error {
+    /// Returns the error for a process that runs but is not ready. `awaited` is the address or event waited for.
+    pub fn not_ready(&self, awaited: &str, waited: Duration) -> Error {
         Error::NotReady {
             name: self.record.name.clone(),
-            address: address.to_owned(),
+            awaited: awaited.to_owned(),
             seconds: waited.as_secs(),
             cause: cause_in_log(&self.record.log),
             log: self.record.log.clone(),
         }
     }
 
-    /// Ends the process: SIGTERM, and SIGKILL for its group after the grace. Tells whether it ended by itself.
+    /// Stops the process with SIGTERM, and kills its group after the grace period. Returns `false` if it was killed.
     pub async fn stop(&mut self) -> bool {
         let deadline = Instant::now() + Duration::from_secs(self.record.grace_seconds);
         self.record.signal(Signal::TERM);
-        let mut gently = true;
+        let mut graceful = true;
         while self.ended().is_none() {
-            if gently && Instant::now() >= deadline {
-                gently = false;
+            if graceful && Instant::now() >= deadline {
+                graceful = false;
                 self.record.kill_group();
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         let _ = fs::remove_file(&self.record_file);
-        gently
+        graceful
     }
 
-    /// SIGKILL for the whole group, as `kill -9` does it, and the end of the process.
+    /// Kills the process group with SIGKILL and waits until the process has exited.
     pub async fn kill(&mut self) {
         self.record.kill_group();
         while self.ended().is_none() {
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         let _ = fs::remove_file(&self.record_file);
     }
 }
 
 impl Spec {
-    /// Starts it; what it prints is added to `log`.
+    /// Starts the process, which appends its output to `log`.
     fn start(&self, log: &Path) -> Result<Child> {
         let output = File::options().create(true).append(true).open(log).map_err(Error::io(log))?;
         let errors = output.try_clone().map_err(Error::io(log))?;
@@ -229,7 +231,7 @@ impl Spec {
 }
 
 impl Record {
-    /// The record of this very process.
+    /// Creates a record of the current process.
     pub fn of_this_process(name: &str) -> Self {
         let pid = std::process::id();
         Self {
@@ -244,14 +246,14 @@ impl Record {
         }
     }
 
-    /// Keeps the record as `NAME.json`; gives the file.
+    /// Writes the record to `NAME.json` in the folder `run` and returns the path of the file.
     pub fn write(&self, run: &Path) -> Result<PathBuf> {
         let file = run.join(format!("{}.json", self.name));
         self.write_to(&file)?;
         Ok(file)
     }
 
-    /// Replaces the file at once: others read it meanwhile.
+    /// Replaces the file atomically, because other processes may be reading it.
     fn write_to(&self, file: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self).unwrap_or_default();
         let new = file.with_extension("new");
@@ -259,17 +261,17 @@ impl Record {
         fs::rename(&new, file).map_err(Error::io(file))
     }
 
-    /// Reads one record; none when the file is absent or unreadable.
+    /// Reads a record. Returns `None` if the file is missing or not valid.
     pub fn read(file: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(file).ok()?).ok()
     }
 
-    /// Whether this very process still runs (a zombie does not).
+    /// Returns whether the recorded process still runs. A zombie does not count as running.
     pub fn is_alive(&self) -> bool {
         Stat::read(self.pid).is_some_and(|stat| stat.started_ticks == self.started_ticks && !stat.is_zombie())
     }
 
-    /// Resident memory in MiB and seconds since the start, as far as the process runs.
+    /// Returns the resident memory in MiB and the uptime in seconds, or `None` if the process does not run.
     pub fn usage(&self) -> Option<(u64, u64)> {
         let stat = Stat::read(self.pid).filter(|_| self.is_alive())?;
         let uptime: f64 = fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
@@ -278,7 +280,7 @@ impl Record {
         Some((stat.resident_pages * rustix::param::page_size() as u64 / (1024 * 1024), running))
     }
 
-    /// Sends a signal to the process, if it still is this very process.
+    /// Sends a signal to the recorded process, if it still runs.
     pub fn signal(&self, signal: Signal) {
         if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw)
             && self.is_alive()
@@ -295,43 +297,43 @@ impl Record {
         }
     }
 
-    /// Ends a process that another `local-stack` started; tells whether it ended by itself.
+    /// Stops a process that another `local-stack` started. Returns `false` if it had to be killed.
     pub async fn stop(&self) -> bool {
         let deadline = Instant::now() + Duration::from_secs(self.grace_seconds);
         self.signal(Signal::TERM);
-        let mut gently = true;
+        let mut graceful = true;
         while self.is_alive() {
-            if gently && Instant::now() >= deadline {
-                gently = false;
+            if graceful && Instant::now() >= deadline {
+                graceful = false;
                 self.kill_group();
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
-        gently
+        graceful
     }
 }
 
-/// The fields of `/proc/PID/stat` that are used here (proc_pid_stat(5)).
+/// Fields of `/proc/PID/stat` that are used here; see proc_pid_stat(5).
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stat {
     state: char,
-    /// Field 22.
+    /// Start time in clock ticks since boot (field 22).
     pub started_ticks: u64,
-    /// Fields 14 and 15 together: CPU time in clock ticks.
+    /// User and system CPU time in clock ticks (fields 14 and 15).
     pub cpu_ticks: u64,
-    /// Field 20.
+    /// Number of threads (field 20).
     threads: u64,
     resident_pages: u64,
 }
 
 impl Stat {
-    /// Reads the process's state; none when there is no such process.
+    /// Reads the state of a process. Returns `None` if it does not exist.
     pub fn read(pid: u32) -> Option<Self> {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 
     fn parse(text: &str) -> Option<Self> {
-        // The program's name stands in parentheses and may hold anything, so count from behind it: field 3.
+        // The program name is in parentheses and may contain any character. The text after it starts with field 3.
         let fields: Vec<&str> = text.get(text.rfind(')')? + 1..)?.split_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
         Some(Self {
@@ -343,8 +345,8 @@ impl Stat {
         })
     }
 
-    /// Nothing of the process runs. The first thread of a JVM is a zombie some time before the last one has ended,
-    /// and until then its ports are taken.
+    /// Returns whether no thread of the process runs any more. The first thread of a JVM becomes a zombie while other
+    /// threads still run and hold its ports.
     fn is_zombie(&self) -> bool {
         matches!(self.state, 'Z' | 'X' | 'x') && self.threads <= 1
     }
@@ -354,17 +356,17 @@ fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => "unknown end".to_owned(),
+        (None, None) => "unknown exit status".to_owned(),
     }
 }
 
-/// The line of a log's end that most likely names the cause.
+/// Returns the line near the end of a log that most likely names the cause of a failure.
 pub fn cause_in_log(log: &Path) -> String {
     cause(&last_lines(log, CAUSE_LINES))
 }
 
 fn cause(lines: &[String]) -> String {
-    let cause = in_words(&most_telling(lines));
+    let cause = message_of(&most_relevant(lines));
     if cause.is_empty() {
         "its log is empty".to_owned()
     } else {
@@ -372,19 +374,19 @@ fn cause(lines: &[String]) -> String {
     }
 }
 
-/// What a line of a log in JSON says for people.
-fn in_words(line: &str) -> String {
+/// Extracts the message of a log line in JSON. Other lines are returned unchanged.
+fn message_of(line: &str) -> String {
     let fields: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-    let said = ["error", "cause", "message"].iter().find_map(|field| fields[*field].as_str());
-    said.unwrap_or(line).replace('\n', " ")
+    let message = ["error", "cause", "message"].iter().find_map(|field| fields[*field].as_str());
+    message.unwrap_or(line).replace('\n', " ")
 }
 
-/// The last lines of a file, fewer where it has fewer, none where it cannot be read.
+/// Returns up to `count` lines from the end of a file; none if the file cannot be read.
 pub fn last_lines(file: &Path, count: usize) -> Vec<String> {
     tail(file, 0, count)
 }
 
-/// The same, of what stands behind the first `skipped` bytes.
+/// Like [`last_lines`], but ignores the first `skipped` bytes of the file.
 fn tail(file: &Path, skipped: u64, count: usize) -> Vec<String> {
     let Ok(mut file) = File::open(file) else { return Vec::new() };
     if file.seek(SeekFrom::Start(skipped)).is_err() {
@@ -400,18 +402,18 @@ fn tail(file: &Path, skipped: u64, count: usize) -> Vec<String> {
     last.into()
 }
 
-fn most_telling(lines: &[String]) -> String {
-    const BY_WEIGHT: [&[&str]; 3] = [
+fn most_relevant(lines: &[String]) -> String {
+    const MARKS_BY_PRIORITY: [&[&str]; 3] = [
         &["Caused by:", "BindException", "OutOfMemoryError", "Could not reserve"],
         &["Exception", "FATAL", "ERROR", "\"level\":\"ERROR\"", "Error:", "error:", "panicked at"],
         &[""],
     ];
-    BY_WEIGHT
+    MARKS_BY_PRIORITY
         .iter()
         .find_map(|marks| {
-            let telling =
+            let matches =
                 |line: &&String| !line.trim().is_empty() && marks.iter().any(|mark| line.contains(mark));
-            lines.iter().rev().find(telling)
+            lines.iter().rev().find(matches)
         })
         .map(|line| line.trim().to_owned())
         .unwrap_or_default()
@@ -423,11 +425,11 @@ mod tests {
 
     fn check(log: &str, cause: &str) {
         let lines: Vec<String> = log.lines().map(str::to_owned).collect();
-        assert_eq!(most_telling(&lines), cause);
+        assert_eq!(most_relevant(&lines), cause);
     }
 
     #[test]
-    fn the_cause_is_the_innermost_that_the_log_names() {
+    fn the_innermost_cause_in_the_log_is_chosen() {
         check("INFO start\nERROR no disk\nINFO bye\n", "ERROR no disk");
         check(
             "java.io.IOException: x\nCaused by: java.net.BindException: taken\n  at a.b\n",
@@ -438,8 +440,8 @@ mod tests {
     }
 
     #[test]
-    fn a_line_in_json_is_told_in_words() {
-        let check = |line: &str, words: &str| assert_eq!(in_words(line), words);
+    fn the_message_is_extracted_from_a_json_line() {
+        let check = |line: &str, message: &str| assert_eq!(message_of(line), message);
         check(
             r#"{"level":"ERROR","message":"ended","error":"another layout:\n  now"}"#,
             "another layout:   now",
@@ -449,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stat_line_is_read_past_a_name_with_parentheses() {
+    fn a_stat_line_is_parsed_when_the_name_contains_parentheses() {
         let line =
             "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 30 12 0 0 20 0 3 0 5000 1000 99 18446744073709551615";
         let stat = Stat::parse(line).unwrap();
@@ -460,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recycled_pid_is_not_the_recorded_process() {
+    fn a_reused_pid_is_not_the_recorded_process() {
         let mut record = Record::of_this_process("test");
         assert!(record.is_alive());
         record.started_ticks += 1;
@@ -468,12 +470,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_process_that_ends_at_once_names_its_last_words() {
+    async fn the_error_of_a_process_that_exits_at_once_contains_its_last_words() {
         let folder = tempfile::tempdir().unwrap();
         let folders = Folders { root: folder.path().to_owned() };
         folders.create().unwrap();
         let spec = Spec {
-            name: "liar".to_owned(),
+            name: "part".to_owned(),
             program: "/bin/sh".into(),
             arguments: ["-c", "echo 'ERROR out of luck'; exit 3"].map(OsString::from).into(),
             environment: Vec::new(),
@@ -484,6 +486,6 @@ mod tests {
         let mut process = Process::spawn(&spec, &folders).unwrap();
         let error = process.finished(Duration::from_secs(10)).await.unwrap_err().to_string();
         assert!(error.contains("exit code 3") && error.contains("ERROR out of luck"), "{error}");
-        assert!(Record::read(&folders.run().join("liar.json")).is_none());
+        assert!(Record::read(&folders.run().join("part.json")).is_none());
     }
 }

@@ -1,4 +1,5 @@
-//! The servers that are not ours, as processes: their configuration, command lines and signs of life.
+//! Third-party servers as processes: Kafka, Cassandra and Prometheus, with their configuration, command lines and
+//! readiness probes.
 
 pub mod cassandra;
 pub mod kafka;
@@ -13,27 +14,27 @@ use crate::install::Installed;
 use crate::process::Process;
 use crate::terminal::Terminal;
 
-/// How long Kafka or Cassandra may take until they answer; both need 5 to 20 s on two cores.
-const READY_WITHIN: Duration = Duration::from_secs(120);
+/// Time limit for Kafka or Cassandra to become ready. Both need 5 to 20 s on two cores.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often a server that starts is asked.
-const ASK_EVERY: Duration = Duration::from_millis(150);
+/// Poll interval while waiting for a server to become ready.
+const PROBE_INTERVAL: Duration = Duration::from_millis(150);
 
-/// A question whose answer says that a part is ready.
+/// A readiness probe.
 #[derive(Clone, Debug)]
 pub enum Probe {
-    /// Kafka's metadata names a broker.
+    /// Kafka metadata lists a broker.
     Kafka(String),
     /// Cassandra answers CQL.
     Cassandra(String),
-    /// Somebody accepts connections.
+    /// The address accepts connections.
     Tcp(String),
-    /// `GET` answers 200.
+    /// `GET` returns status 200.
     Http(String),
 }
 
 impl Probe {
-    /// Asks once.
+    /// Probes once and returns whether the part is ready.
     pub async fn answers(&self) -> bool {
         match self {
             Self::Kafka(address) => accepts(address).await && kafka::answers(address).await,
@@ -56,7 +57,7 @@ async fn accepts(address: &str) -> bool {
     tokio::net::TcpStream::connect(address).await.is_ok()
 }
 
-/// Whether `GET url` answers 200; every failure is a no.
+/// Returns whether `GET url` returns status 200. Any failure counts as `false`.
 pub async fn http_ok(url: &str) -> bool {
     match http_client() {
         Ok(client) => client.get(url).send().await.is_ok_and(|answer| answer.status().as_u16() == 200),
@@ -64,39 +65,39 @@ pub async fn http_ok(url: &str) -> bool {
     }
 }
 
-/// The value of a metric at `ADDRESS/metrics`, its name with its labels as they stand there; none where the service does not
-/// answer or does not have it.
+/// Reads the value of a metric from `ADDRESS/metrics`. `name` includes the labels exactly as they are exported. Returns
+/// `None` if the service does not answer or does not export the metric.
 pub async fn metric(address: &str, name: &str) -> Option<f64> {
     let answer = http_client().ok()?.get(format!("{address}/metrics")).send().await.ok()?;
     let text = answer.text().await.ok()?;
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?.parse().ok()
 }
 
-/// A client for loopback: short timeouts, no proxy.
+/// Creates an HTTP client for loopback addresses, with a short timeout and without a proxy.
 pub fn http_client() -> reqwest::Result<reqwest::Client> {
-    // Only the first call installs the provider; reqwest refuses to build a client without one.
+    // reqwest cannot build a client without a provider. Only the first call installs it; later ones have no effect.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()
 }
 
-/// Waits until a started process answers; fails at once when it ends.
-pub async fn wait_until_ready(process: &mut Process, probe: &Probe, within: Duration) -> Result<()> {
-    let deadline = Instant::now() + within;
+/// Waits until a started process is ready. Fails at once if the process exits.
+pub async fn wait_until_ready(process: &mut Process, probe: &Probe, timeout: Duration) -> Result<()> {
+    let deadline = Instant::now() + timeout;
     loop {
         if let Some(status) = process.ended() {
-            return Err(process.death(status));
+            return Err(process.exit_error(status));
         }
         if probe.answers().await {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(process.not_ready(probe.address(), within));
+            return Err(process.not_ready(probe.address(), timeout));
         }
-        tokio::time::sleep(ASK_EVERY).await;
+        tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }
 
-/// Starts Kafka and Cassandra side by side. Whatever was started is in `started`, also when this fails.
+/// Starts Kafka and Cassandra concurrently. Adds every started process to `started`, even if this function fails.
 pub async fn start_pair(
     settings: &Settings,
     installed: &Installed,
@@ -115,15 +116,15 @@ pub async fn start_pair(
     let kafka_ready = ready("kafka", kafka_probe.address().to_owned());
     let cassandra_ready = ready("cassandra", cassandra_probe.address().to_owned());
     tokio::try_join!(
-        async { wait_until_ready(kafka, &kafka_probe, READY_WITHIN).await.map(|()| kafka_ready()) },
+        async { wait_until_ready(kafka, &kafka_probe, READY_TIMEOUT).await.map(|()| kafka_ready()) },
         async {
-            wait_until_ready(cassandra, &cassandra_probe, READY_WITHIN).await.map(|()| cassandra_ready())
+            wait_until_ready(cassandra, &cassandra_probe, READY_TIMEOUT).await.map(|()| cassandra_ready())
         },
     )?;
     Ok(())
 }
 
-/// Writes a configuration file made from a template, whose `@name@` places take the values.
+/// Writes a configuration file from a template and replaces each `@name@` with its value.
 fn write_config(file: &Path, template: &str, values: &[(&str, String)]) -> Result<()> {
     let text = values
         .iter()

@@ -1,5 +1,5 @@
-//! The programs of this workspace as processes: the source simulator and the three services, set up by their
-//! environment the way a user would do it.
+//! Process specifications of the programs in this workspace: the source simulator and the three services. They are
+//! configured through environment variables, as in production.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,48 +11,48 @@ use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::process::Spec;
 
-/// Where the shipped stream definition expects the source: moved ports must be told to the producer.
+/// Address of the source in the shipped stream definition. If the ports were moved, the producer needs the new address.
 const DEFAULT_SOURCE: &str = "127.0.0.1:8090";
 
-/// How long a service may take to finish its work after SIGTERM.
+/// Time limit for a service to shut down after SIGTERM.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// The source simulator: `local-stack source`.
+/// The source simulator, `local-stack source`.
 pub fn source(settings: &Settings) -> Result<Spec> {
     let address = loopback(settings.ports.source);
     let spec = service(settings, "source", "local-stack", &["source", "--listen", &address])?;
     Ok(Spec { address: format!("http://{address}"), ..spec })
 }
 
-/// Keyspace, tables and topics: runs and ends.
+/// `stream-processor init`, which creates the keyspace, tables and topics, then exits.
 pub fn init(settings: &Settings) -> Result<Spec> {
     service(settings, "init", "stream-processor", &["init"])
 }
 
-/// REST API → Kafka.
+/// `ingest-producer run`, which copies records from the REST API to Kafka.
 pub fn producer(settings: &Settings) -> Result<Spec> {
     service(settings, "ingest-producer", "ingest-producer", &["run"])
         .map(|spec| listening(spec, settings.ports.producer))
 }
 
-/// Events as fast as Kafka takes them: runs and ends.
+/// `ingest-producer stress`, which sends events as fast as Kafka accepts them, then exits.
 pub fn stress(settings: &Settings, arguments: &[&str]) -> Result<Spec> {
     service(settings, "stress", "ingest-producer", &[&["stress"], arguments].concat())
 }
 
-/// Events at a steady rate for some seconds, five in a hundred of them twice: runs and ends.
+/// `ingest-producer stress` at `rate` events per second for `seconds`, with 5 % duplicates. Then it exits.
 pub fn load(settings: &Settings, seconds: u64, rate: u64) -> Result<Spec> {
     let (seconds, rate) = (seconds.to_string(), rate.to_string());
     let arguments = ["stress", "--seconds", &seconds, "--rate", &rate, "--duplicates", "5"];
     service(settings, "stress", "ingest-producer", &arguments)
 }
 
-/// Panes and totals compared with the rows: runs and ends, well only when nothing differs.
+/// `stream-processor verify`, which compares panes and totals with the rows. It succeeds only if nothing differs.
 pub fn verify(settings: &Settings) -> Result<Spec> {
     service(settings, "verify", "stream-processor", &["verify"])
 }
 
-/// Variables that give a run names of its own on servers of its own.
+/// Environment variables that name the keyspace, topics, consumer group and instance of a run after `name`.
 pub fn names(name: &str) -> Vec<(String, String)> {
     [
         ("PIPELINE_KEYSPACE", name.to_owned()),
@@ -65,20 +65,20 @@ pub fn names(name: &str) -> Vec<(String, String)> {
     .into()
 }
 
-/// The stream definition that the services work on.
+/// Reads the stream definition of the services.
 pub fn definition(settings: &Settings) -> Result<Definition> {
     let text = fs::read_to_string(&settings.stream).map_err(Error::io(&settings.stream))?;
     Definition::parse(&settings.stream.display().to_string(), &text)
         .map_err(|error| Error::Refused(error.to_string()))
 }
 
-/// Kafka → Cassandra.
+/// `stream-processor run`, which writes events from Kafka to Cassandra.
 pub fn processor(settings: &Settings) -> Result<Spec> {
     service(settings, "stream-processor", "stream-processor", &["run"])
         .map(|spec| listening(spec, settings.ports.processor))
 }
 
-/// Cassandra and Kafka → page.
+/// `metrics-dashboard`, which serves the page from data in Cassandra and Kafka.
 pub fn dashboard(settings: &Settings) -> Result<Spec> {
     service(settings, "metrics-dashboard", "metrics-dashboard", &[])
         .map(|spec| listening(spec, settings.ports.dashboard))
@@ -88,7 +88,7 @@ fn service(settings: &Settings, name: &str, program: &str, arguments: &[&str]) -
     let program = settings.binaries.join(program);
     if !program.is_file() {
         return Err(Error::Refused(format!(
-            "{} is not built; start ./run, or cargo build --workspace",
+            "{} is not built; run ./run, or cargo build --workspace",
             program.display()
         )));
     }
@@ -122,7 +122,8 @@ fn environment(settings: &Settings) -> Vec<(String, String)> {
     environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-/// Where the producer finds the source: as the user says, else the simulator where the definition means it.
+/// Origin of the source: the one that the user set, otherwise the simulator if the stream definition uses its address.
+/// `None` leaves the definition as it is.
 fn source_origin(settings: &Settings) -> Option<String> {
     if settings.source_origin.is_some() {
         return settings.source_origin.clone();
@@ -131,7 +132,7 @@ fn source_origin(settings: &Settings) -> Option<String> {
     definition.contains(DEFAULT_SOURCE).then(|| format!("http://{}", loopback(settings.ports.source)))
 }
 
-/// Binaries a start needs.
+/// Binaries that must exist before a start.
 pub fn programs(settings: &Settings) -> [PathBuf; 3] {
     ["ingest-producer", "stream-processor", "metrics-dashboard"].map(|name| settings.binaries.join(name))
 }

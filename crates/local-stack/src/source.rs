@@ -1,8 +1,12 @@
-//! The source simulator: the API of the shipped stream definitions, offline, deterministic by seed and interval, with
-//! faults that can be switched while it runs.
+//! The source simulator serves the APIs of the shipped stream definitions offline. Its answers depend only on the seed
+//! and the requested interval. Faults can be changed while it runs.
 //!
-//! `GET /api/?results=N&seed=S&page=P` is of the shape of randomuser.me, `GET /v2/orders?from&to&limit&cursor` of the second
-//! shape, `/repos/{owner}/{repo}/commits`, `/v1/charges` and `/2.3/questions` of [`public`] APIs, `GET|PUT /faults` shows and sets [`faults::Faults`], `GET /healthz` answers `ok`.
+//! - `GET /api/?results=N&seed=S&page=P` returns people in the format of randomuser.me.
+//! - `GET /v2/orders?from&to&limit&cursor` returns [`orders`] in a different format.
+//! - `GET /repos/{owner}/{repo}/commits`, `/v1/charges` and `/2.3/questions` return records in the formats of
+//!   [`public`] APIs.
+//! - `GET /faults` and `PUT /faults` show and set [`faults::Faults`].
+//! - `GET /healthz` returns `ok`.
 
 pub mod faults;
 mod misbehave;
@@ -31,11 +35,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Most people of one page, as in the real API.
+/// Maximum number of people per page, as in the real API.
 const MAX_RESULTS: u64 = 5000;
-/// Orders of a page when the request names no limit.
+/// Number of orders per page if the request has no limit.
 const DEFAULT_LIMIT: u64 = 100;
-/// How long the process may take to end: requests under a slow fault may still wait for their answer.
+/// Time limit for the shutdown, because requests that are slowed by a fault may still be in progress.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Settings of `local-stack source`.
@@ -44,16 +48,16 @@ pub struct SourceArgs {
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:8090")]
     pub listen: SocketAddr,
-    /// What goes wrong: KIND=RATE (0 to 1) or KIND=xN (the next N requests); may stand several times
+    /// Fault to inject: KIND=RATE (0 to 1) or KIND=xN (the next N requests); may be given several times
     #[arg(long = "fault", value_name = "KIND=WHEN")]
     pub faults: Vec<FaultFlag>,
-    /// Decides which requests a rate strikes
+    /// Seed that determines which requests a RATE affects
     #[arg(long, default_value = "faults")]
     pub fault_seed: String,
-    /// Retry-After of fault `throttle`: seconds or an HTTP date
+    /// Retry-After header of the fault `throttle`: seconds or an HTTP date
     #[arg(long, default_value = "1")]
     pub retry_after: String,
-    /// Pause between the pieces of fault `drip`, in milliseconds
+    /// Delay between the pieces of the fault `drip`, in milliseconds
     #[arg(long, default_value_t = 200)]
     pub drip_ms: u64,
 }
@@ -78,9 +82,9 @@ struct Simulator {
 #[derive(Debug, Default)]
 struct SimulatorState {
     faults: Faults,
-    /// Data requests so far; with the seed it decides what a rate strikes.
+    /// Number of data requests so far. With the seed, it determines which requests a rate affects.
     requests: u64,
-    /// How often each fault has struck.
+    /// Number of injections of each fault.
     injected: BTreeMap<Fault, u64>,
 }
 
@@ -90,11 +94,11 @@ impl Simulator {
     }
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves requests until SIGTERM or SIGINT.
 pub async fn serve(args: SourceArgs) -> anyhow::Result<()> {
-    let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
+    let shutdown = Shutdown::on_signals(GRACE).context("cannot install signal handlers")?;
     let listener = tokio::net::TcpListener::bind(args.listen).await.with_context(|| {
-        format!("cannot listen on {}; free it or name another with --listen", args.listen)
+        format!("cannot listen on {}; free the address or choose another one with --listen", args.listen)
     })?;
     tracing::info!(listen = %listener.local_addr()?, "source simulator listening");
     axum::serve(listener, router(args.settings()))
@@ -103,7 +107,7 @@ pub async fn serve(args: SourceArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All routes, beginning with these faults.
+/// Returns all routes, with these faults as the initial ones.
 pub fn router(faults: Faults) -> Router {
     let simulator = Arc::new(Simulator::default());
     simulator.with(|s| s.faults = faults);
@@ -114,24 +118,24 @@ pub fn router(faults: Faults) -> Router {
         .route("/repos/{owner}/{repo}/commits", get(public_routes::commits))
         .route("/v1/charges", get(public_routes::charges))
         .route("/2.3/questions", get(public_routes::questions))
-        .layer(middleware::from_fn_with_state(simulator.clone(), misbehaving))
+        .layer(middleware::from_fn_with_state(simulator.clone(), inject_fault))
         .route("/faults", get(show_faults).put(set_faults))
         .route("/healthz", get(|| async { "ok" }))
         .with_state(simulator)
 }
 
-/// Present where pages must never end.
+/// Request extension: whether the pages of this request must never end.
 #[derive(Debug, Clone, Copy)]
 struct Endless(bool);
 
-async fn misbehaving(
+async fn inject_fault(
     State(simulator): State<Arc<Simulator>>,
     mut request: Request,
     next: Next,
 ) -> Response<Body> {
     let (fault, faults) = simulator.with(|s| {
         s.requests += 1;
-        let fault = s.faults.strike(s.requests);
+        let fault = s.faults.next_fault(s.requests);
         if let Some(fault) = fault {
             *s.injected.entry(fault).or_default() += 1;
         }
@@ -141,9 +145,9 @@ async fn misbehaving(
     request.extensions_mut().insert(faults.answer);
     match fault {
         None => next.run(request).await,
-        Some(fault) => match misbehave::instead(fault, &faults) {
+        Some(fault) => match misbehave::replacement(fault, &faults) {
             Some(answer) => answer,
-            None => misbehave::spoil(fault, &faults, next.run(request).await).await,
+            None => misbehave::corrupt(fault, &faults, next.run(request).await).await,
         },
     }
 }
@@ -161,7 +165,7 @@ async fn people_page(
 ) -> Response<Body> {
     let results = query.results.unwrap_or(1);
     if !(1..=MAX_RESULTS).contains(&results) {
-        return refused(format!("results must be between 1 and {MAX_RESULTS}, not {results}"));
+        return refused(format!("results must be between 1 and {MAX_RESULTS}, but is {results}"));
     }
     let seed = query.seed.unwrap_or_else(|| "simulator".to_owned());
     Json(people::page(&seed, query.page.unwrap_or(1), results, answer)).into_response()
@@ -181,7 +185,7 @@ async fn orders_page(
 ) -> Response<Body> {
     let limit = query.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=orders::MAX_LIMIT).contains(&limit) {
-        return refused(format!("limit must be between 1 and {}, not {limit}", orders::MAX_LIMIT));
+        return refused(format!("limit must be between 1 and {}, but is {limit}", orders::MAX_LIMIT));
     }
     let (Some(from), Some(to)) = (time(&query.from), time(&query.to)) else {
         return refused("from and to must be RFC 3339 times such as 2026-01-31T00:00:00Z".to_owned());
@@ -198,7 +202,7 @@ async fn orders_page(
     }
 }
 
-/// RFC 3339, also where a client left `+` unencoded in the query.
+/// Parses an RFC 3339 time to Unix milliseconds. Also accepts a `+` that the client did not encode in the query.
 fn time(text: &str) -> Option<i64> {
     chrono::DateTime::parse_from_rfc3339(&text.replace(' ', "+")).ok().map(|at| at.timestamp_millis())
 }
@@ -258,7 +262,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_shapes_are_served_and_nonsense_is_refused() {
+    async fn people_and_orders_are_served_and_invalid_requests_are_refused() {
         let origin = start().await;
         let (status, body) = get(&format!("{origin}/api/?results=5000&seed=s&page=2")).await;
         let body: Value = serde_json::from_str(&body).unwrap();
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_public_shapes_name_their_next_page_each_in_its_own_way() {
+    async fn each_public_api_identifies_its_next_page_in_its_own_way() {
         let origin = start().await;
         let json = |text: String| serde_json::from_str::<Value>(&text).unwrap();
         let span = "since=2026-01-01T00:00:00Z&until=2026-01-01T00:05:00Z&per_page=100";
@@ -301,7 +305,10 @@ mod tests {
             }
         }
         assert_eq!(ids.len(), public::CHARGES.records(1_767_225_600, 1_767_225_900).unwrap().len());
-        assert!(ids.windows(2).all(|pair| pair[0] > pair[1]), "newest first, none twice");
+        assert!(
+            ids.windows(2).all(|pair| pair[0] > pair[1]),
+            "charges must be sorted newest first, without duplicates"
+        );
         assert_eq!(get(&format!("{url}&starting_after=ch_0")).await.0, 400);
 
         let url = format!(
@@ -314,7 +321,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_fault_strikes_as_often_as_set_and_no_more() {
+    async fn each_fault_is_injected_exactly_as_often_as_requested() {
         let origin = start().await;
         let url = format!("{origin}/api/?results=3");
         let (_, whole) = get(&url).await;
@@ -346,7 +353,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_bomb_is_small_and_an_oversized_body_is_not() {
+    async fn a_gzip_bomb_is_small_and_an_oversized_body_is_not() {
         let origin = start().await;
         let url = format!("{origin}/api/?results=3");
         set(&origin, json!({"oversized_bytes": 4 << 20, "faults": {"bomb": {"next": 1}}})).await;
@@ -358,7 +365,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn endless_pages_always_name_another() {
+    async fn endless_pages_always_have_a_next_page() {
         let origin = start().await;
         let url = format!("{origin}/v2/orders?from=2026-01-01T00:00:00Z&to=2026-01-01T00:00:05Z&limit=1000");
         let next =

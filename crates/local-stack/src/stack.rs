@@ -1,5 +1,5 @@
-//! The whole system on one machine: in which order its parts start and stop, and when each counts as ready.
-//! How a part is started is in `servers` and `services`.
+//! The whole system on one machine: the order in which its parts start and stop, and when each part is ready. The
+//! command lines of the parts are defined in `servers` and `services`.
 
 use std::time::{Duration, Instant};
 
@@ -12,22 +12,22 @@ use crate::services;
 use crate::supervise::{Change, Supervised};
 use crate::terminal::Terminal;
 
-/// How long a service may take until it is ready: it connects, and the processor may recover its state.
-const SERVICE_WITHIN: Duration = Duration::from_secs(60);
+/// Time limit for a service to become ready. It has to connect, and the processor may have to recover its state.
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long `init` may take; it waits for its servers itself.
-const INIT_WITHIN: Duration = Duration::from_secs(120);
+/// Time limit for `init`, which waits for its servers.
+const INIT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How much of the system is started.
+/// Which parts of the system to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// Kafka and Cassandra.
     Servers,
-    /// Everything.
+    /// All parts.
     All,
 }
 
-/// The parts that were started, in that order.
+/// The running parts, in the order in which they were started.
 #[derive(Debug)]
 pub struct Stack {
     settings: Settings,
@@ -36,12 +36,13 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// A stack of which nothing runs yet.
+    /// A stack without running parts.
     pub fn new(settings: Settings, terminal: Terminal) -> Self {
         Self { settings, terminal, parts: Vec::new() }
     }
 
-    /// Starts the parts one after the other; on failure what was started still runs: call [`Stack::stop`].
+    /// Starts the parts one after the other. If this fails, the parts started so far keep running; call
+    /// [`Stack::stop`].
     pub async fn start(&mut self, installed: &Installed, extent: Extent) -> Result<()> {
         let mut servers = Vec::new();
         let started = servers::start_pair(&self.settings, installed, self.terminal, &mut servers).await;
@@ -73,7 +74,7 @@ impl Stack {
         let since = Instant::now();
         let address = spec.address.clone();
         let mut process = Process::spawn(&spec, &self.settings.folders)?;
-        let ready = wait_until_ready(&mut process, &probe, SERVICE_WITHIN).await;
+        let ready = wait_until_ready(&mut process, &probe, SERVICE_TIMEOUT).await;
         self.parts.push(Supervised::new(process));
         ready?;
         self.terminal.done(&spec.name, &address, since.elapsed());
@@ -83,28 +84,28 @@ impl Stack {
     async fn init(&mut self) -> Result<()> {
         let since = Instant::now();
         let mut init = Process::spawn(&services::init(&self.settings)?, &self.settings.folders)?;
-        init.finished(INIT_WITHIN).await?;
+        init.finished(INIT_TIMEOUT).await?;
         self.terminal.done("init", "keyspace, tables and topics", since.elapsed());
         Ok(())
     }
 
-    /// Starts again what has ended; what happened to which part since the last call.
-    pub fn tend(&mut self) -> Vec<(String, Result<Change>)> {
-        let changes = self.parts.iter_mut().map(|part| (part.name().to_owned(), part.tend().transpose()));
+    /// Restarts parts that have exited. Returns the changes since the last call, each with the name of its part.
+    pub fn poll(&mut self) -> Vec<(String, Result<Change>)> {
+        let changes = self.parts.iter_mut().map(|part| (part.name().to_owned(), part.poll().transpose()));
         changes.filter_map(|(name, change)| Some((name, change?))).collect()
     }
 
-    /// Stops everything in the reverse order of the start.
+    /// Stops all parts, in reverse order of their start.
     pub async fn stop(&mut self) {
         while let Some(mut part) = self.parts.pop() {
             let since = Instant::now();
-            let gently = part.stop().await;
-            let how = if gently { "stopped" } else { "killed: it did not stop in time" };
+            let graceful = part.stop().await;
+            let how = if graceful { "stopped" } else { "killed after the grace period" };
             self.terminal.done(part.name(), how, since.elapsed());
         }
     }
 
-    /// Whether nothing was started.
+    /// Returns whether no part was started.
     pub fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }

@@ -1,50 +1,50 @@
-//! Parts that are started again when they end: after growing pauses, and not at all when they refuse to run. Servers too: their
-//! data survive SIGKILL, and nothing else can go on without them.
+//! Restarts parts that exit, with exponential backoff. A part that refuses to run is not restarted. Servers are
+//! restarted too, because their data survives SIGKILL and every other part depends on them.
 
 use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::process::{Down, Process};
 
-/// Exit code of a service that refuses to run, such as on lost history: it would refuse again.
+/// Exit code of a service that refuses to run, for example because history was lost. A restart would not help.
 const REFUSED: i32 = 3;
 
-/// Pause before the first new start; it doubles with each further one.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Delay before the first restart. It doubles with each further restart.
+const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 
-/// Longest pause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Upper limit of the delay.
+const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
-/// A part that ran this long had started well: the next pause is the first one again.
-const STEADY_AFTER: Duration = Duration::from_secs(10);
+/// A part that has run for this long counts as stable, which resets its delay to [`INITIAL_BACKOFF`].
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-/// The pauses before new starts of one part.
+/// Delays before the restarts of one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pauses {
+struct Backoff {
     next: Duration,
 }
 
-impl Pauses {
+impl Backoff {
     fn new() -> Self {
-        Self { next: FIRST_PAUSE }
+        Self { next: INITIAL_BACKOFF }
     }
 
-    /// The pause before a part that ran for so long is started again.
+    /// Returns the delay before the next restart of a part that has just exited after running for `ran`.
     fn after(&mut self, ran: Duration) -> Duration {
-        let pause = if ran >= STEADY_AFTER { FIRST_PAUSE } else { self.next };
-        self.next = (pause * 2).min(LONGEST_PAUSE);
+        let pause = if ran >= STABLE_AFTER { INITIAL_BACKOFF } else { self.next };
+        self.next = (pause * 2).min(MAX_BACKOFF);
         pause
     }
 }
 
-/// What a look at a part found.
+/// A change in the state of a part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It ended and is started again after a pause.
+    /// The part exited. It is restarted after this delay.
     Ended(Down, Duration),
-    /// It refuses to run and stays down.
+    /// The part refuses to run and is not restarted.
     Refused(Down),
-    /// It was started again, for the so-manieth time.
+    /// The part was restarted. The number counts its restarts.
     Restarted(u64),
 }
 
@@ -55,42 +55,42 @@ enum State {
     Refused,
 }
 
-/// A part under supervision.
+/// A supervised part.
 #[derive(Debug)]
 pub struct Supervised {
     process: Process,
     state: State,
-    pauses: Pauses,
+    backoff: Backoff,
 }
 
 impl Supervised {
-    /// A part that runs.
+    /// Supervises a running process.
     pub fn new(process: Process) -> Self {
-        Self { process, state: State::Running { since: Instant::now() }, pauses: Pauses::new() }
+        Self { process, state: State::Running { since: Instant::now() }, backoff: Backoff::new() }
     }
 
-    /// Name of the part.
+    /// Returns the name of the part.
     pub fn name(&self) -> &str {
         &self.process.record.name
     }
 
-    /// Notices an end, or starts the part again when its pause is over.
-    pub fn tend(&mut self) -> Result<Option<Change>> {
+    /// Detects an exit, or restarts the part once its backoff is over. Returns the change, if any.
+    pub fn poll(&mut self) -> Result<Option<Change>> {
         match self.state {
             State::Running { since } => {
                 let Some(status) = self.process.ended() else { return Ok(None) };
                 if status.code() == Some(REFUSED) {
                     self.state = State::Refused;
-                    return Ok(Some(Change::Refused(self.process.went_down(status, true)?)));
+                    return Ok(Some(Change::Refused(self.process.record_exit(status, true)?)));
                 }
-                let pause = self.pauses.after(since.elapsed());
+                let pause = self.backoff.after(since.elapsed());
                 self.state = State::Waiting { until: Instant::now() + pause };
-                Ok(Some(Change::Ended(self.process.went_down(status, false)?, pause)))
+                Ok(Some(Change::Ended(self.process.record_exit(status, false)?, pause)))
             }
             State::Waiting { until } if Instant::now() >= until => {
-                // Should it fail to start, it is tried again after the next pause.
-                self.state = State::Waiting { until: Instant::now() + self.pauses.after(Duration::ZERO) };
-                self.process.spawn_again()?;
+                // If the start fails, the next delay applies before another attempt.
+                self.state = State::Waiting { until: Instant::now() + self.backoff.after(Duration::ZERO) };
+                self.process.respawn()?;
                 self.state = State::Running { since: Instant::now() };
                 Ok(Some(Change::Restarted(self.process.record.restarts)))
             }
@@ -98,12 +98,12 @@ impl Supervised {
         }
     }
 
-    /// Stops the part and forgets it; tells whether it ended by itself.
+    /// Stops the part and removes its record. Returns `false` if it had to be killed.
     pub async fn stop(&mut self) -> bool {
         match self.state {
             State::Running { .. } => self.process.stop().await,
             State::Waiting { .. } | State::Refused => {
-                self.process.forget();
+                self.process.remove_record();
                 true
             }
         }
@@ -114,7 +114,7 @@ impl Supervised {
 mod tests {
     use super::*;
     use crate::config::Folders;
-    use crate::process::{LOOK_AGAIN, Record, Spec};
+    use crate::process::{POLL_INTERVAL, Record, Spec};
     use rustix::process::Signal;
     use std::ffi::OsString;
     use tempfile::TempDir;
@@ -137,17 +137,17 @@ mod tests {
 
     async fn next_change(part: &mut Supervised) -> Change {
         loop {
-            if let Some(change) = part.tend().unwrap() {
+            if let Some(change) = part.poll().unwrap() {
                 return change;
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     #[test]
-    fn pauses_double_to_a_minute_and_start_over_after_a_steady_run() {
-        let mut pauses = Pauses::new();
-        let mut after = |ran: u64| pauses.after(Duration::from_secs(ran)).as_millis();
+    fn backoff_doubles_up_to_a_minute_and_resets_after_a_stable_run() {
+        let mut backoff = Backoff::new();
+        let mut after = |ran: u64| backoff.after(Duration::from_secs(ran)).as_millis();
         let grown: Vec<u128> = (0..11).map(|_| after(1)).collect();
         assert_eq!(grown[..4], [100, 200, 400, 800]);
         assert_eq!(grown[9..], [51_200, 60_000]);
@@ -155,14 +155,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_killed_part_is_started_again_and_its_record_says_so() {
-        let (mut part, folders, _folder) = part("echo begun; exec sleep 600");
+    async fn a_killed_part_is_restarted_and_its_record_is_updated() {
+        let (mut part, folders, _folder) = part("echo started; exec sleep 600");
         let file = folders.run().join("part.json");
         for restarts in 1..=2 {
             let before = Record::read(&file).unwrap();
             before.signal(Signal::KILL);
-            let killed = Down { ended: "signal 9".to_owned(), words: String::new(), refused: false };
-            let Change::Ended(down, _) = next_change(&mut part).await else { panic!("it was killed") };
+            let killed = Down { ended: "signal 9".to_owned(), last_words: String::new(), refused: false };
+            let Change::Ended(down, _) = next_change(&mut part).await else { panic!("the part was killed") };
             assert_eq!(down, killed);
             assert_eq!(Record::read(&file).unwrap().down, Some(killed));
             assert_eq!(next_change(&mut part).await, Change::Restarted(restarts));
@@ -174,12 +174,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_part_that_refuses_stays_down_with_its_last_words() {
+    async fn a_part_that_refuses_to_run_stays_down_and_keeps_its_last_words() {
         let (mut part, folders, _folder) = part("echo 'ERROR another layout'; exit 3");
-        let down =
-            Down { ended: "exit code 3".to_owned(), words: "ERROR another layout".to_owned(), refused: true };
+        let down = Down {
+            ended: "exit code 3".to_owned(),
+            last_words: "ERROR another layout".to_owned(),
+            refused: true,
+        };
         assert_eq!(next_change(&mut part).await, Change::Refused(down.clone()));
-        assert_eq!(part.tend().unwrap(), None);
+        assert_eq!(part.poll().unwrap(), None);
         let file = folders.run().join("part.json");
         assert_eq!(Record::read(&file).unwrap().down, Some(down));
         assert!(part.stop().await);
@@ -187,12 +190,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_part_that_fails_at_once_is_tried_again_and_its_last_words_are_those_of_its_last_life() {
+    async fn a_part_that_exits_at_once_is_restarted_and_its_last_words_come_from_the_latest_run() {
         let (mut part, _folders, _folder) =
             part("test -e lived || { touch lived; echo 'ERROR first'; exit 1; }; echo then; exit 1");
-        for (restarts, words) in [(1, "ERROR first"), (2, "then"), (3, "then")] {
-            let Change::Ended(down, _) = next_change(&mut part).await else { panic!("it fails each time") };
-            assert_eq!((down.words.as_str(), down.refused), (words, false));
+        for (restarts, last_words) in [(1, "ERROR first"), (2, "then"), (3, "then")] {
+            let Change::Ended(down, _) = next_change(&mut part).await else {
+                panic!("the part exits each time")
+            };
+            assert_eq!((down.last_words.as_str(), down.refused), (last_words, false));
             assert_eq!(next_change(&mut part).await, Change::Restarted(restarts));
         }
         part.stop().await;

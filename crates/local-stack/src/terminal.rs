@@ -1,11 +1,11 @@
-//! What the user reads: progress lines and tables. Progress goes to stderr, data to stdout; no decisions.
+//! Output for the user: progress lines on stderr, data and tables on stdout.
 
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-/// Writes lines for people; colours only on a terminal without `NO_COLOR`.
+/// Writes lines for the user. Uses colours only on a terminal, and only if `NO_COLOR` is not set.
 #[derive(Clone, Copy, Debug)]
 pub struct Terminal {
     colour: bool,
@@ -18,7 +18,7 @@ impl Default for Terminal {
 }
 
 impl Terminal {
-    /// A step that is done, with the seconds it took.
+    /// Reports a finished step and how long it took.
     pub fn done(&self, name: &str, detail: &str, took: Duration) {
         self.progress(&format!(
             "{} {name:<18} {:>5.1} s  {detail}",
@@ -27,33 +27,33 @@ impl Terminal {
         ));
     }
 
-    /// A step that takes long enough to be announced.
-    pub fn begins(&self, name: &str, detail: &str) {
+    /// Announces a step that takes a while.
+    pub fn started(&self, name: &str, detail: &str) {
         self.progress(&format!("{} {name:<18}          {detail}", self.paint("2", "…   ")));
     }
 
-    /// Something the user should know though everything goes on.
+    /// Reports a problem that does not stop the command.
     pub fn warning(&self, text: &str) {
         self.progress(&format!("{} {text}", self.paint("33", "note")));
     }
 
-    /// The one line that says why nothing goes on.
+    /// Reports the error that ended the command or one of its parts.
     pub fn failure(&self, text: &str) {
         self.progress(&format!("{} {text}", self.paint("31", "fail")));
     }
 
-    /// A line of progress as it is.
+    /// Writes a progress line unchanged.
     pub fn progress(&self, line: &str) {
         // A closed stderr must not stop the servers.
         let _ = writeln!(std::io::stderr(), "{line}");
     }
 
-    /// A line of data as it is.
+    /// Writes a data line unchanged.
     pub fn data(&self, line: &str) {
         let _ = writeln!(std::io::stdout(), "{line}");
     }
 
-    /// A table of data.
+    /// Writes a table as data.
     pub fn table<const N: usize>(&self, header: [&str; N], rows: &[[String; N]]) {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);

@@ -1,5 +1,5 @@
-//! `./test`: which runners are called in which order, on which servers, and the closing summary in the runners' own
-//! words. What is tested stands in the crates, in `tests/e2e` and in the page's folder.
+//! `./test`: runs the test runners in order, starts the servers that they need, and prints a summary of their results.
+//! The tests themselves are in the crates, in `tests/e2e`, and in the folder of the page.
 
 mod metrics;
 
@@ -14,19 +14,19 @@ use tokio::process::Command;
 use crate::cli::{FaultKind, SoakArgs, TestArgs, TestPart};
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
-use crate::private::{self, Private};
+use crate::private::{self, PrivateServers};
 use crate::process::Record;
 use crate::soak;
 use crate::stack::{Extent, Stack};
 use crate::terminal::Terminal;
 
-/// Most end-to-end tests at once: each starts processes of its own on the same two servers.
+/// Number of concurrent end-to-end tests. They share two servers, and each test starts its own processes.
 const E2E_THREADS: &str = "2";
 
-/// What `bootstrap.sh` builds the tested programs with: another choice would build them again.
+/// The same features as in `bootstrap.sh`. Other features would cause a rebuild of the programs.
 const FEATURES: &str = "--features=stream-processor/failpoints";
 
-/// One runner to call.
+/// One test runner to execute.
 struct Step {
     title: &'static str,
     program: PathBuf,
@@ -35,51 +35,51 @@ struct Step {
     environment: Vec<(&'static str, String)>,
 }
 
-/// How a runner ended, with its own closing lines.
-struct Closing {
+/// Result of a test runner, with the summary lines that it printed.
+struct StepResult {
     title: &'static str,
     passed: bool,
     lines: Vec<String>,
 }
 
-/// Runs the asked part; tells whether everything passed.
+/// Runs the selected part of the test suite. Returns whether everything passed.
 pub async fn run(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result<bool> {
     let since = Instant::now();
-    let mut closings = Vec::new();
-    let whole = matches!(args.part, TestPart::All | TestPart::Long);
-    if whole || args.part == TestPart::Unit {
+    let mut results = Vec::new();
+    let all = matches!(args.part, TestPart::All | TestPart::Long);
+    if all || args.part == TestPart::Unit {
         for step in unit(settings) {
-            closings.push(call(step, terminal).await?);
+            results.push(run_step(step, terminal).await?);
         }
     }
-    if (whole || args.part == TestPart::Page)
+    if (all || args.part == TestPart::Page)
         && let Some(step) = page(settings)
     {
-        closings.push(call(step, terminal).await?);
+        results.push(run_step(step, terminal).await?);
     }
-    if whole || args.part == TestPart::E2e {
-        closings.push(e2e(settings, args, terminal).await?);
+    if all || args.part == TestPart::E2e {
+        results.push(e2e(settings, args, terminal).await?);
     }
-    if whole || args.part == TestPart::Metrics {
-        closings.extend(metrics::run(settings, args, terminal).await?);
+    if all || args.part == TestPart::Metrics {
+        results.extend(metrics::run(settings, args, terminal).await?);
     }
-    if whole || args.part == TestPart::Soak {
-        closings.push(soak(settings, args.part == TestPart::Long, terminal).await?);
+    if all || args.part == TestPart::Soak {
+        results.push(soak(settings, args.part == TestPart::Long, terminal).await?);
     }
-    Ok(close(&closings, since, terminal))
+    Ok(print_summary(&results, since, terminal))
 }
 
-fn close(closings: &[Closing], since: Instant, terminal: Terminal) -> bool {
-    terminal.data(&format!("\nafter {} s:", since.elapsed().as_secs()));
-    for closing in closings {
-        let verdict = if closing.passed { "ok  " } else { "FAIL" };
-        terminal.data(&format!("{verdict} {}", closing.title));
-        for line in &closing.lines {
+fn print_summary(results: &[StepResult], since: Instant, terminal: Terminal) -> bool {
+    terminal.data(&format!("\nfinished after {} s:", since.elapsed().as_secs()));
+    for result in results {
+        let verdict = if result.passed { "ok  " } else { "FAIL" };
+        terminal.data(&format!("{verdict} {}", result.title));
+        for line in &result.lines {
             terminal.data(&format!("       {line}"));
         }
     }
-    let passed = closings.iter().all(|closing| closing.passed);
-    terminal.data(if passed { "everything passed" } else { "something failed: see above" });
+    let passed = results.iter().all(|result| result.passed);
+    terminal.data(if passed { "everything passed" } else { "some tests failed; see above" });
     passed
 }
 
@@ -94,9 +94,9 @@ fn unit(settings: &Settings) -> Vec<Step> {
     let mut steps = vec![
         cargo("cargo fmt", &["fmt", "--all", "--check"]),
         cargo("cargo clippy", &["clippy", "--workspace", FEATURES, "--all-targets", "--", "-D", "warnings"]),
-        // What needs servers is left out of `--all-targets`, as of `cargo test`.
+        // `--all-targets` skips the targets that need servers, as `cargo test` does.
         cargo(
-            "cargo clippy of what needs servers",
+            "cargo clippy of the tests that need servers",
             &[
                 "clippy",
                 "--workspace",
@@ -135,42 +135,42 @@ fn npm(settings: &Settings, title: &'static str, script: &str) -> Option<Step> {
     })
 }
 
-/// Starts one Kafka and one Cassandra of its own, runs the target, stops them whatever happened.
-async fn e2e(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result<Closing> {
+/// Starts a private Kafka and Cassandra, runs the end-to-end tests, and stops the servers in any case.
+async fn e2e(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result<StepResult> {
     let folder =
         tempfile::Builder::new().prefix("pipeline-e2e-").tempdir().map_err(Error::io("temporary folder"))?;
-    let own = Private::prepare(settings, folder, terminal).await?;
+    let own = PrivateServers::prepare(settings, folder, terminal).await?;
     let mut stack = Stack::new(own.settings.clone(), terminal);
-    let closing = tokio::select! {
-        closing = async {
-            // Built before the servers start: the compiler would take their memory and time.
-            let built = call(e2e_build(&own.settings), terminal).await?;
+    let result = tokio::select! {
+        result = async {
+            // The tests are built before the servers start, because the compiler would compete for memory and CPU.
+            let built = run_step(e2e_build(&own.settings), terminal).await?;
             if !built.passed {
                 return Ok(built);
             }
             stack.start(&own.installed, Extent::Servers).await?;
-            let closing = call(e2e_step(&own.settings, args), terminal).await?;
-            if !closing.passed {
-                return Ok(closing);
+            let result = run_step(e2e_step(&own.settings, args), terminal).await?;
+            if !result.passed {
+                return Ok(result);
             }
-            let pauses = call(pauses_step(&own.settings, args), terminal).await?;
-            Ok(Closing { lines: [closing.lines, pauses.lines].concat(), ..pauses })
-        } => closing,
+            let pauses = run_step(pauses_step(&own.settings, args), terminal).await?;
+            Ok(StepResult { lines: [result.lines, pauses.lines].concat(), ..pauses })
+        } => result,
         error = private::interrupted() => Err(error),
     };
     stack.stop().await;
-    if !matches!(&closing, Ok(closing) if closing.passed) {
+    if !matches!(&result, Ok(result) if result.passed) {
         own.keep(terminal);
     }
-    closing
+    result
 }
 
-/// Faults of every kind under load. Partitions are added in the long one only: it takes librdkafka half a minute to notice,
-/// and `topics.rs` of the end-to-end tests tries it, too.
-async fn soak(settings: &Settings, long: bool, terminal: Terminal) -> Result<Closing> {
+/// Injects faults under load. Only the long soak adds partitions, because librdkafka takes half a minute to notice them
+/// and the end-to-end tests in `topics.rs` cover them as well.
+async fn soak(settings: &Settings, long: bool, terminal: Terminal) -> Result<StepResult> {
     let (title, args) = if long {
         let args = SoakArgs { minutes: 15, own_checkpoints: true, ..SoakArgs::default() };
-        ("soak: faults under load for fifteen minutes", args)
+        ("soak: fault injection under load for fifteen minutes", args)
     } else {
         let faults = FaultKind::ALL.into_iter().filter(|kind| *kind != FaultKind::Partitions);
         let args = SoakArgs {
@@ -182,11 +182,11 @@ async fn soak(settings: &Settings, long: bool, terminal: Terminal) -> Result<Clo
             faults: faults.collect(),
             ..SoakArgs::default()
         };
-        ("soak: faults under load for three minutes", args)
+        ("soak: fault injection under load for three minutes", args)
     };
-    terminal.begins("test", title);
+    terminal.started("test", title);
     let report = soak::run(settings, &args, terminal).await?;
-    Ok(Closing { title, passed: report.passed(), lines: vec![report.summary()] })
+    Ok(StepResult { title, passed: report.passed(), lines: vec![report.summary()] })
 }
 
 fn e2e_build(private: &Settings) -> Step {
@@ -217,7 +217,7 @@ fn e2e_step(private: &Settings, args: &TestArgs) -> Step {
     server_step(private, args, title, &["e2e", "ledger"], E2E_THREADS)
 }
 
-/// After the others: it stops the servers for a while.
+/// This target runs last, because it pauses the servers.
 fn pauses_step(private: &Settings, args: &TestArgs) -> Step {
     server_step(private, args, "end to end: cargo test --test e2e, --test pauses", &["pauses"], "1")
 }
@@ -255,9 +255,9 @@ fn server_step(
     }
 }
 
-/// Calls a runner, passes on what it prints, and keeps its closing lines.
-async fn call(step: Step, terminal: Terminal) -> Result<Closing> {
-    terminal.begins("test", step.title);
+/// Executes a test runner, forwards its output, and keeps its summary lines.
+async fn run_step(step: Step, terminal: Terminal) -> Result<StepResult> {
+    terminal.started("test", step.title);
     let mut child = Command::new(&step.program)
         .args(&step.arguments)
         .envs(step.environment)
@@ -272,25 +272,25 @@ async fn call(step: Step, terminal: Terminal) -> Result<Closing> {
         let mut output = BufReader::new(output).lines();
         while let Some(line) = output.next_line().await.map_err(Error::io(&step.program))? {
             terminal.data(&line);
-            if is_closing_line(&line) {
+            if is_summary_line(&line) {
                 lines.push(line.trim().to_owned());
             }
         }
     }
     let status = child.wait().await.map_err(Error::io(&step.program))?;
-    Ok(Closing { title: step.title, passed: status.success(), lines: merged(lines) })
+    Ok(StepResult { title: step.title, passed: status.success(), lines: without_empty_runs(lines) })
 }
 
-/// Lines in which cargo's test programs and node's runner sum up.
-fn is_closing_line(line: &str) -> bool {
+/// Returns whether a line is a summary line of the test programs of cargo or of the node test runner.
+fn is_summary_line(line: &str) -> bool {
     let node = |line: &str| ["tests ", "pass ", "fail "].iter().any(|word| line.starts_with(word));
     line.starts_with("test result:")
         || line.strip_prefix("# ").is_some_and(node)
         || line.strip_prefix("ℹ ").is_some_and(node)
 }
 
-/// A test program without tests has nothing to say.
-fn merged(lines: Vec<String>) -> Vec<String> {
+/// Drops the summary lines of test programs that ran no tests.
+fn without_empty_runs(lines: Vec<String>) -> Vec<String> {
     lines.into_iter().filter(|line| !line.starts_with("test result: ok. 0 passed; 0 failed")).collect()
 }
 
@@ -299,19 +299,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_summaries_of_both_runners_are_recognised() {
+    fn summary_lines_of_both_runners_are_recognised() {
         let yes = ["test result: ok. 3 passed; 0 failed", "# pass 3", "ℹ fail 0", "# tests 3"];
         let no = ["running 3 tests", "# Subtest: x", "test a ... ok", "ℹ duration_ms 3"];
-        assert!(yes.iter().all(|line| is_closing_line(line)));
-        assert!(!no.iter().any(|line| is_closing_line(line)));
+        assert!(yes.iter().all(|line| is_summary_line(line)));
+        assert!(!no.iter().any(|line| is_summary_line(line)));
     }
 
     #[test]
-    fn test_programs_without_tests_are_not_listed() {
+    fn test_programs_that_ran_no_tests_are_not_listed() {
         let lines = vec![
             "test result: ok. 0 passed; 0 failed; 0 ignored".to_owned(),
             "test result: ok. 1 passed".to_owned(),
         ];
-        assert_eq!(merged(lines), ["test result: ok. 1 passed"]);
+        assert_eq!(without_empty_runs(lines), ["test result: ok. 1 passed"]);
     }
 }

@@ -1,6 +1,6 @@
-//! What can be said of boards, rules and agents without a server: that boards load into any Grafana and explain themselves,
-//! that every alert has its words, its twin and its tests, that rules and golden scrapes of the agents agree. `./test metrics`
-//! asks a real Prometheus.
+//! Checks of the Grafana dashboards, alerts and JMX agent rules that need no server. Dashboards must load into any
+//! Grafana and explain themselves. Every alert must have annotations, a companion alert and tests. The rules of the
+//! agents must match the golden scrapes. `./test metrics` checks the expressions against a real Prometheus.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 
 #[path = "metrics/promql.rs"]
@@ -11,30 +11,32 @@ mod sources;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use sources::{Kind, boards, files, list, of_boards, of_rules, root, text};
+use sources::{Kind, dashboard_expressions, dashboards, files, list, root, rule_expressions, text};
 
+/// Servers with a JMX agent.
 const AGENTS: [&str; 2] = ["kafka", "cassandra"];
-/// Columns of Grafana's grid.
+/// Number of columns of Grafana's grid.
 const COLUMNS: u64 = 24;
-/// A description says what to conclude, not only what is shown.
-const SHORTEST_DESCRIPTION: usize = 20;
+/// Minimum length of a panel's description in bytes.
+const MIN_DESCRIPTION_BYTES: usize = 20;
 
 fn read(file: &str) -> String {
     std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
 }
 
+/// Asserts that no part breaks `rule`.
 fn assert_none(broken: &[String], rule: &str) {
     assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
 }
 
-/// Panels that show something, each with `board / panel`.
+/// All panels except rows, each with its location `DASHBOARD / PANEL`.
 fn panels() -> Vec<(String, Value)> {
-    let of = |board: &Value| {
-        let shown = list(board, "/panels").iter().filter(|panel| text(panel, "/type") != "row");
-        let place = |panel: &Value| format!("{} / {}", text(board, "/title"), text(panel, "/title"));
+    let of = |dashboard: &Value| {
+        let shown = list(dashboard, "/panels").iter().filter(|panel| text(panel, "/type") != "row");
+        let place = |panel: &Value| format!("{} / {}", text(dashboard, "/title"), text(panel, "/title"));
         shown.map(|panel| (place(panel), panel.clone())).collect::<Vec<_>>()
     };
-    boards().iter().flat_map(|(_, board)| of(board)).collect()
+    dashboards().iter().flat_map(|(_, dashboard)| of(dashboard)).collect()
 }
 
 #[test]
@@ -48,160 +50,186 @@ fn every_panel_explains_itself_and_has_a_unit_and_thresholds() {
                 broken.push(format!("{place}: {what}"));
             }
         };
-        need(text(&panel, "/description").len() >= SHORTEST_DESCRIPTION, "no description");
+        need(text(&panel, "/description").len() >= MIN_DESCRIPTION_BYTES, "no description");
         need(!text(&panel, &format!("{defaults}/unit")).is_empty(), "no unit");
-        need(!text(&panel, &format!("{defaults}/noValue")).is_empty(), "says nothing when it is empty");
+        need(
+            !text(&panel, &format!("{defaults}/noValue")).is_empty(),
+            "no text for an empty result (noValue)",
+        );
         need(steps.first().is_some_and(|step| step["value"].is_null()), "no thresholds");
-        need(["stat", "timeseries"].contains(&text(&panel, "/type")), "a panel type the boards do not use");
-        need(!list(&panel, "/targets").is_empty(), "asks nothing");
+        need(
+            ["stat", "timeseries"].contains(&text(&panel, "/type")),
+            "its type is neither stat nor timeseries",
+        );
+        need(!list(&panel, "/targets").is_empty(), "no query");
         for target in list(&panel, "/targets") {
             let expression = text(target, "/expr");
             let counts =
                 ["rate(", "increase(", "delta("].iter().any(|function| expression.contains(function));
-            need(!counts || expression.contains("[$__rate_interval]"), "a rate over a fixed time");
-            need(!text(target, "/legendFormat").is_empty(), "a series without a name");
+            need(!counts || expression.contains("[$__rate_interval]"), "a rate without $__rate_interval");
+            need(!text(target, "/legendFormat").is_empty(), "a query without a legend");
         }
     }
-    assert_none(&broken, "panels explain themselves");
+    assert_none(&broken, "every panel explains itself and has a unit, thresholds and queries");
 }
 
 #[test]
-fn boards_load_into_any_grafana_and_lead_to_one_another() {
+fn dashboards_load_into_any_grafana_and_link_to_each_other() {
     let provisioned = read("grafana/provisioning/datasources/prometheus.yml");
     let uid = provisioned.lines().find_map(|line| line.trim().strip_prefix("uid: ")).unwrap().to_owned();
     let mut broken = Vec::new();
     let mut uids = BTreeSet::new();
-    for (file, board) in boards() {
+    for (file, dashboard) in dashboards() {
         let mut need = |holds: bool, what: &str| {
             if !holds {
                 broken.push(format!("{file}: {what}"));
             }
         };
-        let all = board.to_string();
+        let all = dashboard.to_string();
         need(
-            uids.insert(text(&board, "/uid").to_owned()) && text(&board, "/uid").starts_with("pipeline-"),
-            "its uid",
+            uids.insert(text(&dashboard, "/uid").to_owned())
+                && text(&dashboard, "/uid").starts_with("pipeline-"),
+            "the uid is not unique or does not start with `pipeline-`",
         );
-        need(board["schemaVersion"].as_u64().is_some_and(|version| version >= 39), "its schema version");
         need(
-            !text(&board, "/title").is_empty() && !text(&board, "/description").is_empty(),
-            "title and description",
+            dashboard["schemaVersion"].as_u64().is_some_and(|version| version >= 39),
+            "the schema version is below 39",
         );
-        need(!all.contains("${DS_") && !all.contains("__inputs"), "an input that nobody resolves");
+        need(
+            !text(&dashboard, "/title").is_empty() && !text(&dashboard, "/description").is_empty(),
+            "no title or no description",
+        );
+        need(
+            !all.contains("${DS_") && !all.contains("__inputs"),
+            "an input variable that provisioning does not resolve",
+        );
         let datasources =
             all.matches("\"type\":\"prometheus\"").count() + all.matches("-- Grafana --").count();
         need(
             all.matches(&format!("\"uid\":\"{uid}\"")).count() + 1 == datasources,
-            "a datasource by another uid",
+            "a data source with another uid",
         );
-        let links: Vec<&str> = list(&board, "/links").iter().map(|link| text(link, "/type")).collect();
-        need(links == ["dashboards", "link"], "links to the other boards and the page");
-        need(list(&board, "/tags").contains(&"pipeline".into()), "the tag that links look for");
-        let marks: Vec<&str> = list(&board, "/annotations/list").iter().map(|a| text(a, "/name")).collect();
-        need(["Restarts", "Runs", "Spikes"].iter().all(|mark| marks.contains(mark)), "marks");
+        let links: Vec<&str> = list(&dashboard, "/links").iter().map(|link| text(link, "/type")).collect();
+        need(links == ["dashboards", "link"], "no links to the other dashboards and the live page");
+        need(
+            list(&dashboard, "/tags").contains(&"pipeline".into()),
+            "no tag `pipeline`, which the links use",
+        );
+        let annotations: Vec<&str> =
+            list(&dashboard, "/annotations/list").iter().map(|a| text(a, "/name")).collect();
+        need(
+            ["Restarts", "Runs", "Spikes"].iter().all(|name| annotations.contains(name)),
+            "an annotation is missing",
+        );
         let variables: Vec<&str> =
-            list(&board, "/templating/list").iter().map(|v| text(v, "/name")).collect();
-        need(!variables.is_empty(), "variables");
+            list(&dashboard, "/templating/list").iter().map(|v| text(v, "/name")).collect();
+        need(!variables.is_empty(), "no variables");
         for name in all
             .split('$')
             .skip(1)
             .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap())
         {
-            need(name.starts_with("__") || variables.contains(&name), &format!("the variable {name}"));
+            need(
+                name.starts_with("__") || variables.contains(&name),
+                &format!("the variable {name} is not defined"),
+            );
         }
         for variable in &variables {
             need(
                 all.contains(&format!("\\\"${variable}\\\"")),
-                &format!("the variable {variable} is used nowhere"),
+                &format!("the variable {variable} is not used"),
             );
         }
     }
-    assert_none(&broken, "a board lacks or has wrong");
+    assert_none(&broken, "every dashboard loads and links");
 }
 
 #[test]
-fn rows_ask_a_question_and_panels_do_not_overlap() {
+fn row_titles_are_questions_and_panels_do_not_overlap() {
     let mut broken = Vec::new();
-    for (file, board) in boards() {
+    for (file, dashboard) in dashboards() {
         let (mut ids, mut cells) = (BTreeSet::new(), BTreeSet::new());
-        for panel in list(&board, "/panels") {
+        for panel in list(&dashboard, "/panels") {
             let title = text(panel, "/title");
             if !ids.insert(panel["id"].as_u64()) {
-                broken.push(format!("{file}: {title}: its id is another's"));
+                broken.push(format!("{file}: {title}: another panel has the same id"));
             }
             if text(panel, "/type") == "row" && !title.ends_with('?') {
-                broken.push(format!("{file}: the row `{title}` asks nothing"));
+                broken.push(format!("{file}: the title of the row `{title}` is not a question"));
             }
             let side = |name: &str| panel["gridPos"][name].as_u64().unwrap();
             for x in side("x")..side("x") + side("w") {
                 for y in side("y")..side("y") + side("h") {
                     if x >= COLUMNS || !cells.insert((x, y)) {
-                        broken.push(format!("{file}: {title}: overlaps at {x}, {y}"));
+                        broken
+                            .push(format!("{file}: {title}: overlaps another panel or the edge at {x}, {y}"));
                     }
                 }
             }
         }
-        if text(&list(&board, "/panels")[0], "/type") != "row" {
-            broken.push(format!("{file}: begins without a question"));
+        if text(&list(&dashboard, "/panels")[0], "/type") != "row" {
+            broken.push(format!("{file}: the first panel is not a row"));
         }
     }
     broken.dedup();
-    assert_none(&broken, "boards are laid out for a reader");
+    assert_none(&broken, "panels are grouped by questions and do not overlap");
 }
 
-/// Blocks of the rule files, by alert.
+/// The YAML block of each alert in the rule files, by alert name.
 fn alert_blocks() -> BTreeMap<String, String> {
     let mut blocks = BTreeMap::new();
     for (_, text) in files("prometheus/rules", ".yml") {
         for block in text.split("- alert: ").skip(1) {
             let name = block.lines().next().unwrap().to_owned();
-            assert!(blocks.insert(name.clone(), block.to_owned()).is_none(), "{name} is there twice");
+            assert!(blocks.insert(name.clone(), block.to_owned()).is_none(), "{name} is defined twice");
         }
     }
     blocks
 }
 
 #[test]
-fn every_alert_says_why_it_is_there_and_what_to_do_and_has_a_twin() {
+fn every_alert_has_a_summary_a_reason_a_runbook_and_a_companion_alert() {
     let blocks = alert_blocks();
     let mut broken = Vec::new();
     for (name, block) in &blocks {
-        for word in ["summary: \"", "reason: \"", "runbook: \"", "severity: "] {
-            if !block.contains(word) {
-                broken.push(format!("{name}: no {word}"));
+        for key in ["summary: \"", "reason: \"", "runbook: \"", "severity: "] {
+            if !block.contains(key) {
+                broken.push(format!("{name}: no {key}"));
             }
         }
-        let is_twin = name.ends_with("Unknown");
-        if !is_twin && !blocks.contains_key(&format!("{name}Unknown")) {
-            broken.push(format!("{name}: no {name}Unknown for the day its figures are gone"));
+        let is_companion = name.ends_with("Unknown");
+        if !is_companion && !blocks.contains_key(&format!("{name}Unknown")) {
+            broken.push(format!(
+                "{name}: no companion alert {name}Unknown, which fires when the metric disappears"
+            ));
         }
-        if is_twin != block.contains("absent(") {
-            broken.push(format!("{name}: absences are the twins' matter, and only theirs"));
+        if is_companion != block.contains("absent(") {
+            broken.push(format!("{name}: all companion alerts and no other alerts use absent()"));
         }
     }
-    assert!(blocks.len() >= 32, "the alerts are no longer found");
+    assert!(blocks.len() >= 32, "only {} alerts are found in the rule files", blocks.len());
     assert_none(&broken, "alerts are complete");
 }
 
 #[test]
-fn every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() {
+fn every_alert_has_one_test_in_which_it_fires_and_one_in_which_it_stays_silent() {
     let tests: String = files("prometheus/tests", ".yml").into_iter().map(|(_, text)| text).collect();
     let mut broken = Vec::new();
     for name in alert_blocks().keys() {
-        for (case, samples) in [("fires", "exp_samples: [{ value: 1 }]"), ("keeps still", "exp_samples: []")]
+        for (case, samples) in [("fires", "exp_samples: [{ value: 1 }]"), ("stays silent", "exp_samples: []")]
         {
             let title = format!("- name: {name} {case}\n");
             let block = tests.split(&title).nth(1).and_then(|rest| rest.split("  - name: ").next());
-            let asks = format!("alertname=\"{name}\", alertstate=\"firing\"");
-            if !block.is_some_and(|block| block.contains(&asks) && block.contains(samples)) {
+            let query = format!("alertname=\"{name}\", alertstate=\"firing\"");
+            if !block.is_some_and(|block| block.contains(&query) && block.contains(samples)) {
                 broken.push(format!("{name} {case}"));
             }
         }
     }
-    assert_none(&broken, "no test of this kind in prometheus/tests");
+    assert_none(&broken, "each alert has both tests in prometheus/tests");
 }
 
-/// Families with their types, as `# TYPE` tells them.
+/// The type of each metric family in a golden scrape, from the `# TYPE` lines.
 fn golden(server: &str) -> BTreeMap<String, String> {
     let scrape = read(&format!("crates/local-stack/tests/golden/{server}.prom"));
     let line = |line: &str| {
@@ -212,7 +240,7 @@ fn golden(server: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn each_rule_of_an_agent_exports_one_family_of_its_type_and_nothing_else_is_exported() {
+fn the_rules_of_each_agent_match_the_families_of_its_golden_scrape() {
     for server in AGENTS {
         let rules = read(&format!("prometheus/jmx/{server}.yml"));
         let mut expected = BTreeMap::new();
@@ -226,7 +254,7 @@ fn each_rule_of_an_agent_exports_one_family_of_its_type_and_nothing_else_is_expo
             let suffix = if kind == "counter" { "_total" } else { "" };
             assert!(
                 expected.insert(format!("{name}{suffix}"), kind).is_none(),
-                "{server}: {name} is there twice"
+                "{server}: {name} is exported twice"
             );
         }
         let exported: BTreeMap<String, String> =
@@ -238,11 +266,11 @@ fn each_rule_of_an_agent_exports_one_family_of_its_type_and_nothing_else_is_expo
 }
 
 #[test]
-fn everything_asked_of_the_agents_is_in_the_golden_scrapes() {
+fn every_agent_metric_in_an_expression_is_in_a_golden_scrape() {
     let families: BTreeSet<String> = AGENTS.iter().flat_map(|server| golden(server).into_keys()).collect();
     let mut broken = Vec::new();
-    for expression in [of_boards(), of_rules()].concat() {
-        for selector in promql::asked(&expression.text).selectors {
+    for expression in [dashboard_expressions(), rule_expressions()].concat() {
+        for selector in promql::parse(&expression.text).selectors {
             let of_agent =
                 ["kafka_", "cassandra_", "jvm_"].iter().any(|prefix| selector.name.starts_with(prefix));
             let family = selector.name.trim_end_matches("_sum").trim_end_matches("_count");
@@ -251,11 +279,11 @@ fn everything_asked_of_the_agents_is_in_the_golden_scrapes() {
             }
         }
     }
-    assert_none(&broken, "no agent exports this");
+    assert_none(&broken, "every agent metric in an expression is exported");
 }
 
 #[test]
-fn both_configurations_scrape_the_same_parts_and_load_the_rules() {
+fn both_prometheus_configurations_scrape_the_same_jobs_and_load_the_rules() {
     let jobs = |file: &str| -> Vec<String> {
         let text = read(file);
         assert!(
@@ -276,17 +304,17 @@ fn both_configurations_scrape_the_same_parts_and_load_the_rules() {
 }
 
 #[test]
-fn every_recorded_figure_is_used() {
-    let expressions = [of_boards(), of_rules()].concat();
-    let asked: BTreeSet<String> = expressions
+fn every_recorded_metric_is_used() {
+    let expressions = [dashboard_expressions(), rule_expressions()].concat();
+    let used: BTreeSet<String> = expressions
         .iter()
-        .flat_map(|expression| promql::asked(&promql::comparing_all(&expression.text)).selectors)
+        .flat_map(|expression| promql::parse(&promql::with_bool_comparisons(&expression.text)).selectors)
         .map(|selector| selector.name)
         .collect();
     let recorded = expressions.iter().filter_map(|expression| match &expression.kind {
         Kind::Record(name) => Some(name.clone()),
         _ => None,
     });
-    let unused: Vec<String> = recorded.filter(|name| !asked.contains(name)).collect();
-    assert_none(&unused, "recorded and asked for by nobody");
+    let unused: Vec<String> = recorded.filter(|name| !used.contains(name)).collect();
+    assert_none(&unused, "every recorded metric is used in an expression");
 }

@@ -1,4 +1,4 @@
-//! What `./run` says and leaves behind when it cannot start: the program itself, in a checkout that holds nothing.
+//! Errors and cleanup of `./run` when the stack cannot start. The tests run the program in a checkout without servers.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 
 use std::fs;
@@ -14,25 +14,26 @@ use local_stack::config::is_free;
 use local_stack::process::{Down, Record};
 use tempfile::TempDir;
 
-/// "Within seconds", on a busy machine.
-const SECONDS: Duration = Duration::from_secs(30);
+/// Time limit for a failing start, long enough for a busy machine.
+const FAIL_WITHIN: Duration = Duration::from_secs(30);
 
-/// The tests run at once; each has ports of its own, from one row looked up before any of them takes a port.
-static FIRST: LazyLock<AtomicU16> = LazyLock::new(|| {
+/// The first port of the next test. The tests run in parallel, so each gets its own ports from one free range of 120.
+static NEXT_BASE: LazyLock<AtomicU16> = LazyLock::new(|| {
     let own = 10_000 + (std::process::id() % 80) as u16 * 120;
-    let mut rows = (own..20_000 - 120).step_by(120).chain((10_000..own).step_by(120));
-    AtomicU16::new(rows.find(|row| (*row..row + 120).all(is_free)).unwrap())
+    let mut ranges = (own..20_000 - 120).step_by(120).chain((10_000..own).step_by(120));
+    AtomicU16::new(ranges.find(|first| (*first..first + 120).all(is_free)).unwrap())
 });
-const PORTS_EACH: u16 = 20;
+const PORTS_PER_TEST: u16 = 20;
 
+/// A temporary checkout, and the first of its ports.
 struct Checkout {
     folder: TempDir,
     base: u16,
 }
 
 impl Checkout {
-    /// A checkout whose cache holds the right folders and no server.
-    fn hollow() -> Self {
+    /// A checkout whose cache has the expected folders but no servers.
+    fn without_servers() -> Self {
         let folder = tempfile::tempdir().unwrap();
         for file in [
             "crates/local-stack/Cargo.toml",
@@ -40,7 +41,7 @@ impl Checkout {
             "cache/cassandra-5.0.9/jamm-0.jar",
             "cache/jmx-agent-1.0.1/jmx_prometheus_javaagent-0.jar",
             "cache/prometheus-debian/usr/bin/prometheus",
-            // Formatted already, so that the broker itself is what fails.
+            // The data folder counts as formatted, so that the start of the broker fails and not the formatting.
             ".local/data/kafka/meta.properties",
             "checkpoints/0.redb",
             "checkpoints/.gitkeep",
@@ -50,7 +51,7 @@ impl Checkout {
             fs::write(file, "").unwrap();
         }
         fs::create_dir_all(folder.path().join(".local/run")).unwrap();
-        let base = FIRST.fetch_add(PORTS_EACH, Ordering::Relaxed);
+        let base = NEXT_BASE.fetch_add(PORTS_PER_TEST, Ordering::Relaxed);
         Self { folder, base }
     }
 
@@ -76,91 +77,92 @@ impl Checkout {
     }
 }
 
-fn refused(output: &Output, words: &[&str]) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    let line = said.lines().last().unwrap_or_default();
-    assert!(line.starts_with("fail ") && words.iter().all(|word| line.contains(word)), "{said}");
+/// Asserts that the program failed and that the last line of its stderr contains all `expected` texts.
+fn assert_fails(output: &Output, expected: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let line = stderr.lines().last().unwrap_or_default();
+    assert!(line.starts_with("fail ") && expected.iter().all(|part| line.contains(part)), "{stderr}");
 }
 
 #[test]
-fn a_server_that_dies_at_start_is_named_with_its_log_and_nothing_is_left_running() {
-    let checkout = Checkout::hollow();
+fn a_server_that_exits_during_the_start_is_named_with_its_log_and_nothing_keeps_running() {
+    let checkout = Checkout::without_servers();
     let since = Instant::now();
     let output = checkout.call(&["up", "--servers-only"]);
-    refused(&output, &["ended while starting (exit code 1)", "log: ", ".local/logs/"]);
-    assert!(since.elapsed() < SECONDS);
+    assert_fails(&output, &["ended while starting (exit code 1)", "log: ", ".local/logs/"]);
+    assert!(since.elapsed() < FAIL_WITHIN);
     assert_eq!(checkout.records(), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn a_start_in_the_background_that_fails_says_why_and_leaves_nothing_running() {
-    let checkout = Checkout::hollow();
+fn a_failed_detached_start_reports_the_cause_and_leaves_nothing_running() {
+    let checkout = Checkout::without_servers();
     let output = checkout.call(&["up", "--servers-only", "--detach"]);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{stdout}");
     assert!(
-        said.lines().last().is_some_and(|line| line.starts_with("fail ") && line.contains("log: ")),
-        "{said}"
+        stdout.lines().last().is_some_and(|line| line.starts_with("fail ") && line.contains("log: ")),
+        "{stdout}"
     );
     assert_eq!(checkout.records(), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn a_part_that_refused_is_shown_with_its_last_words() {
-    let checkout = Checkout::hollow();
+fn status_shows_a_refused_part_with_its_last_log_line() {
+    let checkout = Checkout::without_servers();
     let mut record = Record::of_this_process("stream-processor");
     record.started_ticks += 1;
     record.restarts = 2;
-    let words = "another layout".to_owned();
-    record.down = Some(Down { ended: "exit code 3".to_owned(), words, refused: true });
+    let last_words = "another layout".to_owned();
+    record.down = Some(Down { ended: "exit code 3".to_owned(), last_words, refused: true });
     record.write(&checkout.run_folder()).unwrap();
-    let said = String::from_utf8(checkout.call(&["status"]).stdout).unwrap();
-    let row = said.lines().find(|line| line.trim_start().starts_with("stream-processor ")).unwrap();
-    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["stream-processor", "refused", "2"], "{said}");
-    assert!(said.contains("stream-processor: exit code 3: another layout"), "{said}");
+    let stdout = String::from_utf8(checkout.call(&["status"]).stdout).unwrap();
+    let row = stdout.lines().find(|line| line.trim_start().starts_with("stream-processor ")).unwrap();
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["stream-processor", "refused", "2"], "{stdout}");
+    assert!(stdout.contains("stream-processor: exit code 3: another layout"), "{stdout}");
     let json = String::from_utf8(checkout.call(&["status", "--json"]).stdout).unwrap();
     assert!(json.contains(r#""last_words":"another layout""#) && json.contains(r#""restarts":2"#), "{json}");
 }
 
 #[test]
-fn a_taken_port_is_named_with_the_way_out() {
-    let checkout = Checkout::hollow();
-    let taken = checkout.base + 2;
-    let _listener = TcpListener::bind(("127.0.0.1", taken)).unwrap();
+fn an_occupied_port_is_named_with_a_remedy() {
+    let checkout = Checkout::without_servers();
+    let occupied = checkout.base + 2;
+    let _listener = TcpListener::bind(("127.0.0.1", occupied)).unwrap();
     let output = checkout.call(&["up", "--servers-only"]);
-    refused(&output, &[&format!("{taken} (cassandra)"), "--port-base"]);
+    assert_fails(&output, &[&format!("{occupied} (cassandra)"), "--port-base"]);
     assert_eq!(checkout.records(), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn another_java_is_named_with_the_way_out() {
-    let checkout = Checkout::hollow();
+fn a_wrong_java_version_is_named_with_a_remedy() {
+    let checkout = Checkout::without_servers();
     let java = checkout.folder.path().join("jdk/bin/java");
     fs::create_dir_all(java.parent().unwrap()).unwrap();
     fs::write(&java, "#!/bin/sh\necho 'openjdk version \"21.0.2\" 2024-01-16' >&2\n").unwrap();
     fs::set_permissions(&java, fs::Permissions::from_mode(0o755)).unwrap();
     let home = checkout.folder.path().join("jdk");
     let output = checkout.command(&["up", "--servers-only"]).env("JAVA_HOME", home).output().unwrap();
-    refused(&output, &["is Java 21", "needs 17", "JAVA_HOME"]);
+    assert_fails(&output, &["is Java 21", "needs 17", "JAVA_HOME"]);
 }
 
 #[test]
-fn what_runs_is_neither_started_twice_nor_reset() {
-    let checkout = Checkout::hollow();
+fn a_running_part_is_neither_started_again_nor_reset() {
+    let checkout = Checkout::without_servers();
     Record::of_this_process("kafka").write(&checkout.run_folder()).unwrap();
-    refused(&checkout.call(&["up", "--servers-only"]), &["already running", "./run stop"]);
-    refused(&checkout.call(&["reset"]), &["kafka", "./run stop"]);
+    assert_fails(&checkout.call(&["up", "--servers-only"]), &["already running", "./run stop"]);
+    assert_fails(&checkout.call(&["reset"]), &["kafka", "./run stop"]);
     assert!(checkout.folder.path().join("checkpoints/0.redb").exists());
 }
 
 #[test]
-fn a_process_that_only_has_the_pid_of_a_part_is_never_killed() {
-    let checkout = Checkout::hollow();
+fn an_unrelated_process_with_the_pid_of_a_part_is_not_killed() {
+    let checkout = Checkout::without_servers();
     let mut bystander = Command::new("sleep").arg("600").spawn().unwrap();
     let mut record = Record::of_this_process("kafka");
     record.pid = bystander.id();
-    // As if the part had ended long ago and its pid belonged to another process now.
+    // The start time differs, as if the part had exited and another process had its pid now.
     record.started_ticks -= 1;
     record.write(&checkout.run_folder()).unwrap();
     let output = checkout.call(&["stop"]);
@@ -172,8 +174,8 @@ fn a_process_that_only_has_the_pid_of_a_part_is_never_killed() {
 }
 
 #[test]
-fn reset_removes_data_and_checkpoints_and_keeps_the_folder() {
-    let checkout = Checkout::hollow();
+fn reset_removes_data_and_checkpoints_but_keeps_the_checkpoint_folder() {
+    let checkout = Checkout::without_servers();
     assert!(checkout.call(&["reset"]).status.success());
     assert!(!checkout.folder.path().join(".local").exists());
     assert!(!checkout.folder.path().join("checkpoints/0.redb").exists());

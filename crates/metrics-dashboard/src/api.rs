@@ -1,6 +1,6 @@
-//! The HTTP interface: the page, its JSON, its feed. Every answer comes from the [`Board`], but for windows and for charts of more
-//! than an hour, which read Cassandra. What it may cost is bounded: requests, feeds and reads by number, each request by
-//! time, and windows by the work they cause.
+//! The HTTP interface: the page, its JSON and its event stream. Responses are built from the [`Board`], except windows
+//! and charts of more than an hour, which read Cassandra. All costs are limited: the number of concurrent requests,
+//! event streams and reads, the duration of a request, and the amount of work of a windows query.
 
 mod bounds;
 mod chart;
@@ -24,17 +24,17 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::set_header::SetResponseHeaderLayer;
 
-/// Most feeds open at once.
+/// Most open event streams.
 pub const MAX_WATCHERS: usize = 256;
-/// Most requests that read Cassandra at once.
+/// Most concurrent requests that read Cassandra.
 pub const MAX_READS: usize = 4;
-/// Seconds after which a refused request may be sent again.
+/// Seconds after which the client may retry a request that was refused because of a limit.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
-/// Everything the page needs comes from this very service, and nobody may frame it.
+/// The page loads everything from this service, and no other page may embed it.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
                                        connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// What the handlers share.
+/// State shared by the handlers.
 #[derive(Clone)]
 pub struct Api {
     board: Arc<Board>,
@@ -45,28 +45,29 @@ pub struct Api {
 }
 
 impl Api {
-    /// Handlers that show `board` until `shutdown` begins.
+    /// Creates the state of handlers that serve the content of `board`. Event streams end when `shutdown` begins.
     pub fn new(board: Arc<Board>, metrics: Metrics, shutdown: Shutdown) -> Api {
         let (watchers, reads) = (Semaphore::new(MAX_WATCHERS), Semaphore::new(MAX_READS));
         Api { board, metrics, shutdown, watchers: Arc::new(watchers), reads: Arc::new(reads) }
     }
 
-    /// The connection with Cassandra, or why there is none.
+    /// The session with Cassandra. Fails with the reason if there is none.
     fn connected_store(&self) -> Result<Arc<Store>, Refusal> {
         self.board.store().ok_or_else(|| {
-            let shown = self.board.watch().borrow().clone();
-            let reason = shown.overview.reasons.get("rate_now").cloned();
-            unknown(reason.unwrap_or_else(|| Reason::new(Source::Cassandra, "not connected with cassandra")))
+            let snapshot = self.board.watch().borrow().clone();
+            let reason = snapshot.overview.reasons.get("rate_now").cloned();
+            let not_connected = || Reason::new(Source::Cassandra, "not connected to cassandra");
+            unavailable(reason.unwrap_or_else(not_connected))
         })
     }
 
-    /// A place among the requests that read Cassandra.
-    fn place_to_read(&self) -> Result<OwnedSemaphorePermit, Refusal> {
-        bounds::place(&self.reads, MAX_READS, "requests that read Cassandra")
+    /// Acquires a permit to read Cassandra.
+    fn read_permit(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        bounds::acquire(&self.reads, MAX_READS, "requests that read Cassandra")
     }
 }
 
-/// All routes of this service but `/healthz`, `/readyz` and `/metrics`.
+/// All routes of this service except `/healthz`, `/readyz` and `/metrics`.
 pub fn router(api: Api) -> Router {
     let header = |name: &'static str, value: &'static str| {
         SetResponseHeaderLayer::if_not_present(HeaderName::from_static(name), HeaderValue::from_static(value))
@@ -88,28 +89,28 @@ pub fn router(api: Api) -> Router {
         .layer(header("cache-control", "no-cache"))
 }
 
-/// An answer that is not the one asked for, as JSON `{"error": {"source": …, "message": …, "detail": …}}`.
+/// An error response with the body `{"error": {"source": …, "message": …, "detail": …}}`.
 #[derive(Debug)]
 struct Refusal(StatusCode, Reason);
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let busy = self.0 == StatusCode::SERVICE_UNAVAILABLE;
-        let mut answer = (self.0, Json(serde_json::json!({"error": self.1}))).into_response();
+        let mut response = (self.0, Json(serde_json::json!({"error": self.1}))).into_response();
         if busy {
-            answer.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
         }
-        answer
+        response
     }
 }
 
-/// The request makes no sense.
-fn bad(message: impl Into<String>) -> Refusal {
+/// Status 400: a parameter is invalid.
+fn bad_request(message: impl Into<String>) -> Refusal {
     Refusal(StatusCode::BAD_REQUEST, Reason::new(Source::Request, message))
 }
 
-/// The answer cannot be known now.
-fn unknown(reason: Reason) -> Refusal {
+/// Status 503: the requested figures are unknown at the moment.
+fn unavailable(reason: Reason) -> Refusal {
     Refusal(StatusCode::SERVICE_UNAVAILABLE, reason)
 }
 
@@ -126,7 +127,7 @@ async fn services(State(api): State<Api>) -> Json<serde_json::Value> {
     listed("services", api.board.services())
 }
 
-/// `{name: […]}`, or `{name: null, "reason": …}`.
+/// The body `{name: […], "reason": null}`, or `{name: null, "reason": …}` if the list is unknown.
 fn listed<T: serde::Serialize>(name: &str, list: Figure<T>) -> Json<serde_json::Value> {
     Json(match list {
         Ok(list) => serde_json::json!({name: list, "reason": null}),

@@ -1,11 +1,11 @@
-//! Settings: flag, then `PIPELINE_…` in the environment, then the file of `--config`, then the default.
+//! Settings of this service. See [`common::config`] for their sources and precedence.
 
 use clap::Parser;
 use common::config::CommonArgs;
 use serde::Serialize;
 use std::net::SocketAddr;
 
-/// Shows what the pipeline does: a live page, JSON, a feed and metrics.
+/// Serves the live page, the JSON API, the event stream and the metrics.
 #[derive(Debug, Clone, Parser, Serialize)]
 #[command(name = "metrics-dashboard", version)]
 pub struct Config {
@@ -19,7 +19,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the command line, the environment and the settings file; a mistake ends the process with exit code 2.
+    /// Parses the command line, the environment and the settings file. Exits with code 2 if a setting is invalid.
     pub fn parse_all() -> Config {
         common::config::parse()
     }
@@ -31,7 +31,7 @@ mod tests {
     use std::ffi::OsString;
 
     #[test]
-    fn the_address_has_its_default_and_gives_way_to_a_flag() {
+    fn a_flag_overrides_the_default_address() {
         let parse = |arguments: &[&str]| {
             let arguments = arguments.iter().map(OsString::from).collect();
             common::config::parse_from::<Config>(arguments, None).unwrap()

@@ -1,5 +1,5 @@
-//! What can go wrong here, sorted by what the caller does about it. Nothing a reader of other people's data does can
-//! poison it: what does not answer is asked again, and what can never work ends the service at its start.
+//! Errors of reads from Kafka and Cassandra, and how the caller handles them. The service only reads, so it can retry
+//! every failed read. Only invalid settings end it.
 
 use crate::reason::{Reason, Source};
 use common::cassandra::ConnectError;
@@ -7,40 +7,40 @@ use common::kafka::KafkaError;
 use common::pane_reader::PaneReadError;
 use common::registry::RegistryError;
 
-/// What the caller does about an error.
+/// How the caller handles an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Show the reason, ask again in a second.
+    /// Show the reason and retry in a second.
     Retryable,
-    /// Stop: the settings are wrong.
+    /// Stop, because the settings are wrong.
     Fatal,
 }
 
-/// A server did not give the answer.
+/// Why a read failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Cassandra does not answer, or refuses.
+    /// Cassandra does not respond, or rejects the request.
     #[error("cassandra: {0}")]
     Cassandra(String),
-    /// The tables are not there.
+    /// The tables do not exist.
     #[error("cassandra: {0}; has `stream-processor init` run?")]
     NoTables(String),
-    /// Panes cannot be read.
+    /// The panes cannot be read.
     #[error(transparent)]
     Panes(#[from] PaneReadError),
-    /// The stream was not made, or was made otherwise.
+    /// The stream is not registered, or its registration does not match.
     #[error("cassandra: {0}")]
     Registry(#[from] RegistryError),
-    /// No connection with Cassandra.
+    /// There is no connection to Cassandra.
     #[error(transparent)]
     NoConnection(#[from] ConnectError),
-    /// Kafka does not answer, or has no such topic.
+    /// Kafka does not respond, or the topic does not exist.
     #[error("{0}")]
     Kafka(#[from] KafkaError),
 }
 
 impl Error {
-    /// What the caller does about it.
+    /// How the caller handles the error.
     pub fn kind(&self) -> Kind {
         match self {
             Error::NoConnection(ConnectError::Config(_)) => Kind::Fatal,
@@ -53,15 +53,15 @@ impl Error {
         }
     }
 
-    /// What the page and the API say of it.
+    /// The reason that the page and the API show.
     pub fn reason(&self) -> Reason {
         let cassandra = |message: &str| Reason::new(Source::Cassandra, message);
         let no_tables = "the stream's tables cannot be read; run `stream-processor init` first";
         match self {
-            Error::Cassandra(words) | Error::Panes(PaneReadError::Failed(words)) => {
-                cassandra("cassandra did not answer a read; it is asked again").with_detail(words)
+            Error::Cassandra(detail) | Error::Panes(PaneReadError::Failed(detail)) => {
+                cassandra("a read from cassandra failed and is retried").with_detail(detail)
             }
-            Error::NoTables(words) => cassandra(no_tables).with_detail(words),
+            Error::NoTables(detail) => cassandra(no_tables).with_detail(detail),
             Error::Panes(PaneReadError::NotPrepared(cause)) => {
                 cassandra(no_tables).with_detail(cause.to_string())
             }
@@ -69,8 +69,8 @@ impl Error {
                 error @ (RegistryError::NotSetUp { cause, .. } | RegistryError::Unavailable { cause, .. }),
             ) => Reason::without_cause(Source::Cassandra, error, cause),
             Error::Registry(error @ RegistryError::Another { stream, .. }) => cassandra(&format!(
-                "stream `{stream}` is registered with another layout; use the stream file that init was run with last, or give the \
-                 changed stream a new name"
+                "stream `{stream}` is registered with another layout; use the stream file that `stream-processor init` \
+                 was last run with, or give the changed stream a new name"
             ))
             .with_detail(error.to_string()),
             Error::Registry(error @ RegistryError::NotRegistered { stream, .. }) => cassandra(&format!(
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_that_is_down_is_asked_again() {
+    fn a_read_from_a_server_that_is_down_is_retried() {
         assert_eq!(Error::Cassandra("no node answers".into()).kind(), Kind::Retryable);
         let missing = Error::NoTables("unconfigured table throughput".into());
         assert_eq!(missing.kind(), Kind::Retryable);
@@ -103,22 +103,22 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_one_line_and_keeps_the_drivers_words_apart() {
-        let words = "Database returned an error: ...\n  at node 3";
+    fn a_reason_is_one_line_and_has_the_error_of_the_driver_as_its_detail() {
+        let cause = "Database returned an error: ...\n  at node 3";
         let differences = || "  - one\n  - two".to_owned();
         let another = RegistryError::Another { stream: "s".into(), differences: differences() };
         let edited = RegistryError::NotRegistered { stream: "s".into(), differences: differences() };
         let unreachable =
             |cause: &str| ConnectError::Unreachable { nodes: "n:1".into(), cause: cause.into() };
         let errors = [
-            (Error::Cassandra(words.into()), "asked again"),
-            (Error::NoTables(words.into()), "run `stream-processor init`"),
-            (Error::Panes(PaneReadError::Failed(words.into())), "asked again"),
+            (Error::Cassandra(cause.into()), "is retried"),
+            (Error::NoTables(cause.into()), "run `stream-processor init`"),
+            (Error::Panes(PaneReadError::Failed(cause.into())), "is retried"),
             (Error::Registry(another), "give the changed stream a new name"),
             (Error::Registry(edited), "run `stream-processor init` for stream `s`"),
-            (Error::NoConnection(unreachable(words)), "cassandra at n:1 does not answer; is it running"),
+            (Error::NoConnection(unreachable(cause)), "cassandra at n:1 does not answer; is it running"),
             (
-                Error::Kafka(KafkaError::Unreachable { brokers: "k:1".into(), cause: words.into() }),
+                Error::Kafka(KafkaError::Unreachable { brokers: "k:1".into(), cause: cause.into() }),
                 "kafka at k:1 does not answer; is it running",
             ),
         ];

@@ -1,8 +1,8 @@
-//! The one file that orders effects. Two readers ask Cassandra and Kafka once a second, each at its own pace, so that one
-//! that is down does not hold up the other; the feed puts their latest answers together, exports them, and shows them to
-//! everybody who watches.
+//! The one file that orders effects. Two independent tasks read Cassandra and Kafka once a second, so a server that is
+//! down does not delay the reads from the other. The feed combines the latest results, exports them as metrics and
+//! sends them to all clients.
 //!
-//! An answer older than [`STALE_AFTER`] is none: its figures become unknown.
+//! The figures of a result older than [`STALE_AFTER`] count as unknown.
 
 use crate::error::{Error, Kind};
 use crate::kafka_view::KafkaView;
@@ -10,7 +10,7 @@ use crate::lag::{LagHistory, LagSample};
 use crate::metrics::Metrics;
 use crate::overview::{Figure, KafkaFacts, Known, Overview, StoreFacts, assemble};
 use crate::reason::{Reason, Source};
-use crate::services::{Instance, Listening, holders};
+use crate::services::{Instance, LivenessTracker, holders};
 use crate::store::{Run, Store};
 use chrono::{DateTime, SecondsFormat, Utc};
 use common::admin::Health;
@@ -25,89 +25,89 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Name of the dependency, in `/readyz` and in labels.
+/// Name of the Kafka dependency in `/readyz` and in metric labels.
 pub const KAFKA: &str = "kafka";
-/// Name of the dependency, in `/readyz` and in labels.
+/// Name of the Cassandra dependency in `/readyz` and in metric labels.
 pub const CASSANDRA: &str = "cassandra";
-/// How often everything is read and sent.
+/// Interval between reads, and between overviews sent to clients.
 const REFRESH: Duration = Duration::from_secs(1);
-/// Age from which an answer counts as none.
+/// A result older than this is discarded.
 const STALE_AFTER: Duration = Duration::from_secs(5);
-/// After this long without an answer a new session is made: the nodes may have new addresses.
+/// A new session is opened after this long without a successful read, because the nodes may have new addresses.
 const REOPEN_AFTER: Duration = Duration::from_secs(30);
 
-/// What is watched.
+/// The stream that the dashboard shows.
 #[derive(Debug, Clone)]
 pub struct Stream {
-    /// Its definition.
+    /// Definition of the stream.
     pub definition: Arc<Definition>,
-    /// Its events topic.
+    /// Name of the events topic.
     pub topic: String,
-    /// How to reach the servers.
+    /// Settings of the connections.
     pub settings: CommonArgs,
 }
 
-/// The latest overview, and its JSON as sent to everybody.
+/// An overview and its JSON.
 #[derive(Debug, Clone)]
-pub struct Shown {
+pub struct Snapshot {
     /// The figures.
     pub overview: Overview,
-    /// The same as JSON, made once.
+    /// The overview as JSON, serialized once for all clients.
     pub json: Arc<str>,
 }
 
-/// Runs and services as last read.
+/// The latest lists of runs and instances.
 #[derive(Debug, Clone)]
 struct Activity {
     runs: Reading<Vec<Run>>,
     services: Reading<Vec<Instance>>,
 }
 
-/// Where the feed writes and the API reads.
+/// State that the feed writes and the API reads.
 pub struct Board {
-    shown: watch::Sender<Arc<Shown>>,
+    snapshot: watch::Sender<Arc<Snapshot>>,
     activity: RwLock<Activity>,
     lag: Mutex<LagHistory>,
     store: RwLock<Option<Arc<Store>>>,
 }
 
 impl Board {
-    /// Nothing known yet.
+    /// Creates a board on which all figures are unknown.
     pub fn new(stream: &str) -> Arc<Board> {
         let overview = assemble(
             stream,
             now(),
-            &Known { store: Err(not_asked()), kafka: Err(not_asked()), holders: Err(not_asked()) },
+            &Known { store: Err(not_read_yet()), kafka: Err(not_read_yet()), holders: Err(not_read_yet()) },
         );
         Arc::new(Board {
-            shown: watch::Sender::new(Arc::new(shown(overview))),
+            snapshot: watch::Sender::new(Arc::new(snapshot(overview))),
             activity: RwLock::new(Activity { runs: Reading::none(), services: Reading::none() }),
             lag: Mutex::new(LagHistory::default()),
             store: RwLock::new(None),
         })
     }
 
-    /// The overview, now and from now on.
-    pub fn watch(&self) -> watch::Receiver<Arc<Shown>> {
-        self.shown.subscribe()
+    /// Subscribes to overviews. The receiver starts with the latest one.
+    pub fn watch(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshot.subscribe()
     }
 
-    /// Latest ingest runs, newest first.
+    /// The latest ingest runs, newest first.
     pub fn runs(&self) -> Figure<Vec<Run>> {
         self.activity.read().unwrap_or_else(PoisonError::into_inner).runs.fresh(Source::Cassandra)
     }
 
-    /// The instances of the services.
+    /// The instances of all services.
     pub fn services(&self) -> Figure<Vec<Instance>> {
         self.activity.read().unwrap_or_else(PoisonError::into_inner).services.fresh(Source::Cassandra)
     }
 
-    /// The session with Cassandra, where there is one.
+    /// The session with Cassandra. `None` if there is no connection.
     pub fn store(&self) -> Option<Arc<Store>> {
         self.store.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The last hour's lag.
+    /// Calls `act` with the lag of the last hour.
     pub fn with_lag<T>(&self, act: impl FnOnce(&mut LagHistory) -> T) -> T {
         act(&mut self.lag.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -120,33 +120,34 @@ impl Board {
         act(&mut self.activity.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn show(&self, overview: Overview) {
+    fn publish(&self, overview: Overview) {
         let at = now_ms().div_euclid(1000);
         let sample = LagSample { at, messages: overview.lag_messages, seconds: overview.lag_seconds };
         self.with_lag(|lag| lag.push(sample));
-        self.shown.send_replace(Arc::new(shown(overview)));
+        self.snapshot.send_replace(Arc::new(snapshot(overview)));
     }
 }
 
-/// The latest answer of a server.
+/// The latest result of reading a server.
 #[derive(Debug, Clone)]
 struct Reading<T> {
-    answered: Option<Instant>,
+    /// When the read finished. `None` before the first read.
+    read_at: Option<Instant>,
     facts: Figure<T>,
 }
 
 impl<T: Clone> Reading<T> {
     fn none() -> Reading<T> {
-        Reading { answered: None, facts: Err(not_asked()) }
+        Reading { read_at: None, facts: Err(not_read_yet()) }
     }
 
     fn now(facts: Figure<T>) -> Reading<T> {
-        Reading { answered: Some(Instant::now()), facts }
+        Reading { read_at: Some(Instant::now()), facts }
     }
 
-    /// The facts, unless they are too old to be true now. A reason does not age: it stands until the next answer.
+    /// The facts, unless they are stale. A reason never becomes stale: it is valid until the next read.
     fn fresh(&self, source: Source) -> Figure<T> {
-        match self.answered {
+        match self.read_at {
             Some(at) if self.facts.is_ok() && at.elapsed() > STALE_AFTER => {
                 let name = if source == Source::Kafka { KAFKA } else { CASSANDRA };
                 let message = format!("{name} has not answered for over {} s", STALE_AFTER.as_secs());
@@ -157,27 +158,27 @@ impl<T: Clone> Reading<T> {
     }
 }
 
-/// Reads, shows and exports once a second until shutdown begins.
+/// Reads the servers, exports the metrics and publishes an overview once a second until shutdown begins.
 pub async fn run(
     stream: &Stream,
     board: &Arc<Board>,
     metrics: &Metrics,
     (health, shutdown): (&Arc<Health>, &Shutdown),
 ) {
-    let (store_answers, store_facts) = watch::channel(Reading::none());
-    let (kafka_answers, kafka_facts) = watch::channel(Reading::none());
+    let (store_readings, store_facts) = watch::channel(Reading::none());
+    let (kafka_readings, kafka_facts) = watch::channel(Reading::none());
     let cassandra = CassandraReader {
         stream: stream.clone(),
         board: board.clone(),
         metrics: metrics.clone(),
         health: health.clone(),
-        listening: Listening::default(),
-        looked_at: None,
+        liveness: LivenessTracker::default(),
+        services_read_at: None,
     };
-    tokio::spawn(cassandra.run(store_answers, shutdown.clone()));
+    tokio::spawn(cassandra.run(store_readings, shutdown.clone()));
     tokio::spawn(read_kafka(
         stream.clone(),
-        (store_facts.clone(), kafka_answers),
+        (store_facts.clone(), kafka_readings),
         metrics.clone(),
         shutdown.clone(),
     ));
@@ -198,7 +199,7 @@ pub async fn run(
             health.set(source, state.map_err(|reason| reason.to_string()));
         }
         metrics.overview(&overview);
-        board.show(overview);
+        board.publish(overview);
         health.beat();
     }
 }
@@ -208,13 +209,13 @@ struct CassandraReader {
     board: Arc<Board>,
     metrics: Metrics,
     health: Arc<Health>,
-    listening: Listening,
-    /// When the services were last read.
-    looked_at: Option<Instant>,
+    liveness: LivenessTracker,
+    /// When the services were last read. `None` before the first read.
+    services_read_at: Option<Instant>,
 }
 
 impl CassandraReader {
-    async fn run(mut self, answers: watch::Sender<Reading<StoreFacts>>, shutdown: Shutdown) {
+    async fn run(mut self, readings: watch::Sender<Reading<StoreFacts>>, shutdown: Shutdown) {
         let mut ticks = tokio::time::interval(REFRESH);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failing_since: Option<Instant> = None;
@@ -249,11 +250,11 @@ impl CassandraReader {
                     activity.services = Reading::now(Err(reason.clone()));
                 });
             }
-            answers.send_replace(Reading::now(facts));
+            readings.send_replace(Reading::now(facts));
         }
     }
 
-    /// Says each second that this instance is alive, as long as the session is in use.
+    /// Starts the heartbeats of this instance over the session. They stop when the handle is dropped.
     fn announce(&self, store: &Store, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
         let stream = &self.stream.definition.stream.name;
         let who = presence::Instance::new(&self.stream.settings, "metrics-dashboard", stream);
@@ -286,9 +287,9 @@ impl CassandraReader {
         let facts = store.read(now.div_euclid(1000)).await?;
         let (services, runs) = futures::join!(store.services(), store.runs(now));
         let services = services.map(|(alive, refused)| {
-            let since_last = self.looked_at.map_or(Duration::ZERO, |at| at.elapsed());
-            self.looked_at = Some(Instant::now());
-            self.listening.look(alive, refused, (now_ms(), since_last))
+            let since_last = self.services_read_at.map_or(Duration::ZERO, |at| at.elapsed());
+            self.services_read_at = Some(Instant::now());
+            self.liveness.update(alive, refused, (now_ms(), since_last))
         });
         self.board.with_activity(|activity| {
             activity.services = Reading::now(services.map_err(|e| e.reason()));
@@ -300,7 +301,7 @@ impl CassandraReader {
 
 async fn read_kafka(
     stream: Stream,
-    (progress, answers): (watch::Receiver<Reading<StoreFacts>>, watch::Sender<Reading<KafkaFacts>>),
+    (progress, readings): (watch::Receiver<Reading<StoreFacts>>, watch::Sender<Reading<KafkaFacts>>),
     metrics: Metrics,
     shutdown: Shutdown,
 ) {
@@ -340,23 +341,23 @@ async fn read_kafka(
                 }
                 Err(panicked) => {
                     view = None;
-                    Err(Reason::new(Source::Dashboard, format!("the reader of kafka failed: {panicked}")))
+                    Err(Reason::new(Source::Dashboard, format!("the read from kafka failed: {panicked}")))
                 }
             },
         };
         metrics.read(KAFKA, started.elapsed(), facts.is_ok());
-        answers.send_replace(Reading::now(facts));
+        readings.send_replace(Reading::now(facts));
     }
 }
 
-fn not_asked() -> Reason {
-    Reason::new(Source::Dashboard, "not asked yet: the service has just started")
+fn not_read_yet() -> Reason {
+    Reason::new(Source::Dashboard, "not read yet: the service has just started")
 }
 
-fn shown(overview: Overview) -> Shown {
-    // An overview is plain data with text keys: it always has a JSON form.
+fn snapshot(overview: Overview) -> Snapshot {
+    // An overview is plain data with string keys, so serialization cannot fail.
     let json = serde_json::to_string(&overview).unwrap_or_default().into();
-    Shown { overview, json }
+    Snapshot { overview, json }
 }
 
 fn now_ms() -> i64 {
@@ -373,21 +374,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_old_answer_is_none() {
+    fn the_facts_of_an_old_reading_are_unknown() {
         let at = Instant::now().checked_sub(STALE_AFTER + Duration::from_secs(1)).unwrap();
-        let old = Reading { answered: Some(at), facts: Ok(1) };
+        let old = Reading { read_at: Some(at), facts: Ok(1) };
         let silent = Reason::new(Source::Kafka, "kafka has not answered for over 5 s");
         assert_eq!(old.fresh(Source::Kafka), Err(silent));
         let down = Err::<i32, _>(Reason::new(Source::Kafka, "down"));
         assert_eq!(Reading { facts: down.clone(), ..old }.fresh(Source::Kafka), down);
-        assert_eq!(Reading { answered: Some(Instant::now()), facts: Ok(1) }.fresh(Source::Kafka), Ok(1));
+        assert_eq!(Reading { read_at: Some(Instant::now()), facts: Ok(1) }.fresh(Source::Kafka), Ok(1));
     }
 
     #[test]
-    fn before_the_first_answer_every_figure_is_unknown_with_its_reason() {
-        let shown = Board::new("s").watch().borrow().clone();
-        assert_eq!(shown.overview.events_produced, None);
-        assert!(shown.overview.reasons["events_produced"].message.contains("just started"));
-        assert!(shown.json.contains("\"rows_written\":null"));
+    fn before_the_first_read_every_figure_is_unknown_with_a_reason() {
+        let snapshot = Board::new("s").watch().borrow().clone();
+        assert_eq!(snapshot.overview.events_produced, None);
+        assert!(snapshot.overview.reasons["events_produced"].message.contains("just started"));
+        assert!(snapshot.json.contains("\"rows_written\":null"));
     }
 }

@@ -1,32 +1,33 @@
-//! How far the processor is behind, in messages and in seconds. Pure: end offsets come from [`crate::kafka_view`], positions
-//! from [`crate::store`].
+//! Lag of the processor, in messages and in seconds. Pure: [`crate::kafka_view`] reads the end offsets, and
+//! [`crate::store`] reads the positions.
 
 use serde::Serialize;
 use std::collections::VecDeque;
 
-/// Seconds of lag kept for the chart.
+/// Number of samples kept for the chart, one per second.
 pub const KEPT_SECONDS: usize = 3600;
 
-/// The span of offsets that one Kafka partition holds.
+/// The range of offsets in one Kafka partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Watermarks {
-    /// First offset still there.
+    /// Offset of the first record that retention has not removed.
     pub low: i64,
-    /// Next offset to be written: as many records as were ever produced, since offsets start at 0.
+    /// Offset of the next record to be written. It equals the number of records ever produced, because offsets start at
+    /// 0.
     pub high: i64,
 }
 
-/// Where a position stands against the log.
+/// Relation of a position to the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
-    /// Nothing left to do.
+    /// All records are processed.
     Current,
-    /// Records are waiting.
+    /// Some records are not processed yet.
     Behind,
     /// Retention removed records before they were processed.
     HistoryLost,
-    /// The position is past the end: the topic is another one, or was cut.
+    /// The position is past the end of the log: the topic was created again or truncated.
     BeyondTheEnd,
 }
 
@@ -43,41 +44,41 @@ pub fn standing(log: Watermarks, next_offset: i64) -> Standing {
     }
 }
 
-/// Records not yet processed, those lost included; never negative.
+/// Number of unprocessed records, including those that retention removed. Never negative.
 pub fn messages(log: Watermarks, next_offset: i64) -> i64 {
     (log.high - next_offset).max(0)
 }
 
-/// The first record that waits, where one does.
+/// Offset of the first unprocessed record that still exists. `None` if there is no such record.
 pub fn first_waiting(log: Watermarks, next_offset: i64) -> Option<i64> {
     let first = next_offset.max(log.low);
     (first < log.high).then_some(first)
 }
 
-/// Age of the first record that waits, by the broker's time stamp; never negative, whatever the clocks say.
+/// Age in seconds of the first unprocessed record, by its broker timestamp. Never negative, even if the clocks differ.
 pub fn seconds(now_ms: i64, first_waiting_ms: i64) -> f64 {
     (now_ms - first_waiting_ms).max(0) as f64 / 1000.0
 }
 
-/// Lag as of one second; `None`: it could not be known then.
+/// Lag in one second. A figure is `None` if it was not known at that time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LagSample {
     /// Unix seconds.
     pub at: i64,
-    /// Of all partitions.
+    /// Sum over all partitions.
     pub messages: Option<i64>,
-    /// Of the partition that is furthest behind.
+    /// Maximum over all partitions.
     pub seconds: Option<f64>,
 }
 
-/// The last hour's lag, one sample a second.
+/// The lag of the last hour, one sample per second.
 #[derive(Debug, Default)]
 pub struct LagHistory {
     samples: VecDeque<LagSample>,
 }
 
 impl LagHistory {
-    /// Adds a sample; a second already there keeps its first one, and the oldest leaves when the hour is full.
+    /// Adds a sample unless one for that second or a later one exists. Drops the oldest sample if the history is full.
     pub fn push(&mut self, sample: LagSample) {
         if self.samples.back().is_some_and(|last| last.at >= sample.at) {
             return;
@@ -88,7 +89,7 @@ impl LagHistory {
         self.samples.push_back(sample);
     }
 
-    /// The worst lag known in `[from, to)`; `None` where none of its seconds is known.
+    /// The highest known lag in messages and in seconds within `[from, to)`, in Unix seconds. `None` if none is known.
     pub fn worst(&self, from: i64, to: i64) -> (Option<i64>, Option<f64>) {
         let start = self.samples.partition_point(|s| s.at < from);
         let span = self.samples.range(start..).take_while(|s| s.at < to);
@@ -110,7 +111,7 @@ mod tests {
     const LOG: Watermarks = Watermarks { low: 10, high: 100 };
 
     #[test]
-    fn a_position_is_judged_against_the_log() {
+    fn the_standing_compares_the_position_with_both_ends_of_the_log() {
         assert_eq!(standing(LOG, 100), Standing::Current);
         assert_eq!(standing(LOG, 99), Standing::Behind);
         assert_eq!(standing(LOG, 10), Standing::Behind);
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_starts_at_the_position_or_where_the_log_begins() {
+    fn the_first_waiting_record_is_at_the_position_or_at_the_start_of_the_log() {
         assert_eq!(first_waiting(LOG, 50), Some(50));
         assert_eq!(first_waiting(LOG, 0), Some(10));
         assert_eq!(first_waiting(LOG, 100), None);
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn an_hour_of_samples_is_kept_and_the_worst_of_a_step_is_shown() {
+    fn an_hour_of_samples_is_kept_and_a_step_has_the_highest_lag() {
         let mut history = LagHistory::default();
         for at in 0..4000 {
             history.push(LagSample { at, messages: Some(at), seconds: None });
@@ -140,7 +141,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn lag_is_never_negative_and_zero_exactly_when_nothing_waits(low in 0..1000i64, more in 0..1000i64, next in 0..3000i64) {
+        fn lag_is_never_negative_and_zero_only_if_no_record_waits(
+            low in 0..1000i64, more in 0..1000i64, next in 0..3000i64,
+        ) {
             let log = Watermarks { low, high: low + more };
             prop_assert!(messages(log, next) >= 0);
             let waits = matches!(standing(log, next), Standing::Behind | Standing::HistoryLost);

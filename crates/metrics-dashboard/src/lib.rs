@@ -1,12 +1,12 @@
-//! metrics-dashboard: what the pipeline does, as it happens, and nothing that is not so.
+//! metrics-dashboard: a live view of the pipeline that never shows a figure it does not know.
 //!
-//! Each second it reads Cassandra ([`store`]) and Kafka ([`kafka_view`]), puts both together ([`overview`], from [`rates`],
-//! [`lag`] and [`services`], all pure) and hands the result to everybody who watches ([`feed`], the one file that orders
-//! effects). The page, the JSON and the feed of events are [`api`]'s. It holds nothing that matters: it may be killed at any time, and
-//! any number of them may run.
+//! Every second it reads Cassandra ([`store`]) and Kafka ([`kafka_view`]), combines the results ([`overview`], from
+//! [`rates`], [`lag`] and [`services`], all pure) and sends them to all clients ([`feed`], the one file that orders
+//! effects). [`api`] serves the page, the JSON and the event stream. The service keeps no state that matters: it can be
+//! killed at any time, and any number of instances can run.
 //!
-//! A server that is down is shown as such: its figures are `null` with a reason, the service is not ready, and goes on by
-//! itself when the server is back.
+//! If a server is down, its figures are `null` with a reason and the service is not ready. The service recovers
+//! automatically when the server is back.
 
 pub mod api;
 pub mod config;
@@ -28,15 +28,15 @@ use common::shutdown::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest time the feed may stand still before the service counts as dead.
+/// The service counts as unhealthy if the feed makes no progress for this long.
 const STALL_LIMIT: Duration = Duration::from_secs(15);
-/// How long the process may take to end: it holds nothing that has to be brought to an end.
+/// Grace period of a shutdown. It is short, because no work has to be finished.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Runs until SIGTERM or SIGINT; the exit code says which.
+/// Runs until SIGTERM or SIGINT and returns the exit code of the signal.
 ///
-/// # Errors
-/// A setting that cannot be used, or an address that cannot be listened on. Servers that do not answer are no error.
+/// # Errors Fails if a setting is invalid or the service cannot listen on its address. A server that does not respond
+/// is not an error.
 pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     let settings = serde_json::to_string(config).context("settings")?;
     tracing::info!(settings, page_built = api::page::is_built(), "settings in force");

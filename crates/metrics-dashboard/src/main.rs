@@ -1,4 +1,4 @@
-//! The binary: settings, logs, run, exit code.
+//! The binary: parses the settings, initializes logging, runs the service and returns its exit code.
 
 use metrics_dashboard::config::Config;
 use std::process::ExitCode;
@@ -8,15 +8,15 @@ fn main() -> ExitCode {
     if config.common.print_config {
         return print_settings(&config);
     }
-    if let Err(mistake) = common::telemetry::init("metrics-dashboard", &config.common) {
-        return fail(&mistake, 2);
+    if let Err(error) = common::telemetry::init("metrics-dashboard", &config.common) {
+        return fail(&error, 2);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build() {
         Ok(runtime) => runtime,
         Err(cause) => return fail(&format!("cannot start threads: {cause}"), 1),
     };
     let outcome = runtime.block_on(metrics_dashboard::run(&config));
-    // A read of Kafka that is still waiting for its answer must not hold the process.
+    // Do not wait for a blocking read of Kafka that is still in progress.
     runtime.shutdown_background();
     match outcome {
         Ok(code) => ExitCode::from(code),
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "what --print-config was asked for")]
+#[expect(clippy::print_stdout, reason = "--print-config writes to stdout")]
 fn print_settings(config: &Config) -> ExitCode {
     match serde_json::to_string_pretty(config) {
         Ok(text) => println!("{text}"),
@@ -33,7 +33,7 @@ fn print_settings(config: &Config) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-#[expect(clippy::print_stderr, reason = "the last words of a process that cannot start")]
+#[expect(clippy::print_stderr, reason = "logging may not be initialized yet")]
 fn fail(message: &str, code: u8) -> ExitCode {
     eprintln!("metrics-dashboard: {message}");
     ExitCode::from(code)

@@ -1,14 +1,14 @@
-//! Every metric this service exports. A figure that is not known has no series at that moment, rather than a 0.
+//! All metrics of this service. While a figure is unknown, its series is absent instead of 0.
 
 use crate::overview::Overview;
 use common::metrics::Maker;
 use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::time::Duration;
 
-/// Upper bounds in seconds of the time one reading takes.
+/// Upper bounds of the histogram of read times, in seconds.
 const READ_SECONDS: [f64; 11] = [0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 60.0];
 
-/// Handles of all metrics; cloning shares them.
+/// Handles of all metrics. Clones share the same metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Registry,
@@ -27,41 +27,41 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers everything for one stream.
+    /// Registers all metrics of one stream.
     pub fn new(stream: &str) -> prometheus::Result<Metrics> {
         let make = Maker::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
         let gauges = |name: &str, help: &str, labels: &[&str]| make.gauges(name, help, labels);
-        let most = make.gauge("dashboard_stream_watchers_limit", "Most feeds of events open at once.")?;
+        let most = make.gauge("dashboard_stream_watchers_limit", "Most open event streams.")?;
         most.set(crate::api::MAX_WATCHERS as i64);
-        let reads = "Readings of a server, by outcome.";
-        let read_seconds = ("dashboard_read_seconds", "Time one reading took.");
-        let records = "Records dealt with according to Cassandra, by what became of them.";
-        let rate = "Rate over 10 s (now), the last hour (average), its best second (peak).";
+        let reads = "Reads from a server, by outcome.";
+        let read_seconds = ("dashboard_read_seconds", "Time of one read from a server.");
+        let records = "Records processed according to Cassandra, by outcome.";
+        let rate = "Events per second over 10 s (now), the last hour (average), and its best second (peak).";
         let (of_stream, of_partition) = (["stream"], ["stream", "partition"]);
         Ok(Metrics {
-            up: gauges("dashboard_source_up", "1 if the server answered lately, else 0.", &["source"])?,
+            up: gauges("dashboard_source_up", "1 if the server responds, else 0.", &["source"])?,
             reads: make.counters("dashboard_reads_total", reads, &["source", "outcome"])?,
             read_seconds: make.histograms(read_seconds, &["source"], &READ_SECONDS)?,
-            watchers: make.gauge("dashboard_stream_watchers", "Open feeds of events.")?,
+            watchers: make.gauge("dashboard_stream_watchers", "Open event streams.")?,
             produced: gauges("dashboard_kafka_records", "Records ever written to the topic.", &of_stream)?,
             records: gauges("dashboard_cassandra_records", records, &["stream", "outcome"])?,
             rows: gauges("dashboard_cassandra_rows", "Event rows in Cassandra.", &of_stream)?,
-            lag_messages: gauges("dashboard_lag_messages", "Records that wait.", &of_partition)?,
+            lag_messages: gauges("dashboard_lag_messages", "Unprocessed records.", &of_partition)?,
             lag_seconds: make.levels(
                 "dashboard_lag_seconds",
-                "Age of the first that waits.",
+                "Age of the first unprocessed record.",
                 &of_partition,
             )?,
             rate: make.levels("dashboard_events_per_second", rate, &["stream", "span"])?,
-            replicas: gauges("dashboard_topic_replicas", "Copies, worst partition.", &["stream", "kind"])?,
+            replicas: gauges("dashboard_topic_replicas", "Replicas, worst partition.", &["stream", "kind"])?,
             stream: stream.to_owned(),
             registry: make.registry,
         }
-        .at_zero())
+        .with_initial_series())
     }
 
-    /// Series that mean something at 0 are there from the start.
-    fn at_zero(self) -> Metrics {
+    /// Creates the series for which 0 is a meaningful value, so that they exist from the start.
+    fn with_initial_series(self) -> Metrics {
         for source in [crate::feed::KAFKA, crate::feed::CASSANDRA] {
             self.up.with_label_values(&[source]).set(0);
             for outcome in ["ok", "error"] {
@@ -72,28 +72,28 @@ impl Metrics {
         self
     }
 
-    /// Where `/metrics` reads.
+    /// The registry that `/metrics` exports.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// How many feeds of events are open.
+    /// The gauge of open event streams.
     pub fn watchers(&self) -> &IntGauge {
         &self.watchers
     }
 
-    /// Notes one reading of a server.
+    /// Records one read from a server.
     pub fn read(&self, source: &str, took: Duration, ok: bool) {
         self.reads.with_label_values(&[source, if ok { "ok" } else { "error" }]).inc();
         self.read_seconds.with_label_values(&[source]).observe(took.as_secs_f64());
     }
 
-    /// Notes whether a server's answers are fresh.
+    /// Records whether the latest figures of a server are known.
     pub fn source(&self, source: &str, up: bool) {
         self.up.with_label_values(&[source]).set(i64::from(up));
     }
 
-    /// Exports an overview; what is null there loses its series.
+    /// Exports an overview. Removes the series of figures that are unknown.
     pub fn overview(&self, overview: &Overview) {
         let s = self.stream.as_str();
         set(&self.produced, &[s], overview.events_produced);
@@ -126,7 +126,7 @@ impl Metrics {
 fn set(gauge: &IntGaugeVec, labels: &[&str], value: Option<i64>) {
     match value {
         Some(value) => gauge.with_label_values(labels).set(value),
-        // Removing what is not there is no mistake.
+        // Removing a series that does not exist returns an error, which is harmless.
         None => drop(gauge.remove_label_values(labels)),
     }
 }
@@ -147,7 +147,7 @@ mod tests {
     use prometheus::TextEncoder;
 
     #[test]
-    fn a_figure_that_is_not_known_any_more_has_no_series() {
+    fn a_figure_that_becomes_unknown_loses_its_series() {
         let metrics = Metrics::new("s").unwrap();
         let text = || TextEncoder::new().encode_to_string(&metrics.registry().gather()).unwrap();
         let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };

@@ -1,5 +1,5 @@
-//! The overview: what is known about the pipeline right now, put together from facts. A figure that cannot be known is
-//! `null`, and `reasons` says why under the figure's own name; it is never 0 for want of an answer. Pure.
+//! The overview: the current figures of the pipeline, computed from the facts read from Kafka and Cassandra. An unknown
+//! figure is `null`, never 0, and `reasons` contains the reason under the name of the figure. Pure.
 
 use crate::lag::{self, Standing, Watermarks};
 use crate::rates::Rates;
@@ -8,84 +8,84 @@ use crate::services::Holder;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A figure, or why it cannot be known.
+/// A figure, or the reason why it is unknown.
 pub type Figure<T> = Result<T, Reason>;
 
 /// One row of table `partition_progress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Progress {
-    /// Next offset to be processed.
+    /// Offset of the next record to be processed.
     pub next_offset: i64,
-    /// Events counted once each.
+    /// Events, without duplicates.
     pub events: i64,
-    /// Copies of events already counted.
+    /// Duplicates of events.
     pub duplicates: i64,
-    /// Events that came after their lateness had passed (counted among `events` all the same).
+    /// Events that arrived after the allowed lateness. `events` includes them.
     pub late: i64,
-    /// Records that could not be taken.
+    /// Records written to the dead-letter topic.
     pub dead_letters: i64,
 }
 
 impl Progress {
-    /// Records dealt with, whichever way.
+    /// Processed records, whatever the outcome.
     pub fn processed(&self) -> i64 {
         self.events + self.duplicates + self.dead_letters
     }
 }
 
-/// What Cassandra said.
+/// Facts read from Cassandra.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoreFacts {
-    /// Progress by Kafka partition; one without a row has processed nothing.
+    /// Progress by Kafka partition. Nothing of a partition without an entry has been processed.
     pub progress: BTreeMap<i32, Progress>,
     /// Events per second.
     pub rates: Rates,
 }
 
-/// What Kafka said of one partition.
+/// Facts about one partition, read from Kafka.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PartitionFacts {
-    /// Its span of offsets.
+    /// Range of offsets in the log.
     pub log: Figure<Watermarks>,
-    /// Broker that leads it; `None`: it is offline.
+    /// Id of the broker that leads the partition. `None` if the partition is offline.
     pub leader: Option<i32>,
-    /// Copies it should have.
+    /// Number of replicas.
     pub replicas: usize,
-    /// Copies that are up to date.
+    /// Number of in-sync replicas.
     pub in_sync: usize,
-    /// Time stamp in Unix milliseconds of the record at an offset, where that record was read: `(offset, time)`.
+    /// Offset of the first unprocessed record and its timestamp in Unix milliseconds. `None` if no record was read.
     pub record_time: Option<(i64, Figure<i64>)>,
 }
 
-/// What Kafka said.
+/// Facts read from Kafka.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct KafkaFacts {
-    /// By partition of the events topic.
+    /// The partitions of the events topic.
     pub partitions: BTreeMap<i32, PartitionFacts>,
 }
 
-/// How well the events topic is copied.
+/// Health of the replication of the events topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReplicationVerdict {
-    /// Every copy is up to date, and there is more than one.
+    /// Every partition has several replicas, and all are in sync.
     Healthy,
-    /// Every copy is up to date, but there is only one: a lost disk loses events.
+    /// All replicas are in sync, but a partition has only one, so a lost disk loses events.
     SingleCopy,
-    /// A copy is behind or down.
+    /// A replica is not in sync.
     UnderReplicated,
-    /// A partition has no leader: it can be neither written nor read.
+    /// A partition has no leader, so it can be neither written nor read.
     Offline,
 }
 
-/// Replication of the events topic: the worst partition decides.
+/// Replication of the events topic. The worst partition determines each value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Replication {
-    /// Copies that each partition should have, at least.
+    /// Lowest number of replicas of a partition.
     pub factor: usize,
-    /// Copies up to date of the partition that has fewest.
+    /// Lowest number of in-sync replicas of a partition.
     pub in_sync: usize,
-    /// What follows.
+    /// Health of the replication.
     pub verdict: ReplicationVerdict,
 }
 
@@ -94,81 +94,81 @@ pub struct Replication {
 pub struct PartitionOverview {
     /// Kafka partition.
     pub partition: i32,
-    /// First offset still in Kafka.
+    /// Offset of the first record that is still in Kafka.
     pub low_offset: Option<i64>,
     /// Offset of the next record to be produced.
     pub high_offset: Option<i64>,
     /// Offset of the next record to be processed.
     pub next_offset: Option<i64>,
-    /// Events counted once each, each a row.
+    /// Events, without duplicates. Each has a row in Cassandra.
     pub events: Option<i64>,
-    /// Copies recognised.
+    /// Duplicates of events.
     pub duplicates: Option<i64>,
     /// Late events.
     pub late: Option<i64>,
-    /// Records that could not be taken.
+    /// Records written to the dead-letter topic.
     pub dead_letters: Option<i64>,
-    /// Records that wait.
+    /// Unprocessed records.
     pub lag_messages: Option<i64>,
-    /// Age of the first record that waits.
+    /// Age of the first unprocessed record.
     pub lag_seconds: Option<f64>,
-    /// The position against the log.
+    /// Relation of the position to the log.
     pub standing: Option<Standing>,
-    /// The processor that holds it; null with a reason where none does.
+    /// The processor that holds the partition. Null with a reason if there is none.
     pub holder: Option<Holder>,
-    /// Why a figure is null.
+    /// The reasons of all figures that are null, by name.
     pub reasons: BTreeMap<&'static str, Reason>,
 }
 
-/// What `GET /api/v1/overview` answers and the feed sends each second.
+/// The response of `GET /api/v1/overview`, and the event that the feed sends every second.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Overview {
-    /// The stream's name.
+    /// Name of the stream.
     pub stream: String,
-    /// When it was put together, RFC 3339.
+    /// Time of the overview, RFC 3339.
     pub as_of: String,
     /// Records ever written to the events topic.
     pub events_produced: Option<i64>,
-    /// Records dealt with: events, duplicates and dead letters.
+    /// Processed records: events, duplicates and dead letters.
     pub events_processed: Option<i64>,
-    /// Rows in Cassandra: one per event.
+    /// Rows in Cassandra, one per event.
     pub rows_written: Option<i64>,
-    /// Copies recognised.
+    /// Duplicates of events.
     pub duplicates: Option<i64>,
     /// Late events.
     pub late: Option<i64>,
-    /// Records that could not be taken.
+    /// Records written to the dead-letter topic.
     pub dead_letters: Option<i64>,
-    /// Records that wait, in all.
+    /// Unprocessed records of all partitions.
     pub lag_messages: Option<i64>,
-    /// Age of the oldest record that waits.
+    /// Age of the oldest unprocessed record.
     pub lag_seconds: Option<f64>,
     /// Events per second over the last hour.
     pub rate_average: Option<f64>,
-    /// Events of the best second of the last hour.
+    /// Events in the best second of the last hour.
     pub rate_peak: Option<f64>,
     /// Events per second over the last ten seconds.
     pub rate_now: Option<f64>,
-    /// How well the events topic is copied.
+    /// Replication of the events topic.
     pub replication: Option<Replication>,
-    /// By Kafka partition; null where neither Kafka nor Cassandra answers.
+    /// All Kafka partitions. Null if neither Kafka nor Cassandra responds.
     pub partitions: Option<Vec<PartitionOverview>>,
-    /// Why a figure is null.
+    /// The reasons of all figures that are null, by name.
     pub reasons: BTreeMap<&'static str, Reason>,
 }
 
-/// What is known at one moment.
+/// The facts known at one moment.
 #[derive(Debug)]
 pub struct Known {
-    /// From Cassandra.
+    /// Facts from Cassandra.
     pub store: Figure<StoreFacts>,
-    /// From Kafka.
+    /// Facts from Kafka.
     pub kafka: Figure<KafkaFacts>,
-    /// Who holds each partition, from Cassandra.
+    /// The processor that holds each partition, from Cassandra.
     pub holders: Figure<BTreeMap<i32, Holder>>,
 }
 
-/// Puts the overview of `stream` together as of `now_ms`, which `as_of` spells.
+/// Computes the overview of `stream`. `as_of` is the text form of `now_ms`.
 pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> Overview {
     let Known { store, kafka, .. } = known;
     let mut reasons = BTreeMap::new();
@@ -202,7 +202,7 @@ pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> 
     }
 }
 
-/// Collects the reasons of figures that are not known.
+/// Collects the reasons of unknown figures.
 struct Notes<'a>(&'a mut BTreeMap<&'static str, Reason>);
 
 impl Notes<'_> {
@@ -242,7 +242,7 @@ fn all_lag<T: Copy>(
     of: fn(&PartitionOverview) -> Option<T>,
 ) -> Figure<Vec<T>> {
     let unknown = |p: &PartitionOverview| {
-        p.reasons.get(name).cloned().unwrap_or_else(|| Reason::new(Source::Dashboard, "not known"))
+        p.reasons.get(name).cloned().unwrap_or_else(|| Reason::new(Source::Dashboard, "unknown"))
     };
     let one = |p: &PartitionOverview| of(p).ok_or_else(|| unknown(p));
     partitions.as_ref().map_err(Clone::clone)?.iter().map(one).collect()
@@ -264,8 +264,8 @@ fn partitions(now_ms: i64, known: &Known) -> Figure<Vec<PartitionOverview>> {
 }
 
 fn holder(id: i32, holders: &Figure<BTreeMap<i32, Holder>>) -> Figure<Holder> {
-    let nobody = || Reason::new(Source::Dashboard, format!("no processor holds partition {id}"));
-    holders.as_ref().map_err(Clone::clone)?.get(&id).cloned().ok_or_else(nobody)
+    let none = || Reason::new(Source::Dashboard, format!("no processor holds partition {id}"));
+    holders.as_ref().map_err(Clone::clone)?.get(&id).cloned().ok_or_else(none)
 }
 
 fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
@@ -276,7 +276,7 @@ fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
         k.partitions.get(&id).ok_or_else(|| {
             Reason::new(
                 Source::Kafka,
-                format!("the topic has no partition {id}, but progress of one is stored"),
+                format!("the topic has no partition {id}, but cassandra has progress of it"),
             )
         })
     });
@@ -304,8 +304,8 @@ fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
     }
 }
 
-/// 0 when nothing waits. The time stamp may be of an offset that was passed since: then it overstates by less than one
-/// refresh, which is better than not knowing.
+/// The lag in seconds, 0 if all records are processed. The timestamp may belong to a record that was processed in the
+/// meantime. The lag is then overstated by less than one refresh interval, which is better than an unknown lag.
 fn lag_seconds(
     now_ms: i64,
     log: Watermarks,
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_that_no_processor_holds_says_so() {
+    fn a_partition_without_a_processor_has_a_reason() {
         let known = Known { store: Ok(store()), kafka: Ok(kafka()), holders: Ok(BTreeMap::new()) };
         let o = assemble("user_created", (10_000, String::new()), &known);
         let partitions = o.partitions.unwrap();
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn without_kafka_what_cassandra_knows_is_still_shown_and_lag_is_not() {
+    fn without_kafka_the_figures_of_cassandra_are_known_but_the_lag_is_not() {
         let o = overview(Ok(store()), Err(down(Source::Kafka)));
         assert_eq!(
             (o.events_produced, o.lag_messages, o.lag_seconds, o.replication),
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn without_cassandra_nothing_processed_is_claimed() {
+    fn without_cassandra_the_processed_records_are_unknown() {
         let o = overview(Err(down(Source::Cassandra)), Ok(kafka()));
         assert_eq!(o.events_produced, Some(150));
         assert_eq!(
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn without_either_only_reasons_are_left() {
+    fn without_both_servers_every_figure_has_a_reason() {
         let o = overview(Err(down(Source::Cassandra)), Err(down(Source::Kafka)));
         let json = serde_json::to_value(&o).unwrap();
         for (name, value) in json.as_object().unwrap() {
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_without_a_progress_row_has_processed_nothing() {
+    fn nothing_of_a_partition_without_a_progress_row_is_processed() {
         let mut facts = store();
         facts.progress.remove(&1);
         let o = overview(Ok(facts), Ok(kafka()));
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_partition_decides_about_replication() {
+    fn the_worst_partition_determines_the_replication() {
         let verdict = |change: fn(&mut PartitionFacts)| {
             let mut facts = kafka();
             for partition in facts.partitions.values_mut() {

@@ -1,17 +1,18 @@
-//! Throughput from running totals: each Kafka partition's total at the end of a second, of which readers take differences.
-//! Pure: reading the rows is [`crate::store`]'s, and whoever asks says what time it is.
+//! Computes throughput from running totals: a row holds the total of a Kafka partition at the end of a second, and the
+//! progress is the difference between two rows. Pure: [`crate::store`] reads the rows, and the caller passes the time.
 //!
-//! A second without a row is one without progress. A partition's first row tells how far it got only against what stood
-//! before it: an older row, or zero where the stream itself is younger than what was read, or else nothing is claimed.
+//! A second without a row is a second without progress. The progress of the first row of a partition needs a baseline:
+//! an older row, or zero if the stream is younger than the rows that were read. Without a baseline, the first row
+//! counts as no progress.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// How far back rates look: the last hour.
+/// Time span of the average and the peak: the last hour.
 pub const WINDOW_SECONDS: i64 = 3600;
-/// Over how many seconds "now" is averaged.
+/// Time span of the current rate.
 pub const RECENT_SECONDS: i64 = 10;
-/// The newest seconds are left out: their rows may not all be there yet (each is written after its second is over).
+/// The newest seconds are ignored, because a row is written after its second has ended and some may be missing.
 pub const SETTLE_SECONDS: i64 = 2;
 /// Most points of one chart.
 pub const MAX_POINTS: usize = 2000;
@@ -23,18 +24,18 @@ pub struct Sample {
     pub partition: i32,
     /// Start of the step, in Unix seconds.
     pub at: i64,
-    /// Events processed since the log began, as of the end of that step.
+    /// Events processed since the start of the log, at the end of the step.
     pub total: i64,
 }
 
 /// Events per second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Rates {
-    /// Over the last [`RECENT_SECONDS`] settled seconds.
+    /// Average of the last [`RECENT_SECONDS`].
     pub now: f64,
-    /// Over the last [`WINDOW_SECONDS`], or since the first progress where that is later.
+    /// Average of the last [`WINDOW_SECONDS`], or since the first row if that is later.
     pub average: f64,
-    /// Of the best single step within [`WINDOW_SECONDS`].
+    /// Rate of the best step within the last [`WINDOW_SECONDS`].
     pub peak: f64,
 }
 
@@ -43,19 +44,19 @@ pub struct Rates {
 pub struct Point {
     /// Start of the step, in Unix seconds.
     pub at: i64,
-    /// Mean over the step.
+    /// Average over the step.
     pub events_per_second: f64,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Track {
     totals: BTreeMap<i64, i64>,
-    /// Total before the first of `totals`.
+    /// Total before the first entry of `totals`. `None` if it is not known.
     before: Option<i64>,
 }
 
 impl Track {
-    /// The total at the end of the step that starts at `at`.
+    /// The total at the end of the step that starts at `at`. `None` if no row is known.
     fn total_at(&self, at: i64, zero_at_start: bool) -> Option<i64> {
         let known = self.totals.range(..=at).next_back().map(|(_, total)| *total);
         let first = || self.totals.values().next().copied();
@@ -63,7 +64,7 @@ impl Track {
     }
 }
 
-/// Running totals of all partitions over a bounded span of time.
+/// Running totals of all partitions over a limited time span.
 #[derive(Debug, Clone)]
 pub struct History {
     step: i64,
@@ -72,20 +73,21 @@ pub struct History {
 }
 
 impl History {
-    /// Nothing known yet, in steps of `step` seconds. `zero_at_start`: the stream is younger than the oldest row that will
-    /// be given, so what has no earlier row began at zero.
+    /// Creates an empty history with steps of `step` seconds. Set `zero_at_start` if the stream is younger than the
+    /// time span that is read: the totals of partitions without an earlier row then start at zero.
     pub fn new(step: i64, zero_at_start: bool) -> History {
         History { step, zero_at_start, tracks: BTreeMap::new() }
     }
 
-    /// Takes a row, in any order and any number of times; of two for one second the larger total is the later.
+    /// Adds a row. The order does not matter, and a row may be added repeatedly. Of two rows for the same step, the
+    /// larger total is the later one and wins.
     pub fn observe(&mut self, sample: Sample) {
         let track = self.tracks.entry(sample.partition).or_default();
         let total = track.totals.entry(sample.at).or_insert(sample.total);
         *total = sample.total.max(*total);
     }
 
-    /// Drops what is older than `at`, remembering only the total it led to.
+    /// Drops all rows before `at`, and keeps only their last total as the baseline.
     pub fn forget_before(&mut self, at: i64) {
         for track in self.tracks.values_mut() {
             let kept = track.totals.split_off(&at);
@@ -96,7 +98,7 @@ impl History {
         }
     }
 
-    /// Events processed in `[from, to)`, both multiples of the step. Never negative.
+    /// Events processed in `[from, to)`, in Unix seconds. Both must be multiples of the step. Never negative.
     pub fn progress(&self, from: i64, to: i64) -> i64 {
         let of = |track: &Track| {
             let end = track.total_at(to - self.step, self.zero_at_start);
@@ -106,12 +108,12 @@ impl History {
         self.tracks.values().map(of).sum()
     }
 
-    /// Start of the first step with a row.
+    /// Start of the first step with a row, in Unix seconds.
     pub fn first_at(&self) -> Option<i64> {
         self.tracks.values().filter_map(|track| track.totals.keys().next().copied()).min()
     }
 
-    /// The figures as of `now` (Unix seconds).
+    /// The rates as of `now`, in Unix seconds.
     pub fn rates(&self, now: i64) -> Rates {
         let to = self.align(now - SETTLE_SECONDS);
         let oldest = self.align(to - WINDOW_SECONDS);
@@ -123,8 +125,8 @@ impl History {
         Rates { now: per_second(to - RECENT_SECONDS, to), average: per_second(from, to), peak }
     }
 
-    /// Events per second of every step of `width` seconds (a multiple of the step) from `from` up to `to`, idle ones too; at
-    /// most [`MAX_POINTS`].
+    /// One point for each `width` seconds (a multiple of the step) in `[from, to)`, including idle ones. At most
+    /// [`MAX_POINTS`].
     pub fn points(&self, from: i64, to: i64, width: i64) -> Vec<Point> {
         let width = width.max(self.step);
         let mut sums: BTreeMap<i64, i64> = BTreeMap::new();
@@ -138,7 +140,7 @@ impl History {
             .collect()
     }
 
-    /// The start of the step that holds `at`.
+    /// The start of the step that contains `at`.
     pub fn align(&self, at: i64) -> i64 {
         at.div_euclid(self.step) * self.step
     }
@@ -161,7 +163,7 @@ impl History {
     }
 }
 
-/// Width of a chart's steps: the smallest multiple of `step` that keeps `seconds` within [`MAX_POINTS`].
+/// Width of the points of a chart: the smallest multiple of `step` that divides `seconds` into at most [`MAX_POINTS`].
 pub fn width_for(seconds: i64, step: i64) -> i64 {
     let points = (seconds / step).max(1);
     let per_point = (points + MAX_POINTS as i64 - 1) / MAX_POINTS as i64;
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_without_a_row_is_one_without_progress() {
+    fn a_second_without_a_row_has_no_progress() {
         let h = history(true, &[(0, 100, 10), (0, 105, 30), (1, 103, 5)]);
         assert_eq!(h.progress(100, 106), 35);
         assert_eq!(h.progress(101, 105), 5);
@@ -191,13 +193,13 @@ mod tests {
     }
 
     #[test]
-    fn the_first_row_of_an_old_stream_claims_nothing_and_of_a_young_one_everything() {
+    fn the_first_row_counts_only_if_the_stream_is_young() {
         assert_eq!(history(false, &[(0, 100, 1_000_000), (0, 101, 1_000_010)]).progress(90, 110), 10);
         assert_eq!(history(true, &[(0, 100, 1_000), (0, 101, 1_010)]).progress(90, 110), 1_010);
     }
 
     #[test]
-    fn an_idle_pipeline_has_rate_zero_now_and_keeps_its_peak() {
+    fn an_idle_pipeline_has_a_current_rate_of_zero_and_keeps_its_peak() {
         let h = history(true, &[(0, 100, 500), (0, 101, 800)]);
         let rates = h.rates(152);
         assert_eq!(rates, Rates { now: 0.0, average: 800.0 / 50.0, peak: 500.0 });
@@ -205,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn charts_stay_within_their_number_of_points() {
+    fn a_chart_never_has_too_many_points() {
         for (seconds, step) in [(60, 1), (3600, 1), (2000, 1), (2001, 1), (604_800, 60), (120_000, 60)] {
             let width = width_for(seconds, step);
             assert!(seconds / width <= MAX_POINTS as i64 && width % step == 0, "{seconds} {step} {width}");
@@ -214,7 +216,7 @@ mod tests {
         assert_eq!(width_for(2001, 1), 2);
     }
 
-    /// Rows as a processor writes them: totals that rise with time.
+    /// Rows like those of a processor, with totals that increase over time.
     fn rising() -> impl Strategy<Value = Vec<(i32, i64, i64)>> {
         let row = (0..4i32, 0..100i64, 0..50i64);
         proptest::collection::vec(row, 0..60).prop_map(|mut rows| {
@@ -232,14 +234,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_steps_of_a_span_add_up_to_its_progress(rows in rising(), zero: bool, from in 0..50i64, length in 0..60i64) {
+        fn the_points_of_a_span_add_up_to_its_progress(
+            rows in rising(), zero: bool, from in 0..50i64, length in 0..60i64,
+        ) {
             let h = history(zero, &rows);
             let sum: f64 = h.points(from, from + length, 1).iter().map(|p| p.events_per_second).sum();
             prop_assert_eq!(sum as i64, h.progress(from, from + length));
         }
 
         #[test]
-        fn neither_order_nor_repetition_of_rows_changes_a_figure(rows in rising(), seed: u64) {
+        fn the_order_and_repetition_of_rows_do_not_change_the_rates(rows in rising(), seed: u64) {
             let mut mixed: Vec<_> = rows.iter().chain(rows.iter()).copied().collect();
             let mut state = seed | 1;
             for i in (1..mixed.len()).rev() {
@@ -250,7 +254,7 @@ mod tests {
         }
 
         #[test]
-        fn forgetting_old_rows_keeps_the_progress_since(rows in rising(), cut in 0..100i64) {
+        fn forgetting_old_rows_does_not_change_later_progress(rows in rising(), cut in 0..100i64) {
             let whole = history(true, &rows);
             let mut cut_off = whole.clone();
             cut_off.forget_before(cut);

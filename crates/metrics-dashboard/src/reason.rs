@@ -1,10 +1,10 @@
-//! Why something is not known or cannot be answered: who did not answer, what failed and what to do, and the client library's own
-//! words. Pure.
+//! Reasons: why a figure is unknown or a request fails. A reason names the source of the problem, what failed and what
+//! to do, and carries the error of the client library. Pure.
 
 use serde::Serialize;
 use std::fmt;
 
-/// Whose answer is missing.
+/// The origin of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
@@ -21,26 +21,27 @@ pub enum Source {
 /// A reason, as JSON `{"source": …, "message": …, "detail": …}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reason {
-    /// Whose answer is missing.
+    /// The origin of the problem.
     pub source: Source,
     /// One line: what failed, and what to do.
     pub message: String,
-    /// More about the cause, in the words of the client library; `None`: there is no more to say.
+    /// The error of the client library, if there is one.
     pub detail: Option<String>,
 }
 
 impl Reason {
-    /// A reason without detail.
+    /// Creates a reason without a detail.
     pub fn new(source: Source, message: impl Into<String>) -> Reason {
         Reason { source, message: message.into(), detail: None }
     }
 
-    /// The same with the cause.
+    /// Sets the detail.
     pub fn with_detail(self, detail: impl Into<String>) -> Reason {
         Reason { detail: Some(detail.into()), ..self }
     }
 
-    /// A reason made of an error whose text has its cause in brackets: the cause becomes the detail.
+    /// Creates a reason from an error whose text contains `cause` in parentheses. Moves the cause from the message to
+    /// the detail.
     pub fn without_cause(source: Source, error: &impl fmt::Display, cause: &str) -> Reason {
         let message = error.to_string().replacen(&format!(" ({cause})"), "", 1);
         Reason::new(source, message).with_detail(cause)
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cause_in_brackets_becomes_the_detail() {
+    fn a_cause_in_parentheses_becomes_the_detail() {
         let error = "kafka at k:9092 does not answer (Meta data: Broker (Local) failure); is it running?";
         let reason = Reason::without_cause(Source::Kafka, &error, "Meta data: Broker (Local) failure");
         assert_eq!(reason.message, "kafka at k:9092 does not answer; is it running?");

@@ -1,20 +1,21 @@
-//! Which instances of the services are alive, and which have refused to run. An instance is judged by how long its row has stood
-//! still while it could be looked at: neither clocks that differ nor an outage of Cassandra makes it silent. Pure; the rows
-//! are [`crate::store`]'s.
+//! Determines which instances of the services are alive, and which refused to run. An instance is silent if its row did
+//! not change for a while during which the rows could be read. Neither differing clocks nor an outage of Cassandra make
+//! an instance silent. Pure; [`crate::store`] reads the rows.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// An instance writes its row every second; after this long without a new one it is silent.
+/// An instance is silent if its row does not change for this long. Instances write their rows every second.
 const SILENT_AFTER: Duration = Duration::from_secs(3);
-/// Two looks further apart than this had an outage between them, of which nothing is known.
-const LOOK_AT_MOST: Duration = Duration::from_secs(2);
+/// Longest time between two reads that counts as silence. A longer gap means that Cassandra could not be read, so it
+/// says nothing about the instances.
+const MAX_READ_GAP: Duration = Duration::from_secs(2);
 
-/// What a processor does with a partition as a rule.
+/// State of a partition that a processor processes normally.
 const RUNNING: &str = "running";
 
-/// Service and instance.
+/// Name of the service, name of the instance.
 type Name = (String, String);
 
 /// A row of table `services`; times in Unix milliseconds.
@@ -24,15 +25,15 @@ pub struct ServiceRow {
     pub service: String,
     /// Name of the instance.
     pub instance: String,
-    /// Its version.
+    /// Version of the program.
     pub version: Option<String>,
-    /// Since when it runs, on its own clock.
+    /// When it started, on its own clock.
     pub started_at: Option<i64>,
-    /// When it last said so, on its own clock.
+    /// When it wrote the row, on its own clock.
     pub seen_at: Option<i64>,
     /// Whether it is ready.
     pub ready: bool,
-    /// The partitions of the stream that it holds, with what it does with each.
+    /// The partitions of the stream that it holds, with their states.
     pub partitions: BTreeMap<i32, String>,
 }
 
@@ -43,23 +44,23 @@ pub struct RefusalRow {
     pub service: String,
     /// Name of the instance.
     pub instance: String,
-    /// Why it ended with exit code 3; empty: it has started since.
+    /// Why it exited with code 3. Empty if it has started again since.
     pub reason: String,
-    /// When, in Unix milliseconds on its own clock.
+    /// When it exited, in Unix milliseconds on its own clock.
     pub at: i64,
 }
 
-/// What is known of an instance.
+/// State of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// It says that it is ready.
+    /// It reports ready.
     Ready,
-    /// It says that it is not ready.
+    /// It reports not ready.
     NotReady,
-    /// It has said nothing for some seconds: killed, stopped, or cut off from Cassandra.
+    /// It has sent no heartbeat for some seconds: it was killed, stopped, or cut off from Cassandra.
     Silent,
-    /// It ended with exit code 3.
+    /// It exited with code 3.
     Refused,
 }
 
@@ -70,31 +71,31 @@ pub struct Instance {
     pub service: String,
     /// Name of the instance.
     pub instance: String,
-    /// Its version.
+    /// Version of the program.
     pub version: Option<String>,
-    /// Since when it runs, or ran.
+    /// When it last started.
     pub started_at: Option<i64>,
-    /// When it last gave a sign of life.
+    /// Time of its last heartbeat or of its refusal.
     pub seen_at: Option<i64>,
-    /// What is known of it.
+    /// Its state.
     pub state: State,
-    /// Why it refused.
+    /// Why it refused to run. `None` in all other states.
     pub reason: Option<String>,
-    /// The partitions of the stream that it holds, with what it does with each (and why, where it does not process).
+    /// The partitions of the stream that it holds, with their states (and the reason if one is not processed).
     pub partitions: BTreeMap<i32, String>,
 }
 
-/// Who holds a partition.
+/// The processor that holds a partition.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// Name of the processor's instance.
+    /// Name of the instance.
     pub instance: String,
-    /// What it does with the partition: `running`, or another word and the reason.
+    /// State of the partition: `running`, or another state with a reason.
     pub does: String,
 }
 
-/// By partition, the processor that holds it. Where two rows claim one, as for a moment during a rebalance, the one that processes
-/// it counts.
+/// The processor that holds each partition. If two instances claim a partition, as they briefly do during a rebalance,
+/// the one that processes it wins.
 pub fn holders(instances: &[Instance]) -> BTreeMap<i32, Holder> {
     let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
     for one in instances.iter().filter(|one| matches!(one.state, State::Ready | State::NotReady)) {
@@ -107,42 +108,45 @@ pub fn holders(instances: &[Instance]) -> BTreeMap<i32, Holder> {
     holders
 }
 
-/// How long each instance has been quiet.
+/// Tracks how long the row of each instance has not changed.
 #[derive(Debug, Default)]
-pub struct Listening {
-    heard: BTreeMap<Name, Heard>,
+pub struct LivenessTracker {
+    last_rows: BTreeMap<Name, LastRow>,
 }
 
 #[derive(Debug)]
-struct Heard {
+struct LastRow {
     seen_at: Option<i64>,
-    quiet: Duration,
+    /// Time for which the row has not changed, without outages of Cassandra.
+    unchanged_for: Duration,
 }
 
-impl Listening {
-    /// Judges the rows as they are now. `since_last`: time since the last call; `now_ms` judges only what is seen for the first
-    /// time.
-    pub fn look(
+impl LivenessTracker {
+    /// Takes the current rows and returns the state of every instance. `since_last` is the time since the last call.
+    /// `now_ms` is only used for rows that were not seen before.
+    pub fn update(
         &mut self,
         rows: Vec<ServiceRow>,
         refusals: Vec<RefusalRow>,
         (now_ms, since_last): (i64, Duration),
     ) -> Vec<Instance> {
-        let mut heard = BTreeMap::new();
+        let mut last_rows = BTreeMap::new();
         let mut instances = BTreeMap::new();
         for row in rows {
             let name = (row.service.clone(), row.instance.clone());
-            let quiet = match self.heard.remove(&name) {
-                Some(before) if before.seen_at == row.seen_at => before.quiet + since_last.min(LOOK_AT_MOST),
+            let unchanged_for = match self.last_rows.remove(&name) {
+                Some(before) if before.seen_at == row.seen_at => {
+                    before.unchanged_for + since_last.min(MAX_READ_GAP)
+                }
                 Some(_) => Duration::ZERO,
                 None => {
                     let age_ms = row.seen_at.map_or(0, |seen_at| now_ms.saturating_sub(seen_at));
                     Duration::from_millis(u64::try_from(age_ms).unwrap_or(0))
                 }
             };
-            heard.insert(name.clone(), Heard { seen_at: row.seen_at, quiet });
+            last_rows.insert(name.clone(), LastRow { seen_at: row.seen_at, unchanged_for });
             let state = match row.ready {
-                _ if quiet >= SILENT_AFTER => State::Silent,
+                _ if unchanged_for >= SILENT_AFTER => State::Silent,
                 true => State::Ready,
                 false => State::NotReady,
             };
@@ -151,7 +155,7 @@ impl Listening {
             let one = Instance { service, instance, version, started_at, seen_at, state, reason, partitions };
             instances.insert(name, one);
         }
-        self.heard = heard;
+        self.last_rows = last_rows;
         for refusal in refusals.into_iter().filter(|refusal| !refusal.reason.is_empty()) {
             let RefusalRow { service, instance, reason, at } = refusal;
             let name = (service.clone(), instance.clone());
@@ -196,32 +200,32 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_whose_row_stands_still_is_silent_after_three_seconds_and_back_at_its_next_sign() {
-        let mut listening = Listening::default();
-        let mut look = |seen_at| states(&listening.look(vec![row("a", seen_at)], vec![], (NOW, SECOND)));
-        assert_eq!(look(NOW), [State::Ready]);
-        assert_eq!(look(NOW + 1_000), [State::Ready]);
+    fn an_instance_is_silent_three_seconds_after_its_last_heartbeat_and_ready_again_at_the_next() {
+        let mut tracker = LivenessTracker::default();
+        let mut update = |seen_at| states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, SECOND)));
+        assert_eq!(update(NOW), [State::Ready]);
+        assert_eq!(update(NOW + 1_000), [State::Ready]);
         for expected in [State::Ready, State::Ready, State::Silent, State::Silent] {
-            assert_eq!(look(NOW + 1_000), [expected]);
+            assert_eq!(update(NOW + 1_000), [expected]);
         }
-        assert_eq!(look(NOW + 2_000), [State::Ready]);
+        assert_eq!(update(NOW + 2_000), [State::Ready]);
     }
 
     #[test]
-    fn a_time_without_looks_makes_nobody_silent_and_a_clock_that_is_behind_neither() {
-        let mut listening = Listening::default();
+    fn neither_a_gap_between_reads_nor_a_slow_clock_makes_an_instance_silent() {
+        let mut tracker = LivenessTracker::default();
         let skewed = NOW - 100_000;
-        let mut look = |seen_at, since| {
-            states(&listening.look(vec![row("a", seen_at)], vec![], (NOW, Duration::from_secs(since))))
+        let mut update = |seen_at, since| {
+            states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, Duration::from_secs(since))))
         };
-        assert_eq!(look(skewed, 0), [State::Silent], "at first there is only its age");
-        assert_eq!(look(skewed + 1_000, 1), [State::Ready]);
-        assert_eq!(look(skewed + 1_000, 90), [State::Ready], "Cassandra was away");
-        assert_eq!(look(skewed + 2_000, 1), [State::Ready]);
+        assert_eq!(update(skewed, 0), [State::Silent], "only the age of the first row is known");
+        assert_eq!(update(skewed + 1_000, 1), [State::Ready]);
+        assert_eq!(update(skewed + 1_000, 90), [State::Ready], "Cassandra could not be read");
+        assert_eq!(update(skewed + 2_000, 1), [State::Ready]);
     }
 
     #[test]
-    fn a_partition_is_held_by_an_instance_that_is_not_silent_and_rather_by_the_one_that_processes_it() {
+    fn the_holder_of_a_partition_is_not_silent_and_preferably_the_one_that_processes_it() {
         let holding = |name: &str, age_ms, held: &[(i32, &str)]| ServiceRow {
             partitions: held.iter().map(|(partition, does)| (*partition, (*does).to_owned())).collect(),
             ..row(name, NOW - age_ms)
@@ -231,25 +235,25 @@ mod tests {
             holding("b", 0, &[(1, "running"), (2, "halted: damaged")]),
             holding("c", 9_000, &[(2, "running"), (3, "running")]),
         ];
-        let found = holders(&Listening::default().look(rows, vec![], (NOW, SECOND)));
+        let found = holders(&LivenessTracker::default().update(rows, vec![], (NOW, SECOND)));
         let found: Vec<(i32, &str, &str)> =
             found.iter().map(|(p, holder)| (*p, holder.instance.as_str(), holder.does.as_str())).collect();
         assert_eq!(found, [(0, "a", "running"), (1, "b", "running"), (2, "b", "halted: damaged")]);
     }
 
     #[test]
-    fn a_refusal_is_shown_until_the_instance_has_started_again() {
-        let look = |rows, refusals| {
-            let instances = Listening::default().look(rows, refusals, (NOW, SECOND));
+    fn a_refusal_is_shown_until_the_instance_starts_again() {
+        let states = |rows, refusals| {
+            let instances = LivenessTracker::default().update(rows, refusals, (NOW, SECOND));
             instances.into_iter().map(|i| (i.instance, i.state, i.reason)).collect::<Vec<_>>()
         };
         let refused = |name: &str| (name.to_owned(), State::Refused, Some("lost history".to_owned()));
         let ready = |name: &str| (name.to_owned(), State::Ready, None);
         let why = |name: &str, at| refusal(name, "lost history", at);
-        assert_eq!(look(vec![], vec![why("a", NOW)]), [refused("a")]);
-        assert_eq!(look(vec![row("a", NOW)], vec![why("a", NOW - 1)]), [refused("a")]);
-        assert_eq!(look(vec![row("a", NOW)], vec![why("a", NOW - 60_001)]), [ready("a")]);
-        assert_eq!(look(vec![row("b", NOW)], vec![why("a", NOW)]), [refused("a"), ready("b")]);
-        assert_eq!(look(vec![], vec![refusal("a", "", NOW)]), []);
+        assert_eq!(states(vec![], vec![why("a", NOW)]), [refused("a")]);
+        assert_eq!(states(vec![row("a", NOW)], vec![why("a", NOW - 1)]), [refused("a")]);
+        assert_eq!(states(vec![row("a", NOW)], vec![why("a", NOW - 60_001)]), [ready("a")]);
+        assert_eq!(states(vec![row("b", NOW)], vec![why("a", NOW)]), [refused("a"), ready("b")]);
+        assert_eq!(states(vec![], vec![refusal("a", "", NOW)]), []);
     }
 }

@@ -1,5 +1,5 @@
-//! What Cassandra says: progress, throughput, the services that are alive, the latest runs. Reads only. When to ask is
-//! the feed's.
+//! Reads progress, throughput, instances and the latest runs from Cassandra. Never writes. The feed decides when to
+//! read.
 
 use crate::error::Error;
 use crate::overview::{Progress, StoreFacts};
@@ -23,12 +23,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 /// Longest wait for a connection before the reason is shown.
-const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// How far back rows are read again: the processor writes some of them late.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Each read repeats the rows of this many seconds, because the processor may write rows late.
 const OVERLAP_SECONDS: i64 = 30;
-/// Runs listed.
-const RUNS: i32 = 25;
-/// How far back the total before the hour is searched for, in rows of one minute.
+/// Most runs in the list.
+const MAX_RUNS: i32 = 25;
+/// How far before the last hour the one-minute rows are searched for the total at its start.
 const BASELINE_SECONDS: i64 = 2 * 86_400;
 /// The services whose instances are listed.
 const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
@@ -43,25 +43,25 @@ pub struct Run {
     pub interval_start: i64,
     /// First millisecond after it.
     pub interval_end: Option<i64>,
-    /// `scheduled`, `running`, `retrying`, `succeeded` or `failed`.
+    /// Name of a [`common::run_ledger::RunState`].
     pub state: Option<String>,
-    /// `scheduled`, `catch_up` or `backfill`.
+    /// Name of a [`common::run_ledger::RunType`].
     pub run_type: Option<String>,
-    /// Attempts begun.
+    /// Number of attempts started.
     pub attempt: Option<i32>,
     /// Records fetched.
     pub records: Option<i64>,
-    /// Records that Kafka has acknowledged.
+    /// Records acknowledged by Kafka.
     pub acked: Option<i64>,
-    /// When the attempt began.
+    /// When the last attempt started.
     pub started_at: Option<i64>,
-    /// When it ended.
+    /// When the last attempt ended.
     pub finished_at: Option<i64>,
-    /// Why it failed.
+    /// Why the last attempt failed.
     pub error: Option<String>,
 }
 
-/// A session with its prepared statements, and the last hour's throughput.
+/// A session with its prepared statements, and the throughput of the last hour.
 pub struct Store {
     session: Arc<Session>,
     stream: String,
@@ -73,7 +73,7 @@ pub struct Store {
 
 struct Seconds {
     history: History,
-    /// Up to where rows have been read, in Unix seconds.
+    /// Rows are read up to this time, in Unix seconds.
     read_until: i64,
 }
 
@@ -85,24 +85,24 @@ struct Statements {
     runs: PreparedStatement,
 }
 
-/// The driver's first line; the others explain its insides.
+/// Keeps only the first line of the error. The other lines describe internals of the driver.
 fn failed(error: impl std::fmt::Display) -> Error {
     let text = error.to_string();
     Error::Cassandra(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// Cassandra's own words where it refused, without the driver's around them.
+/// If Cassandra rejected the statement, keeps only its own message without the context that the driver adds.
 fn not_prepared(error: PrepareError) -> Error {
     match error {
         PrepareError::AllAttemptsFailed {
-            first_attempt: RequestAttemptError::DbError(DbError::Invalid, words),
-        } => Error::NoTables(words),
+            first_attempt: RequestAttemptError::DbError(DbError::Invalid, message),
+        } => Error::NoTables(message),
         error => failed(error),
     }
 }
 
 impl Store {
-    /// Connects, prepares, and reads the last hour. `now` in Unix seconds.
+    /// Connects, prepares the statements and reads the throughput of the last hour. `now` is in Unix seconds.
     pub async fn open(
         settings: &CommonArgs,
         definition: &Definition,
@@ -110,7 +110,7 @@ impl Store {
         shutdown: &Shutdown,
     ) -> Result<Store, Error> {
         let stream = definition.stream.name.as_str();
-        let session = common::cassandra::connect(settings, CONNECT_LIMIT, shutdown).await?;
+        let session = common::cassandra::connect(settings, CONNECT_TIMEOUT, shutdown).await?;
         check_tables(&session, &settings.keyspace, stream).await?;
         let statements = Statements::prepare(&session, &settings.keyspace).await?;
         check_layout(&session, &settings.keyspace, definition).await?;
@@ -127,7 +127,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Progress and rates as of `now` (Unix seconds).
+    /// Reads progress and rates as of `now`, in Unix seconds.
     pub async fn read(&self, now: i64) -> Result<StoreFacts, Error> {
         let since = self.with_seconds(|s| s.read_until) - OVERLAP_SECONDS;
         let (progress, samples) = futures::try_join!(self.progress(), self.samples(SECONDS, since, now + 1))?;
@@ -140,12 +140,12 @@ impl Store {
         Ok(StoreFacts { progress, rates })
     }
 
-    /// The last hour in steps of a second, and up to which Unix second it has been read.
+    /// The throughput of the last hour in steps of one second, and the Unix second up to which it has been read.
     pub fn last_hour(&self) -> (History, i64) {
         self.with_seconds(|s| (s.history.clone(), s.read_until))
     }
 
-    /// Steps of a minute in `[from, to)`, in Unix seconds.
+    /// Reads the throughput in `[from, to)`, in Unix seconds, in steps of one minute.
     pub async fn minutes(&self, from: i64, to: i64) -> Result<History, Error> {
         let mut history = History::new(i64::from(MINUTES.0), self.zero_at_start);
         for sample in self.samples(MINUTES, from - DAY_MS / 1000, to).await? {
@@ -155,22 +155,22 @@ impl Store {
         Ok(history)
     }
 
-    /// The latest runs of today and yesterday, newest first. `now_ms` in Unix milliseconds.
+    /// Reads the latest runs of today and yesterday, newest first. `now_ms` is in Unix milliseconds.
     pub async fn runs(&self, now_ms: i64) -> Result<Vec<Run>, Error> {
         let today = floor_to(now_ms, DAY_MS);
         let (mut runs, yesterday) =
             futures::try_join!(self.runs_of_day(today), self.runs_of_day(today - DAY_MS))?;
         runs.extend(yesterday);
-        runs.truncate(usize::try_from(RUNS).unwrap_or(0));
+        runs.truncate(usize::try_from(MAX_RUNS).unwrap_or(0));
         Ok(runs)
     }
 
-    /// The row of every instance seen within the last minute, and of every one that refused to run.
+    /// Reads the rows of all instances that sent a heartbeat within the last minute, and of all that refused to run.
     pub async fn services(&self) -> Result<(Vec<ServiceRow>, Vec<RefusalRow>), Error> {
-        let (session, asked) = (&self.session, (&SERVICES[..],));
+        let (session, values) = (&self.session, (&SERVICES[..],));
         let (alive, refused) = futures::try_join!(
-            session.execute_unpaged(&self.statements.services, asked),
-            session.execute_unpaged(&self.statements.refusals, asked)
+            session.execute_unpaged(&self.statements.services, values),
+            session.execute_unpaged(&self.statements.refusals, values)
         )
         .map_err(failed)?;
         let (alive, refused) =
@@ -196,12 +196,12 @@ impl Store {
         Ok((rows, refusals))
     }
 
-    /// Pane rows, for windows.
+    /// Reads pane rows, over the same session.
     pub fn panes(&self) -> &PaneReader {
         &self.panes
     }
 
-    /// The session, for who announces this instance over it.
+    /// The session, which also sends the heartbeats of this instance.
     pub fn session(&self) -> Arc<Session> {
         self.session.clone()
     }
@@ -210,7 +210,7 @@ impl Store {
         act(&mut self.seconds.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The hour in seconds, and before it the minutes, which tell from which totals the hour began.
+    /// Reads the last hour in steps of one second, and the minutes before it to find the totals at its start.
     async fn load_history(&self, now: i64) -> Result<(), Error> {
         let hour = floor_to(now - WINDOW_SECONDS, i64::from(MINUTES.0));
         let (before, within) = futures::try_join!(
@@ -245,7 +245,7 @@ impl Store {
         Ok(progress)
     }
 
-    /// Rows of `throughput` with `from <= at < to`, in Unix seconds, slot by slot.
+    /// Reads the rows of `throughput` with `from <= at < to`, in Unix seconds, slot by slot.
     async fn samples(&self, resolution: (i32, i64, i64), from: i64, to: i64) -> Result<Vec<Sample>, Error> {
         let (step, slot_seconds, _) = resolution;
         let mut samples = Vec::new();
@@ -265,7 +265,7 @@ impl Store {
     }
 
     async fn runs_of_day(&self, day_ms: i64) -> Result<Vec<Run>, Error> {
-        let key = (&self.stream, CqlTimestamp(day_ms), RUNS);
+        let key = (&self.stream, CqlTimestamp(day_ms), MAX_RUNS);
         let found = self.session.execute_unpaged(&self.statements.runs, key).await.map_err(failed)?;
         let found = found.into_rows_result().map_err(failed)?;
         type At = Option<CqlTimestamp>;
@@ -326,7 +326,7 @@ impl Statements {
     }
 }
 
-/// When `init` made the stream, in Unix milliseconds.
+/// When `init` registered the stream, in Unix milliseconds.
 async fn created_at(session: &Session, keyspace: &str, stream: &str) -> Result<Option<i64>, Error> {
     let query = format!("SELECT created_at FROM {keyspace}.streams WHERE stream = ?");
     let statement = session.prepare(query).await.map_err(not_prepared)?;

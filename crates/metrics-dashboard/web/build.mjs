@@ -1,4 +1,4 @@
-// Builds the page into dist/, or with --tests the tests into .build/. No watcher, no server: the service embeds dist/.
+// Builds the page into dist/, which the service embeds. With --tests, builds the tests into .build/ instead.
 import { cp, mkdir, readdir, rm } from "node:fs/promises";
 import { build } from "esbuild";
 

@@ -1,4 +1,5 @@
-//! The checkpoint folder: the lock that keeps two processes from sharing one instance name, and `checkpoint show | check`.
+//! The checkpoint folder: `checkpoint show | check`, and the lock that keeps two processes from using the same instance
+//! name.
 
 use crate::config::CheckpointCommand;
 use crate::error::ProcessorError;
@@ -10,17 +11,20 @@ use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Keeps the instance name taken as long as it lives.
+/// Holds the lock on an instance name until it is dropped.
 #[derive(Debug)]
 pub struct NameLock {
     _file: File,
 }
 
-/// Makes the folder, and takes the instance name in it: two processes with one name would fence each other off.
+/// Creates the folder and locks the instance name in it. Two processes with the same name would fence each other in the
+/// consumer group.
 pub fn lock_instance(folder: &Path, instance: &str) -> Result<NameLock, ProcessorError> {
     let shown = folder.display();
     let fatal = |e: std::io::Error| {
-        ProcessorError::Fatal(format!("checkpoint folder {shown}: {e}; name another with --checkpoints"))
+        ProcessorError::Fatal(format!(
+            "checkpoint folder {shown}: {e}; choose another one with --checkpoints"
+        ))
     };
     std::fs::create_dir_all(folder).map_err(fatal)?;
     let safe: String = instance
@@ -36,13 +40,14 @@ pub fn lock_instance(folder: &Path, instance: &str) -> Result<NameLock, Processo
     match file.try_lock() {
         Ok(()) => Ok(NameLock { _file: file }),
         Err(TryLockError::WouldBlock) => Err(ProcessorError::Fatal(format!(
-            "instance name `{instance}` is taken by another processor on {shown}; set PIPELINE_INSTANCE to another one"
+            "instance name `{instance}` is taken by another processor that uses {shown}; \
+             set PIPELINE_INSTANCE to another one"
         ))),
         Err(TryLockError::Error(e)) => Err(fatal(e)),
     }
 }
 
-/// Carries out `checkpoint …`; only a check needs the stream definition.
+/// Runs one `checkpoint` command. Only `check` reads the stream definition.
 pub fn run(
     command: &CheckpointCommand,
     definition: impl Fn() -> Result<Definition, ProcessorError>,
@@ -50,9 +55,9 @@ pub fn run(
     match command {
         CheckpointCommand::Show { checkpoints, json: true } => {
             let heads = serde_json::to_string_pretty(&heads(checkpoints)?);
-            say(&heads.map_err(|e| ProcessorError::Fatal(e.to_string()))?)
+            print_line(&heads.map_err(|e| ProcessorError::Fatal(e.to_string()))?)
         }
-        CheckpointCommand::Show { checkpoints, json: false } => say(&table(&heads(checkpoints)?)),
+        CheckpointCommand::Show { checkpoints, json: false } => print_line(&table(&heads(checkpoints)?)),
         CheckpointCommand::Check { checkpoints } => {
             let definition = definition()?;
             let (mut checked, mut broken) = (0, 0);
@@ -60,19 +65,20 @@ pub fn run(
                 checked += 1;
                 let found = check(&file, &definition);
                 broken += u32::from(found.is_err());
-                say(&found.unwrap_or_else(|e| e))?;
+                print_line(&found.unwrap_or_else(|e| e))?;
             }
             match broken {
-                0 => say(&format!("{checked} state files, all usable")),
+                0 => print_line(&format!("{checked} state files, all usable")),
                 n => Err(ProcessorError::Fatal(format!(
-                    "{n} of {checked} state files cannot be used; remove them, and their partitions recover from cassandra"
+                    "{n} of {checked} state files cannot be used; \
+                     remove them to recover their partitions from cassandra"
                 ))),
             }
         }
     }
 }
 
-fn say(text: &str) -> Result<(), ProcessorError> {
+fn print_line(text: &str) -> Result<(), ProcessorError> {
     writeln!(std::io::stdout(), "{text}").map_err(|e| ProcessorError::Fatal(format!("stdout: {e}")))
 }
 
@@ -82,15 +88,17 @@ fn open(file: &Path, command: &str) -> Result<StateFile, ProcessorError> {
         .map_err(|e| ProcessorError::Retryable(format!("{e}; stop the processor first")))
 }
 
-/// Reads one state file whole; a line about it, as an error where it cannot be used.
+/// Reads one whole state file and returns a line about it. The line is an error if the file cannot be used.
 fn check(file: &Path, definition: &Definition) -> Result<String, String> {
     let shown = file.display();
     let mut state = open(file, "checkpoint check").map_err(|e| e.to_string())?;
     let Some(head) = state.head().cloned() else {
-        return Ok(format!("{shown}: empty; its partition recovers from cassandra"));
+        return Ok(format!("{shown}: empty, its partition recovers from cassandra"));
     };
     if let Err(differences) = survives(&head.layout, &definition.layout()) {
-        return Err(format!("{shown}: made for another layout than the stream file has:\n{differences}"));
+        return Err(format!(
+            "{shown}: created with another layout than that of the stream file:\n{differences}"
+        ));
     }
     let (panes, keys) = state.check(&PaneShape::new(definition)).map_err(|e| e.to_string())?;
     let position = head.position;
@@ -164,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_tells_a_usable_file_from_one_of_another_layout_and_from_garbage() {
+    fn a_check_accepts_a_usable_file_and_rejects_another_layout_and_garbage() {
         let folder = tempfile::tempdir().unwrap();
         let check_all =
             || run(&CheckpointCommand::Check { checkpoints: folder.path().into() }, || Ok(definition()));
@@ -184,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn one_name_is_taken_once_and_free_again_afterwards() {
+    fn an_instance_name_can_be_locked_once_and_again_after_its_release() {
         let folder = tempfile::tempdir().unwrap();
         let held = lock_instance(folder.path(), "a/b").unwrap();
         let error = lock_instance(folder.path(), "a/b").unwrap_err().to_string();

@@ -1,132 +1,133 @@
-//! What the fetcher hands to a worker: the decoded records of one stretch of one partition's log, in one arena. Plain data,
-//! no decisions.
+//! The unit that the fetcher passes to a worker: consecutive decoded records of one partition, stored in one arena.
+//! Plain data without decisions.
 
 use crate::partition::LastRecord;
 use std::ops::Range;
 
-/// A column's value that the event does not have; bound as *unset*, never as null.
+/// Length of a cell whose column is absent from the event. Such a column is bound as *unset*, never as null.
 pub const UNSET: i32 = -2;
 
-/// One decoded event; its bytes lie in the chunk's arena.
+/// One decoded event. Its bytes are in the chunk's arena.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// Offset in the partition's log.
     pub offset: i64,
     /// Event time in Unix milliseconds.
     pub time_ms: i64,
-    /// Hash of (event time, id), by which the filters know it.
+    /// Hash of (event time, id), the key in the seen filters.
     pub hash: u64,
-    /// Cassandra shard.
+    /// Shard of the event table.
     pub shard: i32,
-    /// Group of each group-by column.
+    /// Group index in each group-by column.
     pub groups: [u16; common::stream::MAX_GROUP_BY],
-    /// Microseconds on the producer's clock when it was handed over; 0: unknown.
+    /// Time at which the producer sent the event, in Unix microseconds by its clock. 0 if unknown.
     pub produced_at_us: i64,
     pub(crate) id: (u32, u32),
     pub(crate) run_id: (u32, i32),
 }
 
-/// A record that cannot become an event, with everything a dead letter keeps.
+/// A record that cannot be decoded, with everything that its dead letter preserves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Poison {
     /// Offset in the partition's log.
     pub offset: i64,
-    /// The broker's time stamp in Unix milliseconds.
+    /// The broker's timestamp in Unix milliseconds.
     pub timestamp_ms: i64,
-    /// The record's key.
+    /// Key bytes, if the record has a key.
     pub key: Option<Vec<u8>>,
-    /// The record's value.
+    /// Value bytes. `None` for a tombstone.
     pub value: Option<Vec<u8>>,
-    /// The record's headers.
+    /// Header names and values, in the record's order.
     pub headers: Vec<(String, Option<Vec<u8>>)>,
-    /// What is wrong with it.
+    /// Why the record cannot be decoded.
     pub reason: Reason,
 }
 
-/// Why a record is poison.
+/// Why a record cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{class}: {message}")]
 pub struct Reason {
-    /// A fixed word per kind of mistake, such as `InvalidJson`.
+    /// Error class from a fixed set, such as `InvalidJson`.
     pub class: &'static str,
-    /// What exactly, naming the header or column.
+    /// Details for the operator, including the header or column.
     pub message: String,
 }
 
-/// A stretch of one partition's log, decoded.
+/// Consecutive decoded records of one partition.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chunk {
     /// Offset of the first record.
     pub first_offset: i64,
-    /// Offset at which the next chunk begins: after the last record, or after the transaction markers that follow it.
+    /// Offset at which the next chunk starts. It is past the last record and any transaction markers that follow it.
     pub next_offset: i64,
-    /// The last record; `None`: the chunk only moves past offsets that hold no record.
+    /// The last record. `None` if the chunk only advances past offsets without records.
     pub last_record: Option<LastRecord>,
-    /// Offsets at its beginning that an operator had the processor skip.
+    /// Offsets before the first record that are skipped at an operator's request.
     pub skipped: Option<Range<i64>>,
-    /// Time it took to decode, in microseconds.
+    /// Decode time in microseconds.
     pub decode_us: u64,
-    /// The events, by offset.
+    /// Decoded events in offset order.
     pub events: Vec<Event>,
-    /// The records that are no events, by offset.
+    /// Undecodable records in offset order.
     pub poison: Vec<Poison>,
     pub(crate) arena: Vec<u8>,
+    /// Total size of keys, values and headers in `poison`.
     pub(crate) poison_bytes: usize,
-    /// Per event and declared column: start in the arena and length, or [`UNSET`].
+    /// One cell for each event and declared column: start in the arena, and length or [`UNSET`].
     pub(crate) cells: Vec<(u32, i32)>,
-    /// Per event and measure: its value, NaN where absent.
+    /// One value for each event and measure, NaN if absent.
     pub(crate) measures: Vec<f64>,
     pub(crate) columns: usize,
     pub(crate) measure_count: usize,
 }
 
 impl Chunk {
-    /// An empty chunk for events of `columns` columns and `measures` measures.
+    /// Creates an empty chunk for events with `columns` declared columns and `measures` measures.
     pub fn new(columns: usize, measures: usize) -> Chunk {
         Chunk { columns, measure_count: measures, ..Chunk::default() }
     }
 
-    /// Records in it.
+    /// Number of records, decodable or not.
     pub fn len(&self) -> usize {
         self.events.len() + self.poison.len()
     }
 
-    /// Whether it holds nothing.
+    /// Whether the chunk has no records. It may still skip offsets.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many offsets at or after `from` it skips.
+    /// Number of skipped offsets at or after `from`.
     pub fn skipped_from(&self, from: i64) -> i64 {
         self.skipped.as_ref().map_or(0, |skipped| (skipped.end - skipped.start.max(from)).max(0))
     }
 
-    /// Bytes it holds, of events and of poison, about.
+    /// Approximate size in bytes of all events and undecodable records.
     pub fn bytes(&self) -> usize {
         self.arena.len() + self.poison_bytes
     }
 
-    /// An event's id.
+    /// Returns the id of an event of this chunk.
     pub fn id(&self, event: &Event) -> &[u8] {
         &self.arena[event.id.0 as usize..(event.id.0 + event.id.1) as usize]
     }
 
-    /// An event's run id.
+    /// Returns the run id of an event of this chunk. `None` if the record has no usable run id.
     pub fn run_id(&self, event: &Event) -> Option<&[u8]> {
         self.slice(event.run_id)
     }
 
-    /// The CQL bytes of the declared columns of event number `index`, in their order; `None`: unset.
+    /// Returns the CQL bytes of the declared columns of event `index`, in declaration order. `None` means unset.
     pub fn columns_of(&self, index: usize) -> impl Iterator<Item = Option<&[u8]>> {
         self.cells[self.cell_range(index)].iter().map(|cell| self.slice(*cell))
     }
 
-    /// The measures of event number `index`; NaN where absent.
+    /// Returns the measures of event `index`. A value is NaN if absent.
     pub fn measures_of(&self, index: usize) -> &[f64] {
         &self.measures[index * self.measure_count..(index + 1) * self.measure_count]
     }
 
-    /// Bytes event number `index` takes in a statement, about.
+    /// Approximate size in bytes of the row of event `index` in a statement.
     pub fn row_bytes(&self, index: usize) -> usize {
         let values: i32 = self.cells[self.cell_range(index)].iter().map(|c| c.1.max(0)).sum();
         values.unsigned_abs() as usize + self.events[index].id.1 as usize + 4 * self.columns + 80

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
 
-/// Counts every event of a stream once: from Kafka into Cassandra, with windows, totals and a checkpoint.
+/// Writes events from Kafka to Cassandra and counts each exactly once, with windows, totals and checkpoints.
 #[derive(Debug, Parser)]
 #[command(name = "stream-processor", version)]
 pub struct Cli {
@@ -25,21 +25,21 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make keyspace, tables and topics, or bring older ones forward; idempotent, refuses what it must not change
+    /// Create or upgrade the keyspace, tables and topics; idempotent
     Init(InitArgs),
-    /// Process until told to stop
+    /// Process events until stopped
     Run(RunArgs),
-    /// Recompute panes and totals from the rows, and print what differs
+    /// Recompute panes and totals from the event rows and report differences
     Verify(VerifyArgs),
     /// Print tumbling or sliding windows, summed from the stored panes
     Windows(WindowsArgs),
-    /// Look at dead letters, send them again, accept too many of them
+    /// Inspect and replay dead letters, and resume partitions paused by too many of them
     #[command(subcommand)]
     Dlq(DlqCommand),
-    /// Look at the state files
+    /// Inspect the state files
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Have offsets skipped that cannot be read, so that a halted partition goes on
+    /// Skip offsets that cannot be read, so that a halted partition continues
     Skip(SkipArgs),
 }
 
@@ -55,7 +55,7 @@ pub struct SkipArgs {
     /// Offset after the last one to skip
     #[arg(long)]
     pub to: i64,
-    /// Why, for the record
+    /// Reason, stored with the skipped range
     #[arg(long, default_value = "")]
     pub reason: String,
 }
@@ -69,13 +69,13 @@ pub struct InitArgs {
     /// Replicas of each topic partition, and of each row in the datacenter
     #[arg(long, env = "PIPELINE_REPLICATION", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=9))]
     pub replication: i32,
-    /// Replicas that must have a record before it is acknowledged [default: 1 of up to 2 replicas, 2 of 3]
+    /// Replicas that must store a record before it is acknowledged [default: half of the replicas, rounded up]
     #[arg(long, env = "PIPELINE_MIN_INSYNC_REPLICAS", value_parser = clap::value_parser!(i32).range(1..=9))]
     pub min_insync_replicas: Option<i32>,
-    /// Seconds to wait for the servers
+    /// How long to wait for Kafka and Cassandra, in seconds
     #[arg(long, env = "PIPELINE_INIT_SECONDS", default_value_t = 60)]
     pub wait_seconds: u64,
-    /// Events per second, for the printed estimate of rows per Cassandra partition
+    /// Expected events per second, for the printed estimate of rows per Cassandra partition
     #[arg(long, default_value_t = 1000)]
     pub expected_rate: u64,
 }
@@ -92,37 +92,37 @@ pub struct RunArgs {
     /// Consumer group [default: stream-processor.<stream>]
     #[arg(long, env = "PIPELINE_GROUP_ID")]
     pub group_id: Option<String>,
-    /// Without a state file, or with one behind the progress row
+    /// Without a usable state file: `auto` recovers exactly from Cassandra, `refuse` exits with code 3
     #[arg(long, env = "PIPELINE_RECOVER", default_value = "auto")]
     pub recover: RecoverPolicy,
-    /// Walk again from the earliest offset; readers see nothing go back
+    /// Reprocess from the earliest offset; readers never see a value decrease
     #[arg(long)]
     pub replay: bool,
-    /// Records of one batch at most
+    /// Maximum number of records in a batch
     #[arg(long, env = "PIPELINE_BATCH_RECORDS", default_value_t = 8000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub batch_records: u32,
-    /// Milliseconds to wait for a batch to fill
+    /// How long to wait for a batch to fill, in milliseconds
     #[arg(long, env = "PIPELINE_BATCH_MILLIS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=5000))]
     pub batch_millis: u32,
-    /// Requests to Cassandra in flight at most
+    /// Maximum number of Cassandra requests in flight
     #[arg(long, env = "PIPELINE_IN_FLIGHT", default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=2048))]
     pub in_flight: u32,
-    /// MiB of panes and seen keys per partition, before older panes are looked up instead
+    /// Memory for hot panes and seen keys per partition, in MiB; older panes are read back from Cassandra
     #[arg(long, env = "PIPELINE_SEEN_MEMORY_MIB", default_value_t = 16, value_parser = clap::value_parser!(u32).range(3..=4096))]
     pub seen_memory_mib: u32,
-    /// Records in a row that are no events, before the partition pauses
+    /// Consecutive records that cannot be decoded before the partition pauses
     #[arg(long, env = "PIPELINE_POISON_IN_A_ROW", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub poison_in_a_row: u32,
-    /// Percent of 10,000 records that are no events, before the partition pauses
+    /// Percentage of 10,000 records that cannot be decoded at which the partition pauses
     #[arg(long, env = "PIPELINE_POISON_PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poison_percent: u32,
-    /// Seconds a partition may take to stop when it moves elsewhere
+    /// How long a partition may take to stop, in seconds
     #[arg(long, env = "PIPELINE_REVOKE_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=120))]
     pub revoke_seconds: u64,
-    /// Seconds to wait for the servers at start
+    /// How long to wait for Kafka and Cassandra at startup, in seconds
     #[arg(long, env = "PIPELINE_START_SECONDS", default_value_t = 20)]
     pub start_seconds: u64,
-    /// For tests: SIGKILL to this process when it comes to a step for the N-th time, as STEP=N
+    /// For tests: send SIGKILL to this process when it reaches a step for the N-th time, as STEP=N
     #[cfg(feature = "failpoints")]
     #[arg(long, hide = true)]
     #[serde(skip)]
@@ -135,22 +135,22 @@ pub struct VerifyArgs {
     /// Only this Kafka partition
     #[arg(long)]
     pub partition: Option<i32>,
-    /// Compare rows and totals with Kafka's log too, as far as it is retained
+    /// Also compare rows and totals with the log in Kafka, as far as it is retained
     #[arg(long, conflicts_with = "rebuild")]
     pub kafka: bool,
-    /// Write what the rows say, after TRUNCATE of the pane table; the processor must be stopped
+    /// Rewrite the panes from the event rows; first stop the processor and TRUNCATE the pane table
     #[arg(long)]
     pub rebuild: bool,
-    /// Only panes of events from this time on, such as 2026-11-01T00:00:00Z
+    /// Only panes of events at or after this time, such as 2026-11-01T00:00:00Z
     #[arg(long, value_name = "TIME", conflicts_with_all = ["kafka", "rebuild"])]
     pub from: Option<DateTime<Utc>>,
     /// Only panes of events before this time
     #[arg(long, value_name = "TIME", conflicts_with_all = ["kafka", "rebuild"])]
     pub to: Option<DateTime<Utc>>,
-    /// MiB for event rows or keys; a pane or a log that needs more is read in several passes
+    /// Memory for event rows or keys, in MiB; a pane or log that needs more is read in several passes
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub memory_mib: u32,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
     /// Folder of the state files
@@ -159,7 +159,7 @@ pub struct VerifyArgs {
 }
 
 impl VerifyArgs {
-    /// The event times asked for, in Unix milliseconds; `None`: all.
+    /// The requested range of event times, in Unix milliseconds; `None` for all.
     pub fn span(&self) -> Option<Range<i64>> {
         (self.from.is_some() || self.to.is_some()).then(|| {
             let from = self.from.map_or(MIN_EVENT_TIME_MS, |at| at.timestamp_millis());
@@ -174,7 +174,7 @@ pub struct WindowsArgs {
     /// Length of a window, a multiple of the pane [default: the pane]
     #[arg(long)]
     pub size: Option<String>,
-    /// From one window's start to the next one's [default: the size, so windows tumble]
+    /// Time between the starts of two windows [default: the size, so windows tumble]
     #[arg(long)]
     pub slide: Option<String>,
     /// Group-by column
@@ -183,7 +183,7 @@ pub struct WindowsArgs {
     /// How far back from now [default: 1h]
     #[arg(long)]
     pub last: Option<String>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -191,36 +191,36 @@ pub struct WindowsArgs {
 /// What to do about dead letters.
 #[derive(Debug, Subcommand)]
 pub enum DlqCommand {
-    /// List them with their reasons
+    /// List dead letters with their reasons
     List {
-        /// At most so many
+        /// Maximum number of dead letters
         #[arg(long, default_value_t = 1000)]
         limit: u32,
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Print one with all its headers
+    /// Print a dead letter with all its headers
     Show {
-        /// Its offset in the dead-letter topic
+        /// Offset in the dead-letter topic
         #[arg(long)]
         offset: i64,
     },
-    /// Send one or all again through the events topic
+    /// Send one or all dead letters through the events topic again
     Replay {
-        /// Its offset in the dead-letter topic
+        /// Offset in the dead-letter topic
         #[arg(long, required_unless_present = "all")]
         offset: Option<i64>,
-        /// All of them
+        /// Replay all dead letters
         #[arg(long)]
         all: bool,
     },
-    /// Let a paused partition go on past its poison
+    /// Resume a paused partition beyond its undecodable records
     Accept {
         /// Kafka partition
         #[arg(long)]
         partition: i32,
-        /// Poison below this offset is accepted
+        /// Accept undecodable records below this offset
         #[arg(long)]
         up_to: i64,
     },
@@ -229,16 +229,16 @@ pub enum DlqCommand {
 /// What to do with state files.
 #[derive(Debug, Subcommand)]
 pub enum CheckpointCommand {
-    /// Print where each partition stands
+    /// Print the committed position and totals of each partition
     Show {
         /// Folder of the state files
         #[arg(long, env = "PIPELINE_CHECKPOINTS", default_value = "checkpoints")]
         checkpoints: PathBuf,
-        /// As JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Read every state file whole and say whether it can be used; fails where one cannot
+    /// Read every state file completely and report whether it is usable; exits with 1 if one is not
     Check {
         /// Folder of the state files
         #[arg(long, env = "PIPELINE_CHECKPOINTS", default_value = "checkpoints")]
@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_option_of_a_command_hides_one_of_all() {
+    fn command_options_do_not_conflict_with_common_options() {
         let lines = [
             "stream-processor init --partitions 12",
             "stream-processor run --replay --recover refuse",

@@ -1,6 +1,7 @@
-//! Sends poison to the dead-letter topic with Kafka Connect's header names. Acknowledged before the checkpoint passes it. Key,
-//! value and headers are unchanged, with two exceptions: headers whose names are not UTF-8 are left out, because the client
-//! library cannot read them, and parts that the topic is too small for are left out and named.
+//! Sends undecodable records to the dead-letter topic, with Kafka Connect's header names. They are acknowledged before
+//! the commit that includes them. Key, value and headers are unchanged, with two exceptions. Headers whose names are
+//! not UTF-8 are left out, because the client library cannot read them. Parts that are too large for the topic are left
+//! out, and the reason names them.
 
 use crate::chunk::{Chunk, Poison};
 use crate::error::ProcessorError;
@@ -17,16 +18,16 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// Longest message text kept.
-const MESSAGE_MOST: usize = 1024;
-/// Poison in flight at once.
-const SEND_AT_ONCE: usize = 256;
-const RETRY_PAUSE: Duration = Duration::from_millis(500);
-/// How long a record may wait for a place in the client's queue.
-const QUEUED_WITHIN: Duration = Duration::from_secs(5);
-/// How long the client itself tries before a failure is told.
-const ACKNOWLEDGED_WITHIN_MS: &str = "10000";
-/// The name under which readiness tells of it.
+/// Maximum length of the error message header, in characters.
+const MAX_MESSAGE_CHARS: usize = 1024;
+/// Maximum number of dead letters in flight per partition.
+const MAX_IN_FLIGHT: usize = 256;
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a record may wait for space in the client's queue.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the client retries before it reports a failure, in milliseconds.
+const DELIVERY_TIMEOUT_MS: &str = "10000";
+/// Name of the readiness check.
 const DEPENDENCY: &str = "dead letters";
 const SOURCE_TOPIC: &str = "__connect.errors.topic";
 const SOURCE_PARTITION: &str = "__connect.errors.partition";
@@ -35,7 +36,7 @@ const STAGE: &str = "__connect.errors.stage";
 const CLASS: &str = "__connect.errors.exception.class.name";
 const MESSAGE: &str = "__connect.errors.exception.message";
 
-/// The dead-letter topic of one events topic.
+/// Producer for the dead-letter topic of one events topic.
 pub struct DeadLetterTopic {
     producer: Replaced<FutureProducer>,
     health: Arc<Health>,
@@ -45,7 +46,8 @@ pub struct DeadLetterTopic {
 }
 
 impl DeadLetterTopic {
-    /// Takes the dead letters of `source_topic`. `abandon` ends every retry; `health` tells while they are not acknowledged.
+    /// Creates the producer for the dead letters of `source_topic`. `abandon` aborts all retries. `health` is not ready
+    /// while a dead letter is not acknowledged.
     pub fn new(
         brokers: &str,
         source_topic: &str,
@@ -54,7 +56,7 @@ impl DeadLetterTopic {
     ) -> Result<DeadLetterTopic, KafkaError> {
         let mut config = producer_config(brokers, "stream-processor-dlq");
         config.set("linger.ms", "5").set("queue.buffering.max.kbytes", "32768");
-        config.set("message.timeout.ms", ACKNOWLEDGED_WITHIN_MS);
+        config.set("message.timeout.ms", DELIVERY_TIMEOUT_MS);
         let build = move || config.create().map_err(|e| KafkaError::Client(e.to_string()));
         Ok(DeadLetterTopic {
             producer: Replaced::new(build)?,
@@ -72,7 +74,7 @@ impl DeadLetterTopic {
             FutureRecord::to(&self.topic).headers(headers(&self.source_topic, partition, poison));
         record.key = poison.key.as_deref();
         record.payload = poison.value.as_deref();
-        let sent = producer.send(record, QUEUED_WITHIN).await;
+        let sent = producer.send(record, QUEUE_TIMEOUT).await;
         sent.map(drop).map_err(|(error, _)| {
             if error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageTimedOut) {
                 self.producer.doubt(&error);
@@ -84,7 +86,7 @@ impl DeadLetterTopic {
         })
     }
 
-    /// Sends one record until it is acknowledged.
+    /// Sends one record and retries until it is acknowledged.
     async fn send_one(&self, partition: i32, poison: &Poison) -> Result<(), ProcessorError> {
         let mut poison = Cow::Borrowed(poison);
         loop {
@@ -105,15 +107,15 @@ impl DeadLetterTopic {
                 partition,
                 offset = poison.offset,
                 cause,
-                "dead letter not acknowledged, trying again"
+                "dead letter not acknowledged, retrying"
             );
             let topic = &self.topic;
             let text =
-                format!("topic `{topic}` does not take dead letters, and partitions wait for it: {cause}");
+                format!("topic `{topic}` does not accept dead letters, and partitions wait for it: {cause}");
             self.health.set(DEPENDENCY, Err(text));
             tokio::select! {
                 () = self.abandon.cancelled() => return Err(ProcessorError::Stopped),
-                () = tokio::time::sleep(RETRY_PAUSE) => {}
+                () = tokio::time::sleep(RETRY_INTERVAL) => {}
             }
         }
     }
@@ -125,8 +127,8 @@ struct SendError {
     cause: String,
 }
 
-/// What is left of a record that the dead-letter topic cannot take: it goes without its value, then without headers and key. Its
-/// source offset says where the rest is.
+/// Removes the largest part of a record that is too large for the dead-letter topic: first the value, then the key and
+/// the headers. The source offset still identifies the complete record. `None` if nothing is left to remove.
 fn without_largest_part(poison: &Poison) -> Option<Poison> {
     let mut smaller = poison.clone();
     let left_out = match &poison.value {
@@ -137,19 +139,20 @@ fn without_largest_part(poison: &Poison) -> Option<Poison> {
     if smaller.value.take().is_none() {
         (smaller.key, smaller.headers) = (None, Vec::new());
     }
-    smaller.reason.message = format!("{left_out} left out as too large here: {}", poison.reason.message);
+    smaller.reason.message =
+        format!("omitted {left_out} (too large for this topic): {}", poison.reason.message);
     Some(smaller)
 }
 
-/// The record's own headers, then where it came from and what was wrong.
+/// The record's headers, followed by its origin and the reason it could not be decoded.
 fn headers(topic: &str, partition: i32, poison: &Poison) -> OwnedHeaders {
     let mut headers = OwnedHeaders::new_with_capacity(poison.headers.len() + 6);
     for (key, value) in &poison.headers {
         headers = headers.insert(Header { key, value: value.as_deref() });
     }
-    let message: String = poison.reason.message.chars().take(MESSAGE_MOST).collect();
+    let message: String = poison.reason.message.chars().take(MAX_MESSAGE_CHARS).collect();
     let (partition, offset) = (partition.to_string(), poison.offset.to_string());
-    let provenance = [
+    let origin = [
         (SOURCE_TOPIC, topic),
         (SOURCE_PARTITION, &partition),
         (SOURCE_OFFSET, &offset),
@@ -157,14 +160,14 @@ fn headers(topic: &str, partition: i32, poison: &Poison) -> OwnedHeaders {
         (CLASS, poison.reason.class),
         (MESSAGE, &message),
     ];
-    provenance
+    origin
         .into_iter()
         .fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
 }
 
 impl DeadLetters for DeadLetterTopic {
     async fn send(&self, partition: i32, chunk: &Chunk) -> Result<(), ProcessorError> {
-        for part in chunk.poison.chunks(SEND_AT_ONCE) {
+        for part in chunk.poison.chunks(MAX_IN_FLIGHT) {
             try_join_all(part.iter().map(|poison| self.send_one(partition, poison))).await?;
         }
         Ok(())
@@ -178,7 +181,7 @@ mod tests {
     use rdkafka::message::Headers;
 
     #[test]
-    fn a_dead_letter_too_large_for_its_topic_goes_without_value_then_without_headers() {
+    fn a_dead_letter_too_large_for_its_topic_loses_its_value_then_its_key_and_headers() {
         let poison = Poison {
             offset: 1,
             timestamp_ms: 0,
@@ -189,14 +192,14 @@ mod tests {
         };
         let first = without_largest_part(&poison).unwrap();
         assert_eq!((first.value.as_deref(), first.headers.len()), (None, 1));
-        assert_eq!(first.reason.message, "the value of 9 bytes left out as too large here: big");
+        assert_eq!(first.reason.message, "omitted the value of 9 bytes (too large for this topic): big");
         let second = without_largest_part(&first).unwrap();
         assert_eq!((second.key.as_deref(), second.headers.len(), second.offset), (None, 0, 1));
         assert_eq!(without_largest_part(&second), None);
     }
 
     #[test]
-    fn a_dead_letter_says_where_it_came_from_and_why() {
+    fn a_dead_letter_names_its_origin_and_reason() {
         let poison = Poison {
             offset: 42,
             timestamp_ms: 0,
@@ -209,6 +212,10 @@ mod tests {
         let all: Vec<_> = headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::len))).collect();
         assert_eq!(all[0], ("ce_id".to_owned(), Some(1)));
         assert_eq!(all[3], (SOURCE_OFFSET.to_owned(), Some(2)));
-        assert_eq!(all[6], (MESSAGE.to_owned(), Some(2 * MESSAGE_MOST)), "bounded, and whole characters");
+        assert_eq!(
+            all[6],
+            (MESSAGE.to_owned(), Some(2 * MAX_MESSAGE_CHARS)),
+            "truncated at a character boundary"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Bytes of a Kafka record → event or poison. Pure: the record alone decides, so that a replay decides alike.
+//! Decodes a Kafka record into an event, or into an undecodable record with a reason. Pure: the result depends on the
+//! record alone, so a replay decodes it the same way.
 
 mod value;
 
@@ -8,37 +9,39 @@ use common::schema::TOPIC_RETENTION_MS;
 use common::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
 use std::collections::HashMap;
 
-/// An event may be this far ahead of its record's time stamp: one from 2099 would make all others cold.
+/// How far an event time may be ahead of its record's timestamp. One event from 2099 would advance the watermark so far
+/// that all other events would be cold.
 pub const MAX_AHEAD_MS: i64 = 3_600_000;
-/// Longest value: the pipeline's `common::kafka::MAX_MESSAGE_BYTES`. Compressed, a record may hold far more; its row could never
-/// be written.
+/// Maximum value size, equal to `common::kafka::MAX_MESSAGE_BYTES`. A compressed record may exceed it, but its row
+/// could never be written.
 pub const MAX_VALUE_BYTES: usize = 4 << 20;
-/// Longest event id: it is part of a clustering key.
+/// Maximum size of an event id. The id is part of a clustering key, so its size is limited.
 pub const MAX_ID_BYTES: usize = 1024;
+/// Safety margin of the horizon, in addition to the retention of the topic.
 const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
 
-/// A record as fetched.
+/// A record as fetched from Kafka.
 #[derive(Debug, Clone, Copy)]
 pub struct Record<'a> {
     /// Offset in the partition's log.
     pub offset: i64,
-    /// The broker's time stamp in Unix milliseconds.
+    /// The broker's timestamp in Unix milliseconds.
     pub timestamp_ms: i64,
-    /// Key.
+    /// Key bytes, if the record has a key.
     pub key: Option<&'a [u8]>,
-    /// Value.
+    /// Value bytes. `None` for a tombstone.
     pub value: Option<&'a [u8]>,
-    /// Headers in the record's order; of two of one name the first counts.
+    /// Headers in the record's order. If a name occurs more than once, the first one is used.
     pub headers: &'a [(&'a str, Option<&'a [u8]>)],
 }
 
-/// Decodes the records of one partition by one definition.
+/// Decodes the records of one partition according to a stream definition.
 #[derive(Debug)]
 pub struct Decoder {
     partition: i32,
     pane_ms: i64,
     shards: u32,
-    /// Oldest event time below the record's time stamp, where rows expire.
+    /// Maximum age of an event relative to its record's timestamp. `None` if rows never expire.
     horizon_ms: Option<i64>,
     columns: Vec<Column>,
     by_name: Names,
@@ -46,7 +49,7 @@ pub struct Decoder {
     measures: Vec<usize>,
 }
 
-/// The groups of one column, ready to be asked.
+/// Maps the values of one group-by column to group indexes.
 #[derive(Debug)]
 pub struct GroupIndex(Index);
 
@@ -56,10 +59,11 @@ enum Index {
     Step { from: f64, step: f64, count: u16 },
 }
 
-/// Fixed names and their numbers, asked for every member of every record: no record's sender chooses them, so a fast hash does.
+/// Names from the stream definition and their indexes. A lookup happens for every member of every record. The keys
+/// never come from a record, so a fast hash without protection against collision attacks is safe.
 type Names = HashMap<Vec<u8>, u16, foldhash::fast::FixedState>;
 
-fn numbered<'a>(names: impl IntoIterator<Item = &'a String>) -> Names {
+fn index_by_name<'a>(names: impl IntoIterator<Item = &'a String>) -> Names {
     names.into_iter().map(|name| name.clone().into_bytes()).zip(0..).collect()
 }
 
@@ -68,7 +72,7 @@ fn reason(class: &'static str, message: impl Into<String>) -> Reason {
 }
 
 impl Decoder {
-    /// For the records of `partition`.
+    /// Creates a decoder for the records of `partition`.
     pub fn new(definition: &Definition, partition: i32) -> Decoder {
         let index_of = |name: &str| definition.column_index(name).unwrap_or(usize::MAX);
         let groups =
@@ -79,24 +83,24 @@ impl Decoder {
             pane_ms: definition.windows.pane_ms,
             shards: definition.store.shards,
             horizon_ms: (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS),
-            by_name: numbered(definition.columns.iter().map(|c| &c.name)),
+            by_name: index_by_name(definition.columns.iter().map(|c| &c.name)),
             groups: groups.collect(),
             measures: definition.windows.measures.iter().map(|m| index_of(m)).collect(),
             columns: definition.columns.clone(),
         }
     }
 
-    /// Length of the stream's panes.
+    /// Length of the stream's panes in milliseconds.
     pub fn pane_ms(&self) -> i64 {
         self.pane_ms
     }
 
-    /// An empty chunk for this decoder's events.
+    /// Returns an empty chunk with this decoder's number of columns and measures.
     pub fn chunk(&self) -> Chunk {
         Chunk::new(self.columns.len(), self.measures.len())
     }
 
-    /// Appends a record to `chunk`, as an event or as poison.
+    /// Appends a record to `chunk`, either as an event or as an undecodable record.
     pub fn decode(&self, record: &Record<'_>, chunk: &mut Chunk) {
         chunk.next_offset = record.offset + 1;
         let (arena, cells, measures) = (chunk.arena.len(), chunk.cells.len(), chunk.measures.len());
@@ -123,15 +127,15 @@ impl Decoder {
         let header = |name: &str| record.headers.iter().find(|(n, _)| *n == name).and_then(|(_, v)| *v);
         let value = record.value.ok_or_else(|| reason("Tombstone", "the record has no value"))?;
         if value.len() > MAX_VALUE_BYTES {
-            let message = format!("the value has {} bytes; at most {MAX_VALUE_BYTES}", value.len());
+            let message = format!("the value has {} bytes, the maximum is {MAX_VALUE_BYTES}", value.len());
             return Err(reason("TooLarge", message));
         }
-        if let Some(words) = header(event::HEADER_REFUSED) {
-            return Err(reason("RefusedByProducer", String::from_utf8_lossy(words)));
+        if let Some(cause) = header(event::HEADER_REFUSED) {
+            return Err(reason("RefusedByProducer", String::from_utf8_lossy(cause)));
         }
         let id = header(event::HEADER_ID).ok_or_else(|| missing(event::HEADER_ID))?;
         if id.is_empty() || id.len() > MAX_ID_BYTES || std::str::from_utf8(id).is_err() {
-            let message = format!("header {}: must be 1 to {MAX_ID_BYTES} bytes of UTF-8", event::HEADER_ID);
+            let message = format!("header {} must be 1 to {MAX_ID_BYTES} bytes of UTF-8", event::HEADER_ID);
             return Err(reason("InvalidEventId", message));
         }
         let time_ms = event_time(header(event::HEADER_TIME).ok_or_else(|| missing(event::HEADER_TIME))?)?;
@@ -143,7 +147,7 @@ impl Decoder {
             if column.required && chunk.cells[first_cell + index].1 == UNSET {
                 return Err(reason(
                     "MissingColumn",
-                    format!("column `{}` is required, but absent or null", column.name),
+                    format!("column `{}` is required, but it is absent or null", column.name),
                 ));
             }
         }
@@ -180,11 +184,11 @@ impl Decoder {
             let ahead = time_ms.saturating_sub(timestamp_ms) / 1000;
             return Err(reason(
                 "EventTimeInFuture",
-                format!("event time is {ahead} s after the broker's; at most 1 h"),
+                format!("event time is {ahead} s ahead of the record's timestamp, the maximum is 1 h"),
             ));
         }
         if self.horizon_ms.is_some_and(|horizon| time_ms < timestamp_ms.saturating_sub(horizon)) {
-            let message = "event time is beyond the horizon: rows of that age may have expired (store.ttl)";
+            let message = "event time is too old: rows of that age may have expired (store.ttl)";
             return Err(reason("EventTimeBeyondHorizon", message));
         }
         Ok(())
@@ -210,21 +214,24 @@ fn parse_number(text: &[u8]) -> Option<i64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// RFC 3339 text → milliseconds, truncated.
+/// Parses RFC 3339 text into Unix milliseconds. Finer digits are truncated.
 fn event_time(text: &[u8]) -> Result<i64, Reason> {
-    let wrong = || {
+    let invalid = || {
         let shown = String::from_utf8_lossy(&text[..text.len().min(64)]).into_owned();
-        reason("InvalidEventTime", format!("header {}: `{shown}` is no RFC 3339 time", event::HEADER_TIME))
+        reason(
+            "InvalidEventTime",
+            format!("header {}: `{shown}` is not an RFC 3339 time", event::HEADER_TIME),
+        )
     };
-    let text = std::str::from_utf8(text).map_err(|_| wrong())?;
-    let at = chrono::DateTime::parse_from_rfc3339(text).map_err(|_| wrong())?.timestamp_millis();
+    let text = std::str::from_utf8(text).map_err(|_| invalid())?;
+    let at = chrono::DateTime::parse_from_rfc3339(text).map_err(|_| invalid())?.timestamp_millis();
     if !(MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(&at) {
         return Err(reason("InvalidEventTime", format!("event time {text} is outside 1970 to 9999")));
     }
     Ok(at)
 }
 
-/// The number in a CQL cell, for measures and steps.
+/// Reads a CQL cell as a number, for measures and step groups. `None` if its type is not numeric.
 pub(crate) fn number(cql_type: CqlType, cell: &[u8]) -> Option<f64> {
     match cql_type {
         CqlType::Int => Some(f64::from(i32::from_be_bytes(cell.try_into().ok()?))),
@@ -235,15 +242,15 @@ pub(crate) fn number(cql_type: CqlType, cell: &[u8]) -> Option<f64> {
 }
 
 impl GroupIndex {
-    /// Of a column's groups.
+    /// Creates the index for the groups of one column.
     pub fn new(groups: &Groups) -> GroupIndex {
         GroupIndex(match groups {
-            Groups::Values(values) => Index::Values(numbered(values), values.len() as u16),
+            Groups::Values(values) => Index::Values(index_by_name(values), values.len() as u16),
             Groups::Step { from, step, count } => Index::Step { from: *from, step: *step, count: *count },
         })
     }
 
-    /// The group of a cell's CQL bytes; what is absent or not listed is the last group.
+    /// Returns the group of a cell's CQL bytes. An absent or unlisted value belongs to the last group.
     pub fn group(&self, cql_type: CqlType, cell: Option<&[u8]>) -> u16 {
         match &self.0 {
             Index::Values(values, other) => {

@@ -1,5 +1,5 @@
-//! `dlq list | show | replay | accept`: what an operator does about dead letters. Reads the dead-letter topic from its
-//! beginning to its end at the time of the call.
+//! `dlq list | show | replay | accept`: operator commands for dead letters. The commands read the dead-letter topic up
+//! to its end at the time of the call.
 
 use crate::config::DlqCommand;
 use crate::error::ProcessorError;
@@ -19,15 +19,16 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::Duration;
 
+/// Maximum duration of one request to Kafka or Cassandra.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Headers that say why a record was refused begin so.
+/// Prefix of the headers that describe why a record is a dead letter.
 const ERROR_HEADERS: &str = "__connect.errors.";
-/// Dead letters held in memory at once while they are sent again.
+/// Maximum number of dead letters in memory during a replay.
 const REPLAY_PAGE: usize = 64;
-/// Where a record that was sent again comes from.
+/// Header that names the source of a replayed record: topic, partition and offset of the dead letter.
 const REPLAYED_FROM: &str = "replayed_from";
 
-/// One line of `dlq list`.
+/// One entry of `dlq list`.
 #[derive(Debug, Serialize)]
 struct Line {
     offset: i64,
@@ -41,11 +42,11 @@ fn failed(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ 
     move |cause| ProcessorError::Retryable(format!("{what}: {cause}"))
 }
 
-fn say(text: &str) -> Result<(), ProcessorError> {
+fn print_line(text: &str) -> Result<(), ProcessorError> {
     writeln!(std::io::stdout(), "{text}").map_err(|e| failed("stdout")(&e))
 }
 
-/// Carries out one command.
+/// Runs one `dlq` command.
 pub async fn run(
     common: &CommonArgs,
     definition: &Definition,
@@ -63,21 +64,23 @@ pub async fn run(
     }
 }
 
-/// The dead letters, from `from` on. Blocking.
+/// Opens the dead-letter topic at offset `from`, or at its first record. Blocking.
 fn open(common: &CommonArgs, topic: &str, from: Option<i64>) -> Result<LogReader, ProcessorError> {
     let topic = dead_letter_topic(topic);
     let reader = LogReader::open(&common.kafka_brokers, &topic, 0, from)?;
     let (low, end) = (reader.low, reader.end);
     match from.filter(|from| !(low..=end).contains(from)) {
-        Some(from) => Err(ProcessorError::Fatal(format!("{topic} holds offsets {low} to {end}, not {from}"))),
+        Some(from) => Err(ProcessorError::Fatal(format!(
+            "{topic} has no offset {from}; use an offset from {low} to {end}"
+        ))),
         None => Ok(reader),
     }
 }
 
-/// The next ones, at most `most`; none: the end. Blocking.
-fn page(reader: &mut LogReader, most: usize) -> Result<Vec<OwnedMessage>, ProcessorError> {
+/// Reads the next dead letters, at most `max`. Returns none at the end. Blocking.
+fn page(reader: &mut LogReader, max: usize) -> Result<Vec<OwnedMessage>, ProcessorError> {
     let mut letters = Vec::new();
-    while letters.len() < most
+    while letters.len() < max
         && let Some(letter) = reader.next_record()?
     {
         letters.push(letter.detach());
@@ -85,14 +88,14 @@ fn page(reader: &mut LogReader, most: usize) -> Result<Vec<OwnedMessage>, Proces
     Ok(letters)
 }
 
-/// The dead letters from `from` on, at most `most`.
+/// Reads at most `max` dead letters, starting at offset `from` or at the first one.
 fn read(
     common: &CommonArgs,
     topic: &str,
     from: Option<i64>,
-    most: usize,
+    max: usize,
 ) -> Result<Vec<OwnedMessage>, ProcessorError> {
-    tokio::task::block_in_place(|| page(&mut open(common, topic, from)?, most))
+    tokio::task::block_in_place(|| page(&mut open(common, topic, from)?, max))
 }
 
 fn header(letter: &OwnedMessage, name: &str) -> String {
@@ -113,7 +116,7 @@ fn list(common: &CommonArgs, topic: &str, limit: usize, json: bool) -> Result<()
         })
         .collect();
     if json {
-        return say(&serde_json::to_string_pretty(&lines).map_err(|e| failed("json")(&e))?);
+        return print_line(&serde_json::to_string_pretty(&lines).map_err(|e| failed("json")(&e))?);
     }
     let mut table = comfy_table::Table::new();
     table.set_header(["offset", "source", "reason"]);
@@ -121,7 +124,7 @@ fn list(common: &CommonArgs, topic: &str, limit: usize, json: bool) -> Result<()
         let source = format!("{}/{}", line.source_partition, line.source_offset);
         table.add_row([line.offset.to_string(), source, format!("{}: {}", line.class, line.message)]);
     }
-    say(&table.to_string())
+    print_line(&table.to_string())
 }
 
 fn show(common: &CommonArgs, topic: &str, offset: i64) -> Result<(), ProcessorError> {
@@ -135,38 +138,34 @@ fn show(common: &CommonArgs, topic: &str, offset: i64) -> Result<(), ProcessorEr
     let text = |bytes: Option<&[u8]>| bytes.map_or("(none)".into(), String::from_utf8_lossy).into_owned();
     if let Some(headers) = letter.headers() {
         for header in headers.iter() {
-            say(&format!("{}: {}", header.key, text(header.value)))?;
+            print_line(&format!("{}: {}", header.key, text(header.value)))?;
         }
     }
-    say(&format!("key: {}\n\n{}", text(letter.key()), text(letter.payload())))
+    print_line(&format!("key: {}\n\n{}", text(letter.key()), text(letter.payload())))
 }
 
-/// Sends dead letters again through the events topic, page by page. What is refused once more meanwhile comes after the end
-/// that was read first, and is not sent a second time.
+/// Sends dead letters to the events topic again, one page at a time. A record that becomes a dead letter again is
+/// appended after the end that was read at the start, so it is not sent twice.
 async fn replay(common: &CommonArgs, topic: &str, only: Option<i64>) -> Result<(), ProcessorError> {
     let producer: FutureProducer = producer_config(&common.kafka_brokers, "stream-processor-dlq")
         .create()
         .map_err(|e| failed("kafka")(&e))?;
     let mut reader = tokio::task::block_in_place(|| open(common, topic, only))?;
-    let most = if only.is_some() { 1 } else { REPLAY_PAGE };
+    let max = if only.is_some() { 1 } else { REPLAY_PAGE };
     let mut sent = 0;
     loop {
-        let letters = tokio::task::block_in_place(|| page(&mut reader, most))?;
-        try_join_all(letters.iter().map(|letter| send_again(&producer, topic, letter))).await?;
+        let letters = tokio::task::block_in_place(|| page(&mut reader, max))?;
+        try_join_all(letters.iter().map(|letter| resend(&producer, topic, letter))).await?;
         sent += letters.len();
         if letters.is_empty() || only.is_some() {
-            return say(&format!("{sent} dead letters sent again to {topic}"));
+            return print_line(&format!("{sent} dead letters sent again to {topic}"));
         }
     }
 }
 
-/// Without the error headers, with where it comes from; into the partition it came from, so that a copy of it is recognised
-/// whatever its key.
-async fn send_again(
-    producer: &FutureProducer,
-    topic: &str,
-    letter: &OwnedMessage,
-) -> Result<(), ProcessorError> {
+/// Sends one dead letter to the events topic without its error headers and with its source in [`REPLAYED_FROM`]. It
+/// goes to its original partition, so that copies are detected whatever the key.
+async fn resend(producer: &FutureProducer, topic: &str, letter: &OwnedMessage) -> Result<(), ProcessorError> {
     let from = format!("{}/0/{}", dead_letter_topic(topic), letter.offset());
     let kept =
         letter.headers().into_iter().flat_map(|h| h.iter().filter(|h| !h.key.starts_with(ERROR_HEADERS)));
@@ -181,7 +180,7 @@ async fn send_again(
     sent.map(|_| ()).map_err(|(e, _)| failed(&format!("sending {from} again"))(&e))
 }
 
-/// Lets a paused partition go on past its poison.
+/// Lets a paused partition continue: its undecodable records below `up_to` become dead letters.
 async fn accept(
     common: &CommonArgs,
     stream: &str,
@@ -198,7 +197,8 @@ async fn accept(
         .query_unpaged(insert, (stream, partition, up_to, now))
         .await
         .map_err(|e| failed("cassandra")(&e))?;
-    say(&format!(
-        "partition {partition}: poison below offset {up_to} goes to the dead letters without a pause"
+    print_line(&format!(
+        "partition {partition}: undecodable records below offset {up_to} become dead letters \
+         without pausing the partition"
     ))
 }

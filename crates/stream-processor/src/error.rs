@@ -1,60 +1,60 @@
-//! Errors of the processor, sorted by what the caller does about them.
+//! Errors of the processor, classified by how the caller handles them.
 
 use crate::partition::LaterOffset;
 use crate::start::Refusal;
 use common::cassandra::{ConnectError, DatacenterError};
 
-/// An error of the processor. A record that cannot be decoded is not an error: it goes to the dead-letter topic.
+/// An error of the processor. An undecodable record is not an error: it goes to the dead-letter topic.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessorError {
-    /// The call has used up its own deadline; it may succeed later.
+    /// The call did not succeed within its deadline. It may succeed later.
     #[error("{0}")]
     Retryable(String),
-    /// It will never work: end this process.
+    /// A retry cannot succeed. The process must exit.
     #[error("{0}")]
     Fatal(String),
-    /// History is lost, or the stream has another layout: end this process with exit code 3.
+    /// History is lost, or the stream has another layout. The process must exit with code 3.
     #[error("{0}")]
     Refused(String),
-    /// What the start of this partition was decided on is no longer true: open the partition again.
+    /// The facts that the partition's start was decided on are no longer true. The partition must be reopened.
     #[error("{0}")]
     Reopen(String),
-    /// This partition cannot go on; the others can.
+    /// This partition cannot continue. Other partitions are not affected.
     #[error(transparent)]
     Halted(#[from] Halt),
-    /// Shutdown or a rebalance began before the call was done.
+    /// Shutdown or a rebalance started before the call finished.
     #[error("stopped")]
     Stopped,
 }
 
-/// Why a partition stands still at an offset that cannot be read.
+/// Why a partition is halted at an offset that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("partition {partition} stands at offset {offset}: {cause}; {}", self.way_on())]
+#[error("partition {partition} is halted at offset {offset}: {cause}; {}", self.remedy())]
 pub struct Halt {
     /// Kafka partition.
     pub partition: i32,
     /// First offset that cannot be read.
     pub offset: i64,
-    /// Kafka's words.
+    /// Error reported by Kafka.
     pub cause: String,
-    /// First offset after it that can be read, where one was found.
+    /// First readable offset after `offset`; `None` if none was found.
     pub readable_from: Option<i64>,
 }
 
 impl Halt {
-    /// What an operator can do.
-    fn way_on(&self) -> String {
+    /// What an operator can do about it.
+    fn remedy(&self) -> String {
         let to = self.readable_from.map_or_else(|| "OFFSET".to_owned(), |to| to.to_string());
         format!(
-            "it is tried again by itself; if the records are lost for good, `stream-processor skip --partition {} --from {} \
-             --to {to}` goes on without them",
+            "the processor keeps retrying; if the records are lost for good, run `stream-processor skip --partition {} \
+             --from {} --to {to}` to continue without them",
             self.partition, self.offset
         )
     }
 }
 
 impl ProcessorError {
-    /// Exit code of a process that ends with this error.
+    /// Exit code of a process that exits because of this error.
     pub fn exit_code(&self) -> u8 {
         match self {
             ProcessorError::Refused(_) => 3,
@@ -89,6 +89,6 @@ impl From<Refusal> for ProcessorError {
 
 impl From<LaterOffset> for ProcessorError {
     fn from(error: LaterOffset) -> Self {
-        ProcessorError::Refused(format!("{error}; give the stream a new name, or bring the old topic back"))
+        ProcessorError::Refused(format!("{error}; restore the original topic, or give the stream a new name"))
     }
 }

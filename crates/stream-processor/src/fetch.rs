@@ -1,5 +1,5 @@
-//! Fetches and decodes one partition, on a thread of its own: the only part that runs ahead of the worker, by at most one
-//! chunk in the channel and one in the making.
+//! Fetches and decodes one partition on a dedicated thread. The thread runs ahead of the worker by at most two chunks:
+//! one in the channel and one that is being filled.
 
 use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
@@ -8,7 +8,7 @@ use crate::group::client::GroupContext;
 use crate::log_reader::{first_readable_after, is_out_of_range};
 use crate::partition::LastRecord;
 use crate::stages::{StageClock, StageState};
-use crate::start::{Start, another_record};
+use crate::start::{Start, record_mismatch};
 use crate::worker::{Chunks, Fetched};
 use common::event::{fingerprint, floor_to};
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -24,31 +24,32 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Poll interval of a quiet partition.
+/// How long to wait for the first record of a chunk.
 const IDLE_POLL: Duration = Duration::from_millis(100);
-/// How long a partition is quiet before its worker is told, and told again.
+/// A partition without records for this long sends [`Fetched::Quiet`] to its worker, and again after each such
+/// interval.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
-/// How long to look for the first readable record behind one that cannot be read.
-const LOOK_AHEAD: Duration = Duration::from_secs(20);
+/// How long to search for the first readable record after one that cannot be read.
+const READABLE_SEARCH_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// When a chunk is full.
+/// The limits at which a chunk is handed to the worker.
 #[derive(Debug, Clone, Copy)]
 pub struct ChunkLimits {
-    /// Records.
+    /// Maximum number of records.
     pub records: usize,
-    /// Bytes of values.
+    /// Maximum size of the record values, in bytes.
     pub bytes: usize,
-    /// Panes that its events fall into: all of them are in memory at once.
+    /// Maximum number of panes that the events fall into. All of them are in memory at the same time.
     pub panes: usize,
-    /// Time since its first record.
+    /// Maximum time since the first record.
     pub linger: Duration,
 }
 
 /// One assigned partition of a consumer.
 pub struct AssignedPartition {
-    /// Its records.
+    /// Queue of the partition's records.
     pub queue: PartitionQueue<GroupContext>,
-    /// The consumer it is assigned to, which knows its position.
+    /// The consumer that the partition is assigned to. It provides the fetch position.
     pub consumer: Arc<BaseConsumer<GroupContext>>,
     /// Bootstrap servers.
     pub brokers: String,
@@ -58,7 +59,8 @@ pub struct AssignedPartition {
     pub id: i32,
 }
 
-/// Starts fetching from `start`; ends when `stop` is cancelled or the worker drops its end of the channel.
+/// Starts a fetch thread at `start`. The thread ends after an error, when `stop` is cancelled, or when the worker drops
+/// the receiver.
 pub fn spawn(
     source: AssignedPartition,
     decoder: Decoder,
@@ -73,7 +75,7 @@ pub fn spawn(
     let fetcher = Fetcher { source, decoder, limits, stop, clock, first, next_offset, quiet_since };
     let skipped = start.skip.clone();
     let thread = std::thread::Builder::new().name("fetch".into()).spawn(move || {
-        let skipped = skipped.map(|skipped| Chunk { skipped: Some(skipped), ..fetcher.up_to_here() });
+        let skipped = skipped.map(|skipped| Chunk { skipped: Some(skipped), ..fetcher.empty_chunk() });
         if skipped.is_none_or(|chunk| sender.blocking_send(Ok(Fetched::Chunk(Box::new(chunk)))).is_ok()) {
             fetcher.run(&sender);
         }
@@ -81,7 +83,8 @@ pub fn spawn(
     Ok((chunks, thread))
 }
 
-/// Compares the last record that was taken with the one that the log holds, on the way to the next one.
+/// Compares the log's record at the offset of the last processed record with that record, before the next record is
+/// admitted.
 #[derive(Debug)]
 pub struct FirstRecord {
     next_offset: i64,
@@ -95,7 +98,7 @@ struct Fetcher {
     stop: CancellationToken,
     clock: Arc<StageClock>,
     first: FirstRecord,
-    /// Offset after everything that was handed to the worker or lies in the chunk that is being filled.
+    /// Offset after the last chunk, including transaction markers and aborted records after it.
     next_offset: i64,
     quiet_since: Instant,
 }
@@ -106,7 +109,7 @@ impl Fetcher {
             self.clock.enter(StageState::Idle);
             let (chunk, error) = self.chunk();
             let moved = chunk.next_offset > chunk.first_offset;
-            // Time between the records of a chunk was spent waiting for them.
+            // Only decoding counts as busy. The rest of the time was spent waiting for records.
             self.clock.enter_after(Duration::from_micros(chunk.decode_us), StageState::Backpressured);
             let fetched = if moved {
                 Some(Fetched::Chunk(Box::new(chunk)))
@@ -122,40 +125,40 @@ impl Fetcher {
                 }
             }
             if let Some(error) = error {
-                // The worker ends with it; if it is gone already, there is nobody to tell.
-                let _told = sender.blocking_send(Err(error));
+                // The worker ends with this error. Sending fails if the worker has already ended.
+                let _sent = sender.blocking_send(Err(error));
                 return;
             }
         }
     }
 
-    /// An empty chunk that ends at the next offset.
-    fn up_to_here(&self) -> Chunk {
+    /// An empty chunk at the next offset.
+    fn empty_chunk(&self) -> Chunk {
         Chunk { first_offset: self.next_offset, next_offset: self.next_offset, ..self.decoder.chunk() }
     }
 
-    /// Collects records until the chunk is full, its time is over, the partition is quiet or an error ends it.
+    /// Collects records until a limit of the chunk is reached, no record arrives in time or an error occurs.
     fn chunk(&mut self) -> (Chunk, Option<ProcessorError>) {
-        let mut chunk = self.up_to_here();
+        let mut chunk = self.empty_chunk();
         let (ending, last_record) = self.collect(&mut chunk);
         chunk.last_record = last_record;
         self.next_offset = chunk.next_offset;
         let followed = match &ending {
-            Ending::OtherLog(_) => Ok(()),
+            Ending::LogMismatch(_) => Ok(()),
             Ending::Full | Ending::Quiet | Ending::Failed(_) => self.follow_position(&mut chunk),
         };
         let error = match ending {
             Ending::Full | Ending::Quiet => None,
-            Ending::OtherLog(error) => Some(error),
-            Ending::Failed(error) => Some(self.failed(&error)),
+            Ending::LogMismatch(error) => Some(error),
+            Ending::Failed(error) => Some(self.fetch_error(&error)),
         };
         (chunk, followed.err().or(error))
     }
 
-    /// Fills `chunk`; gives why it ended, and its last record.
+    /// Fills `chunk`. Returns why the chunk ended and its last record.
     fn collect(&mut self, chunk: &mut Chunk) -> (Ending, Option<LastRecord>) {
         let mut panes = PaneCount::new(self.decoder.pane_ms());
-        let mut began: Option<Instant> = None;
+        let mut started: Option<Instant> = None;
         let mut waited = Duration::ZERO;
         let mut last = None;
         let ending = loop {
@@ -164,13 +167,14 @@ impl Fetcher {
             if is_full || panes.len() >= limits.panes {
                 break Ending::Full;
             }
-            // A record that is there already costs no look at the clock, which takes longer than the record.
+            // Poll without waiting first, so that the clock is read only if no record is queued: reading it takes
+            // longer than handling a record.
             let polled = match self.source.queue.poll(Duration::ZERO) {
                 None => {
-                    let rest = began.map(|began| limits.linger.saturating_sub(began.elapsed()));
-                    let asked = Instant::now();
+                    let rest = started.map(|started| limits.linger.saturating_sub(started.elapsed()));
+                    let wait_started = Instant::now();
                     let polled = self.source.queue.poll(rest.unwrap_or(IDLE_POLL));
-                    waited += asked.elapsed();
+                    waited += wait_started.elapsed();
                     polled
                 }
                 polled => polled,
@@ -179,7 +183,7 @@ impl Fetcher {
                 None => break Ending::Quiet,
                 Some(Ok(message)) => message,
                 Some(Err(error)) if is_transient(&error) => {
-                    tracing::warn!(partition = self.source.id, %error, "fetching");
+                    tracing::warn!(partition = self.source.id, %error, "fetch failed, retrying");
                     continue;
                 }
                 Some(Err(error)) => break Ending::Failed(error),
@@ -188,10 +192,10 @@ impl Fetcher {
             match self.first.admit(self.source.id, offset, || fingerprint_of(&message)) {
                 Ok(true) => {}
                 Ok(false) => continue,
-                Err(error) => break Ending::OtherLog(error),
+                Err(error) => break Ending::LogMismatch(error),
             }
-            if began.is_none() {
-                (began, waited) = (Some(Instant::now()), Duration::ZERO);
+            if started.is_none() {
+                (started, waited) = (Some(Instant::now()), Duration::ZERO);
             }
             decode(&self.decoder, &message, chunk);
             if let Some(event) = chunk.events.last().filter(|event| event.offset == offset) {
@@ -199,13 +203,13 @@ impl Fetcher {
             }
             last = Some(message);
         };
-        let taken = began.map_or(Duration::ZERO, |began| began.elapsed());
-        chunk.decode_us = taken.saturating_sub(waited).as_micros() as u64;
+        let elapsed = started.map_or(Duration::ZERO, |started| started.elapsed());
+        chunk.decode_us = elapsed.saturating_sub(waited).as_micros() as u64;
         let last = last.map(|last| LastRecord { offset: last.offset(), fingerprint: fingerprint_of(&last) });
         (ending, last)
     }
 
-    /// Moves the end of `chunk` past transaction markers and aborted records, which are never delivered as records.
+    /// Moves the end of `chunk` past transaction markers and aborted records, which Kafka does not deliver.
     fn follow_position(&mut self, chunk: &mut Chunk) -> Result<(), ProcessorError> {
         let Some(position) = self.source.position().filter(|position| *position > self.next_offset) else {
             return Ok(());
@@ -216,16 +220,16 @@ impl Fetcher {
         Ok(())
     }
 
-    /// What an error that is not transient means for the partition.
-    fn failed(&self, error: &KafkaError) -> ProcessorError {
+    /// Maps an error that is not transient to what the partition does about it: reopen or halt.
+    fn fetch_error(&self, error: &KafkaError) -> ProcessorError {
         let (partition, offset) = (self.source.id, self.next_offset);
         if is_out_of_range(error) {
             return ProcessorError::Reopen(format!(
-                "partition {partition}: kafka has no record at offset {offset} to fetch from ({error})"
+                "partition {partition}: offset {offset} is out of the log's range ({error})"
             ));
         }
         let AssignedPartition { brokers, topic, .. } = &self.source;
-        let deadline = Instant::now() + LOOK_AHEAD;
+        let deadline = Instant::now() + READABLE_SEARCH_TIMEOUT;
         let readable_from = first_readable_after(brokers, topic, (partition, offset), deadline);
         Halt { partition, offset, cause: format!("kafka: {error}"), readable_from }.into()
     }
@@ -233,15 +237,19 @@ impl Fetcher {
 
 /// Why a chunk ended.
 enum Ending {
+    /// A limit was reached.
     Full,
+    /// No record arrived in time.
     Quiet,
-    /// The record that was taken last is not in the log.
-    OtherLog(ProcessorError),
+    /// The log does not hold the last processed record.
+    LogMismatch(ProcessorError),
+    /// Kafka reported an error that is not transient.
     Failed(KafkaError),
 }
 
 impl AssignedPartition {
-    /// Offset after everything that was polled, transaction markers and aborted records included.
+    /// Offset after everything that was polled, including transaction markers and aborted records. `None` before the
+    /// first poll.
     fn position(&self) -> Option<i64> {
         let positions = self.consumer.position().ok()?;
         let of_this = positions.elements().into_iter().find(|element| element.partition() == self.id)?;
@@ -253,20 +261,20 @@ impl AssignedPartition {
 }
 
 impl FirstRecord {
-    /// For a partition that starts there.
+    /// For a partition that starts at `start`.
     pub fn new(start: &Start) -> FirstRecord {
         let next_offset = start.skip.as_ref().map_or(start.position.next_offset, |skip| skip.end);
         FirstRecord { next_offset, expected: start.expected }
     }
 
-    /// Offset of the first record to take.
+    /// Offset of the first record to process.
     #[cfg(test)]
     pub fn next_offset(&self) -> i64 {
         self.next_offset
     }
 
-    /// Whether to take the record at `offset`. The record that was taken last is only compared; another one in its place, or
-    /// none, is refused.
+    /// Returns whether to process the record at `offset`. The last processed record is only compared. Fails if the log
+    /// holds another record, or none, at its offset.
     pub fn admit(
         &mut self,
         partition: i32,
@@ -276,22 +284,23 @@ impl FirstRecord {
         if let Some(expected) = self.expected.take_if(|expected| offset >= expected.offset) {
             let found = (offset == expected.offset).then(fingerprint);
             if found != Some(expected.fingerprint) {
-                return Err(another_record(partition, expected, found).into());
+                return Err(record_mismatch(partition, expected, found).into());
             }
         }
         Ok(offset >= self.next_offset)
     }
 
-    /// Fetching has reached `position` without a record: the one that was taken last must have been seen before.
+    /// Notes that fetching has reached `position` without delivering a record. Fails if the last processed record
+    /// should have been delivered below it.
     pub fn passed(&mut self, partition: i32, position: i64) -> Result<(), ProcessorError> {
         match self.expected.filter(|expected| expected.offset < position) {
-            Some(expected) => Err(another_record(partition, expected, None).into()),
+            Some(expected) => Err(record_mismatch(partition, expected, None).into()),
             None => Ok(()),
         }
     }
 }
 
-/// The panes that a chunk's events fall into.
+/// Counts the distinct panes that a chunk's events fall into.
 struct PaneCount {
     pane_ms: i64,
     starts: HashSet<i64>,
@@ -305,7 +314,7 @@ impl PaneCount {
 
     fn add(&mut self, time_ms: i64) {
         let start = Some(floor_to(time_ms, self.pane_ms));
-        // Most events fall into the pane of the one before.
+        // Most events fall into the same pane as the event before.
         if start != self.last {
             self.starts.extend(start);
             self.last = start;
@@ -321,7 +330,7 @@ fn timestamp_ms(message: &BorrowedMessage<'_>) -> i64 {
     message.timestamp().to_millis().unwrap_or(0)
 }
 
-/// What tells a record from that of another log.
+/// The fingerprint that distinguishes a record from the record at the same offset of another log.
 pub(crate) fn fingerprint_of(message: &BorrowedMessage<'_>) -> i64 {
     fingerprint(
         message.key().unwrap_or_default(),
@@ -330,7 +339,8 @@ pub(crate) fn fingerprint_of(message: &BorrowedMessage<'_>) -> i64 {
     )
 }
 
-/// The headers whose names are UTF-8: the client library panics over any other, and a record must not stop its partition.
+/// The headers whose names are UTF-8. The client library panics on any other name, and one record must not stop its
+/// partition.
 pub(crate) fn readable_headers(headers: &impl Headers) -> Vec<(&str, Option<&[u8]>)> {
     let read = |index| catch_unwind(AssertUnwindSafe(|| headers.try_get(index))).ok().flatten();
     (0..headers.count()).filter_map(read).map(|h| (h.key, h.value)).collect()
@@ -348,8 +358,8 @@ fn decode(decoder: &Decoder, message: &BorrowedMessage<'_>, chunk: &mut Chunk) {
     decoder.decode(&record, chunk);
 }
 
-/// Errors that pass by themselves: librdkafka goes on at the same offset. Every other error could hide records, so it stops the
-/// partition.
+/// Whether librdkafka recovers from an error and continues at the same offset. Any other error could hide records, so
+/// it stops the partition.
 fn is_transient(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as Code;
     let Some(code) = error.rdkafka_error_code() else { return false };
@@ -374,7 +384,7 @@ fn is_transient(error: &KafkaError) -> bool {
             | Code::UnknownTopic
             | Code::UnknownTopicOrPartition
             | Code::WaitingForCoordinator
-            // The client is dead, and the group builds another one.
+            // The client is unusable. The group's thread replaces it.
             | Code::Fatal
     )
 }
@@ -384,22 +394,22 @@ mod tests {
     use super::*;
     use rdkafka::message::Header;
 
-    /// As the client library behaves: a name that is no UTF-8 panics.
-    struct Hostile;
+    /// Behaves like the client library: panics on a name that is not UTF-8.
+    struct PanickingHeaders;
 
-    impl Headers for Hostile {
+    impl Headers for PanickingHeaders {
         fn count(&self) -> usize {
             3
         }
         fn try_get(&self, index: usize) -> Option<Header<'_, &[u8]>> {
-            assert_ne!(index, 1, "no UTF-8");
+            assert_ne!(index, 1, "not UTF-8");
             Some(Header { key: ["ce_id", "", "ce_time"][index], value: None })
         }
     }
 
     #[test]
-    fn a_header_whose_name_is_no_utf_8_is_left_out_and_the_others_are_read() {
-        assert_eq!(readable_headers(&Hostile), [("ce_id", None), ("ce_time", None)]);
+    fn a_header_whose_name_is_not_utf_8_is_left_out_and_the_others_are_read() {
+        assert_eq!(readable_headers(&PanickingHeaders), [("ce_id", None), ("ce_time", None)]);
     }
 
     fn first(next_offset: i64, expected: Option<i64>) -> FirstRecord {
@@ -407,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_record_is_compared_and_not_taken_again() {
+    fn the_last_record_is_compared_and_not_processed_again() {
         let mut first = first(5, Some(4));
         assert!(!first.admit(0, 4, || 9).unwrap());
         assert!(first.admit(0, 5, || panic!("not compared twice")).unwrap());
@@ -415,19 +425,19 @@ mod tests {
     }
 
     #[test]
-    fn another_record_in_its_place_or_none_at_all_is_refused() {
+    fn another_record_or_none_at_the_offset_of_the_last_record_is_refused() {
         let check = |result: Result<bool, ProcessorError>, part: &str| {
             let error = result.unwrap_err();
             assert!(error.exit_code() == 3 && error.to_string().contains(part), "{error}");
         };
-        check(first(5, Some(4)).admit(0, 4, || 8), "its fingerprint is 8, expected 9");
-        check(first(5, Some(4)).admit(0, 5, || 9), "there is none");
-        check(first(5, Some(2)).passed(0, 4).map(|()| true), "there is none");
+        check(first(5, Some(4)).admit(0, 4, || 8), "found fingerprint 8, expected fingerprint 9");
+        check(first(5, Some(4)).admit(0, 5, || 9), "found no record");
+        check(first(5, Some(2)).passed(0, 4).map(|()| true), "found no record");
         first(5, Some(4)).passed(0, 4).unwrap();
     }
 
     #[test]
-    fn panes_are_counted_once_however_often_events_fall_into_them() {
+    fn a_pane_is_counted_once_even_if_several_events_fall_into_it() {
         let mut panes = PaneCount::new(10);
         [3, 9, 12, 5, 19, 30].into_iter().for_each(|time_ms| panes.add(time_ms));
         assert_eq!(panes.len(), 3);

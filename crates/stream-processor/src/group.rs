@@ -1,6 +1,6 @@
-//! The consumer group. Runs on one blocking thread: joins, takes part until the client is lost, and joins again with a new
-//! client. A lost session or a dead client ends the client and not the pipeline: the new client takes over the former one's
-//! membership by its static name, and every partition goes on from its checkpoint.
+//! The consumer group, run by one blocking thread: joins, processes until the client is lost, and rejoins with a new
+//! client. A lost session or a dead client does not end the process. The new client takes over the membership through
+//! its static member name, and every partition continues from its checkpoint.
 
 pub mod client;
 mod membership;
@@ -24,26 +24,26 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
-/// First pause before joining again; doubles with each client that is lost soon.
-const REJOIN_PAUSE: Duration = Duration::from_millis(200);
-/// Longest pause.
-const REJOIN_PAUSE_MOST: Duration = Duration::from_secs(10);
-/// A client that lived so long was no failed attempt.
-const LIVED_LONG: Duration = Duration::from_secs(60);
-/// How long to look for another process of the same name: it announces itself each second.
-const RIVAL_WITHIN: Duration = Duration::from_secs(4);
-const RIVAL_POLL: Duration = Duration::from_millis(250);
+/// Initial backoff before rejoining; doubles with each client that is lost within [`STABLE_AFTER`].
+const INITIAL_REJOIN_BACKOFF: Duration = Duration::from_millis(200);
+/// Maximum backoff before rejoining.
+const MAX_REJOIN_BACKOFF: Duration = Duration::from_secs(10);
+/// A client that lived for this long resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// How long to look for another process with the same instance name. A live process announces itself every second.
+const NAME_CHECK_DURATION: Duration = Duration::from_secs(4);
+const NAME_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How this instance takes part.
+/// Settings of this instance's group membership and partitions.
 #[derive(Debug, Clone)]
 pub struct GroupSettings {
-    /// How its client joins.
+    /// Settings of the Kafka client.
     pub member: MemberSettings,
     /// Events topic.
     pub topic: String,
     /// When a chunk is full.
     pub limits: ChunkLimits,
-    /// How much poison pauses a partition.
+    /// How many undecodable records pause a partition.
     pub poison: PoisonLimits,
     /// How long a partition may take to stop.
     pub revoke_deadline: Duration,
@@ -51,50 +51,50 @@ pub struct GroupSettings {
 
 /// What every membership and partition of this instance needs.
 pub struct Parts<S, D> {
-    /// How it takes part.
+    /// Settings.
     pub settings: GroupSettings,
     /// Opens partitions.
     pub opener: Opener<S>,
     /// The dead-letter topic.
     pub dead_letters: Arc<D>,
-    /// Cassandra, to look for other processes of the same name.
+    /// Cassandra session, used to look for other processes with the same instance name.
     pub session: Arc<Session>,
     /// This process.
     pub who: Instance,
-    /// What this instance holds.
+    /// Partitions that this instance holds.
     pub holdings: Holdings,
-    /// What is observed of all instances.
+    /// Observations about the partitions of all instances.
     pub ownership: Arc<Ownership>,
     /// Readiness.
     pub health: Arc<Health>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Ends everything.
+    /// Ends the memberships and all partitions.
     pub shutdown: Shutdown,
 }
 
-/// Why a client was given up.
+/// Why a Kafka client was replaced.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Lost {
     /// Other members may own its partitions already.
     #[error("the group coordinator ended the member's session")]
     Session,
-    /// It may have been this instance's former self.
+    /// The other member may be an earlier process of this instance.
     #[error("another member joined under the same name")]
     Fenced,
-    /// librdkafka says so.
-    #[error("the client cannot be used any more: {0}")]
+    /// librdkafka reported a fatal error.
+    #[error("the kafka client failed: {0}")]
     Fatal(String),
-    /// Nothing was reported.
+    /// librdkafka reported nothing, but a partition has no owner or makes no progress.
     #[error("{0}")]
     Watchdog(Verdict),
 }
 
 impl Lost {
-    /// All labels.
+    /// Every value of the metric label.
     pub(crate) const LABELS: [&str; 5] = ["session", "fenced", "fatal", "unowned", "stuck"];
 
-    /// As a label.
+    /// Value of the metric label.
     fn label(&self) -> &'static str {
         match self {
             Lost::Session => "session",
@@ -106,7 +106,7 @@ impl Lost {
     }
 }
 
-/// Takes part in the group until shutdown or an error. Blocking; `runtime` runs the workers.
+/// Keeps this instance in the group until shutdown or an error. Blocking; `runtime` runs the workers.
 pub fn run<S: Store + 'static, D: DeadLetters + 'static>(
     parts: &Arc<Parts<S, D>>,
     runtime: &Handle,
@@ -118,17 +118,17 @@ pub fn run<S: Store + 'static, D: DeadLetters + 'static>(
             End::Shutdown => return Ok(()),
             End::Lost(lost) => lost,
         };
-        tracing::warn!(reason = %lost, "joining the group with a new client");
+        tracing::warn!(reason = %lost, "rejoining the group with a new client");
         parts.metrics.client_rebuilt(lost.label());
         if matches!(lost, Lost::Fenced) {
-            runtime.block_on(parts.give_way())?;
+            runtime.block_on(parts.check_for_duplicate())?;
         }
-        failures = if joined.elapsed() >= LIVED_LONG { 0 } else { failures.saturating_add(1) };
-        let pause = REJOIN_PAUSE.saturating_mul(1 << failures.min(10)).min(REJOIN_PAUSE_MOST);
+        failures = if joined.elapsed() >= STABLE_AFTER { 0 } else { failures.saturating_add(1) };
+        let backoff = INITIAL_REJOIN_BACKOFF.saturating_mul(1 << failures.min(10)).min(MAX_REJOIN_BACKOFF);
         runtime.block_on(async {
             tokio::select! {
                 () = parts.shutdown.begun() => {}
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(backoff) => {}
             }
         });
         if parts.shutdown.has_begun() {
@@ -138,40 +138,45 @@ pub fn run<S: Store + 'static, D: DeadLetters + 'static>(
 }
 
 impl<S, D> Parts<S, D> {
-    /// Looks whether another process of this name is alive. The one that started later gives way, by an error; the other one goes
-    /// on. A former process of this instance does not announce itself any more, so it is never taken for a rival.
-    async fn give_way(&self) -> Result<(), ProcessorError> {
-        let (mut first, began) = (None, Instant::now());
-        while began.elapsed() < RIVAL_WITHIN && !self.shutdown.has_begun() {
+    /// Checks whether another process with this instance name is alive. Of two live processes, the one that started
+    /// later fails and the other continues. An earlier process of this instance no longer announces itself, so it is
+    /// never mistaken for a live one.
+    async fn check_for_duplicate(&self) -> Result<(), ProcessorError> {
+        let (mut first, started) = (None, Instant::now());
+        while started.elapsed() < NAME_CHECK_DURATION && !self.shutdown.has_begun() {
             self.health.beat();
             let rows = announced(&self.session, &self.who).await.unwrap_or_default();
-            let rival =
+            let other =
                 rows.into_iter().find(|row| row.instance == self.who.instance && row.life != self.who.life);
-            match (rival, &first) {
-                (Some(rival), None) => first = Some(rival),
-                (Some(rival), Some(first)) if is_alive(first, &rival) => return self.yield_to(&rival),
+            match (other, &first) {
+                (Some(other), None) => first = Some(other),
+                (Some(other), Some(first)) if is_alive(first, &other) => return self.refuse_if_later(&other),
                 _ => {}
             }
-            tokio::time::sleep(RIVAL_POLL).await;
+            tokio::time::sleep(NAME_CHECK_INTERVAL).await;
         }
         Ok(())
     }
 
-    fn yield_to(&self, rival: &Announced) -> Result<(), ProcessorError> {
+    /// Fails if `other` started before this process.
+    fn refuse_if_later(&self, other: &Announced) -> Result<(), ProcessorError> {
         let name = &self.who.instance;
         let own_start = self.who.started_at_ms;
-        if (rival.started_at_ms, &rival.life) > (own_start, &self.who.life) {
-            tracing::warn!(instance = name, "a second process of this name is alive; it has to give way");
+        if (other.started_at_ms, &other.life) > (own_start, &self.who.life) {
+            tracing::warn!(
+                instance = name,
+                "another process with this instance name is alive; it started later and must stop"
+            );
             return Ok(());
         }
         Err(ProcessorError::Refused(format!(
-            "another process with the instance name `{name}` is alive and started earlier: the two would take the group's \
-             partitions from each other; set PIPELINE_INSTANCE to another name"
+            "another process with the instance name `{name}` is alive and started earlier: the two processes would \
+             fence each other in the consumer group; set PIPELINE_INSTANCE to a unique name"
         )))
     }
 }
 
-/// Whether a process has announced itself twice.
+/// Whether two announcements show that the same process was alive in between.
 fn is_alive(first: &Announced, later: &Announced) -> bool {
     first.life == later.life && later.seen_at_ms > first.seen_at_ms
 }

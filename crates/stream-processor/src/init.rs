@@ -1,5 +1,6 @@
-//! Makes keyspace, tables and topics, and registers the stream: idempotent, waits for its servers, brings what earlier versions
-//! made forward, and refuses what it must not change. `run` compares with the same description.
+//! `init` creates keyspace, tables and topics, and registers the stream. It waits for the servers, migrates tables of
+//! earlier versions, and refuses changes that would break stored data. It is idempotent. `run` checks the servers
+//! against the same requirements.
 
 mod contract;
 mod tables;
@@ -23,12 +24,12 @@ pub(crate) use tables::of_registry;
 use tables::{Keyspace, check_change};
 use topics::{ADMIN_DEADLINE, Admin};
 
-/// What `init` made sure of.
+/// The result of a successful `init`.
 #[derive(Debug)]
-pub struct Made {
-    /// Kafka cluster.
+pub struct Initialized {
+    /// Id of the Kafka cluster.
     pub cluster_id: String,
-    /// Lines for the user.
+    /// Summary for the user, one line each.
     pub report: Vec<String>,
 }
 
@@ -36,13 +37,13 @@ fn fatal(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ {
     move |cause| ProcessorError::Fatal(format!("{what}: {cause}"))
 }
 
-/// Makes everything `definition` needs.
+/// Creates everything that `definition` needs.
 pub async fn init(
     common: &CommonArgs,
     definition: &Definition,
     args: &InitArgs,
     shutdown: &Shutdown,
-) -> Result<Made, ProcessorError> {
+) -> Result<Initialized, ProcessorError> {
     let wait = Duration::from_secs(args.wait_seconds);
     let replicas = replicas(args)?;
     let cluster_id = cluster_id(&common.kafka_brokers, wait).await?;
@@ -50,10 +51,10 @@ pub async fn init(
     let datacenter = local_datacenter(&session, common)?;
     let stream = definition.stream.name.as_str();
     let keyspace = Keyspace { session: &session, name: &common.keyspace, stream };
-    keyspace.make(&datacenter, replicas.factor).await?;
+    keyspace.create(&datacenter, replicas.factor).await?;
     let found = keyspace.found().await?;
     let mut differences = keyspace_differences(&common.keyspace, &found, &datacenter, Some(replicas.factor));
-    // Nothing is altered before everything that would be refused has been looked at.
+    // All checks that may refuse run before anything is altered.
     keyspace.refuse_newer_tables().await?;
     let known = keyspace.registered().await?;
     let topic = common.topic_of(definition);
@@ -64,7 +65,7 @@ pub async fn init(
     }
     let admin = Admin::new(&common.kafka_brokers, "stream-processor-init")?;
     let contracts = contract::topics(&topic, &common.control_topic, args.partitions, replicas);
-    admin.make(&contracts, replicas.factor).await?;
+    admin.create_topics(&contracts, replicas.factor).await?;
     let (partitions, _) = admin.partitions(&topic).await?;
     let found = Topic { cluster_id: cluster_id.clone(), partitions };
     check_topic((stream, &topic), &found, args.partitions, known.as_ref())?;
@@ -74,28 +75,31 @@ pub async fn init(
         }
     }
     refuse_differences(&differences)?;
-    let altered = keyspace.make_tables(definition).await?;
+    let altered = keyspace.create_tables(definition).await?;
     let changes = keyspace.register(&definition.layout(), &found).await?;
-    // Another `init` may have been first.
+    // A concurrent `init` may have registered the stream first.
     registered_stream(&session, common, definition, &found).await?;
     let mut report = report(definition, args, &topic);
     report.extend(altered.iter().map(|statement| format!("altered: {statement}")));
-    report.extend(told(&changes));
-    Ok(Made { cluster_id, report })
+    report.extend(describe_changes(&changes));
+    Ok(Initialized { cluster_id, report })
 }
 
-fn told(changes: &Changes) -> Option<String> {
+fn describe_changes(changes: &Changes) -> Option<String> {
     (!changes.is_empty()).then(|| {
-        format!("registered, to be taken up when each service starts again, processors first:\n{changes}")
+        format!(
+            "registered changes, which take effect when each service restarts, processors first:\n{changes}"
+        )
     })
 }
 
 fn replicas(args: &InitArgs) -> Result<Replicas, ProcessorError> {
     let factor = args.replication;
-    let min_insync = args.min_insync_replicas.unwrap_or(Replicas::usual_min_insync(factor));
+    let min_insync = args.min_insync_replicas.unwrap_or(Replicas::default_min_insync(factor));
     if min_insync > factor {
         return Err(ProcessorError::Fatal(format!(
-            "PIPELINE_MIN_INSYNC_REPLICAS={min_insync} is more than PIPELINE_REPLICATION={factor}: nothing could be written"
+            "PIPELINE_MIN_INSYNC_REPLICAS={min_insync} is greater than PIPELINE_REPLICATION={factor}, \
+             so every write would fail; lower the former or raise the latter"
         )));
     }
     Ok(Replicas { factor, min_insync })
@@ -106,23 +110,27 @@ fn refuse_differences(differences: &[String]) -> Result<(), ProcessorError> {
         return Ok(());
     }
     let lines: Vec<String> = differences.iter().map(|line| format!("  - {line}")).collect();
-    Err(ProcessorError::Refused(format!("topics or keyspace are not as they must be:\n{}", lines.join("\n"))))
+    Err(ProcessorError::Refused(format!(
+        "topics or keyspace do not meet the requirements:\n{}",
+        lines.join("\n")
+    )))
 }
 
-/// Waits for a broker and returns the cluster's id.
+/// Waits up to `wait` for a broker and returns the id of its cluster.
 pub async fn cluster_id(brokers: &str, wait: Duration) -> Result<String, ProcessorError> {
     let brokers = brokers.to_owned();
-    let asked = tokio::task::spawn_blocking(move || {
+    let fetched = tokio::task::spawn_blocking(move || {
         let client = wait_for_broker(&brokers, wait).map_err(|e| ProcessorError::Retryable(e.to_string()))?;
         client.client().fetch_cluster_id(ADMIN_DEADLINE).ok_or_else(|| {
-            ProcessorError::Retryable(format!("kafka at {brokers} does not tell its cluster id"))
+            ProcessorError::Retryable(format!("kafka at {brokers} did not return its cluster id"))
         })
     });
-    asked.await.map_err(|e| ProcessorError::Fatal(format!("asking kafka: {e}")))?
+    fetched.await.map_err(|e| ProcessorError::Fatal(format!("fetching the cluster id: {e}")))?
 }
 
-/// How the stream was registered. Refuses tables of another version, another layout or cluster, and a topic with fewer partitions.
-/// Partitions that were added later are not the stream's.
+/// Returns the registration of the stream. Refuses tables of a different version, a different layout or cluster, and a
+/// topic with fewer partitions than registered. Partitions that were added to the topic later do not belong to the
+/// stream.
 pub async fn registered_stream(
     session: &Session,
     common: &CommonArgs,
@@ -137,7 +145,7 @@ pub async fn registered_stream(
     Ok(registered)
 }
 
-/// Refuses to run where topics or keyspace no longer have what the promises rest on.
+/// Refuses to run if topics or keyspace no longer have the settings that exact counting depends on.
 pub async fn check_servers(
     session: &Session,
     common: &CommonArgs,
@@ -156,42 +164,46 @@ pub async fn check_servers(
                     tracing::warn!("{weak}");
                 }
             }
-            None => tracing::warn!(topic = contract.name, "the topic's settings could not be checked"),
+            None => tracing::warn!(
+                topic = contract.name,
+                "cannot check the settings of the topic: it does not exist or access is denied"
+            ),
         }
     }
     refuse_differences(&differences)
 }
 
-/// The events topic may be there already: cluster and number of partitions must be the stream's.
+/// Checks an events topic that may have existed before: its cluster and number of partitions must be those of the
+/// stream.
 fn check_topic(
     (stream, topic): (&str, &str),
     found: &Topic,
-    wanted: i32,
+    expected: i32,
     registered: Option<&Registered>,
 ) -> Result<(), ProcessorError> {
     if let Some(registered) = registered {
         registered.check_topic(stream, topic, found).map_err(of_registry)?;
     }
-    if found.partitions != wanted {
+    if found.partitions != expected {
         let found = found.partitions;
         return Err(ProcessorError::Refused(format!(
-            "topic `{topic}` has {found} partitions, not {wanted}: the number is never changed; \
+            "topic `{topic}` has {found} partitions, not {expected}, and init never changes this number; \
              set PIPELINE_PARTITIONS={found}, or choose another topic with PIPELINE_TOPIC"
         )));
     }
     Ok(())
 }
 
-/// What the layout means at the expected rate.
+/// Describes the topic, the size of a Cassandra partition at the expected rate, and the maximum age of events.
 fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> {
     let store = &definition.store;
     let cells = i64::from(args.partitions) * i64::from(store.shards);
     let rows = args.expected_rate as i64 * (store.bucket.millis() / 1000) / cells;
-    // About 24 bytes a cell with its share of the row's head, as measured on the default stream.
+    // About 24 bytes per cell, including its share of the row header, measured on the default stream.
     let mebibytes = rows * (definition.columns.len() as i64 + 4) * 24 / (1 << 20);
     let horizon = match store.least_ttl_seconds() {
-        0 => "none: rows are kept forever".to_owned(),
-        ttl => format!("{} days back", (ttl * 1000 - TOPIC_RETENTION_MS) / 86_400_000 - 2),
+        0 => "unlimited, because rows never expire".to_owned(),
+        ttl => format!("{} days", (ttl * 1000 - TOPIC_RETENTION_MS) / 86_400_000 - 2),
     };
     vec![
         format!(
@@ -200,10 +212,10 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
             dead_letter_topic(topic)
         ),
         format!(
-            "at {} events/s a Cassandra partition ({} of one shard) holds about {rows} rows, {mebibytes} MiB",
+            "at {} events/s, a Cassandra partition ({} of one shard) holds about {rows} rows or {mebibytes} MiB",
             args.expected_rate,
             store.bucket.name()
         ),
-        format!("time horizon of events: {horizon}"),
+        format!("maximum age of events: {horizon}"),
     ]
 }

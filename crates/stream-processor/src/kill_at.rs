@@ -1,4 +1,4 @@
-//! Test builds only (feature `failpoints`): the process kills itself, as `kill -9` would, at a step of the worker's loop.
+//! For test builds only (feature `failpoints`): the process sends SIGKILL to itself at a step of the worker's loop.
 
 use rustix::process::{Signal, getpid, kill_process};
 use std::str::FromStr;
@@ -16,36 +16,37 @@ pub const STEPS: [&str; 8] = [
     "in_publish",
 ];
 
-/// Where, and at which time it is passed there, over all partitions.
+/// The step to kill the process at, and the number of the pass at which to do so, counted over all partitions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KillAt {
     step: &'static str,
-    time: u32,
+    pass: u32,
 }
 
 impl FromStr for KillAt {
     type Err = String;
 
     fn from_str(text: &str) -> Result<KillAt, String> {
-        let (name, time) = text.split_once('=').ok_or("not of the form STEP=N")?;
+        let (name, pass) = text.split_once('=').ok_or("expected STEP=N")?;
         let step = STEPS.into_iter().find(|step| *step == name);
-        let step = step.ok_or_else(|| format!("no step `{name}`; one of {}", STEPS.join(", ")))?;
-        match time.parse() {
-            Ok(time) if time > 0 => Ok(KillAt { step, time }),
-            _ => Err(format!("`{time}` is no count; 1 or more")),
+        let step =
+            step.ok_or_else(|| format!("unknown step `{name}`; expected one of {}", STEPS.join(", ")))?;
+        match pass.parse() {
+            Ok(pass) if pass > 0 => Ok(KillAt { step, pass }),
+            _ => Err(format!("invalid count `{pass}`; expected 1 or more")),
         }
     }
 }
 
 impl KillAt {
-    /// From now on the step counts down to the kill.
+    /// Arms the fail point.
     pub fn arm(&self) -> Result<(), String> {
-        let left = AtomicU32::new(self.time);
+        let remaining = AtomicU32::new(self.pass);
         fail::cfg_callback(self.step, move || {
-            if left.fetch_sub(1, Ordering::SeqCst) == 1 {
-                // What failed to kill must not go on as if it had passed.
+            if remaining.fetch_sub(1, Ordering::SeqCst) == 1 {
+                // If the signal could not be sent, the process must not continue past the step.
                 let sent = kill_process(getpid(), Signal::KILL);
-                tracing::error!(?sent, "this process should be dead");
+                tracing::error!(?sent, "SIGKILL did not end this process");
                 std::process::abort();
             }
         })
@@ -57,8 +58,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_and_a_time_are_read_and_anything_else_is_named() {
-        assert_eq!("before_rows=3".parse(), Ok(KillAt { step: "before_rows", time: 3 }));
+    fn a_step_and_a_count_are_parsed_and_an_error_names_the_invalid_part() {
+        assert_eq!("before_rows=3".parse(), Ok(KillAt { step: "before_rows", pass: 3 }));
         for (text, part) in [("before_rows", "STEP=N"), ("rows=1", "`rows`"), ("before_rows=0", "`0`")] {
             let error = text.parse::<KillAt>().unwrap_err();
             assert!(error.contains(part), "{error}");

@@ -1,11 +1,13 @@
-//! Kafka → Cassandra, every event counted once.
+//! Writes events from Kafka to Cassandra and counts each exactly once.
 //!
-//! A tour: [`service`] wires the parts of `run` together. [`group`] joins the consumer group and gives each assigned partition a fetch thread ([`fetch`], which decodes by
-//! [`decode`] into [`chunk`]s) and a [`worker`]. [`open`] gathers where the partition stands and [`start`] decides where it
-//! begins. The worker is the one file that orders effects. [`partition`] applies a chunk over [`windows`], [`write_plan`] cuts the
-//! result into statements, [`store`] and [`dead_letters`] write it, [`state`] commits it.
-//! [`init`] creates tables and topics; [`verify`], [`report`], [`dlq`], [`skip`] and [`checkpoint`] are for operators;
-//! [`log_reader`] reads a topic outside the group.
+//! [`service`] wires the parts of `run` together. [`group`] joins the consumer group and starts a fetch thread
+//! ([`fetch`]) and a [`worker`] for each assigned partition. The fetch thread uses [`decode`] to turn records into
+//! [`chunk`]s. [`open`] reads what is stored about a partition, and [`start`] decides at which offset it starts. The
+//! worker is the only file that orders effects: [`partition`] applies a chunk to the panes in [`windows`],
+//! [`write_plan`] splits the result into statements, [`store`] and [`dead_letters`] write it, and [`state`] commits it.
+//!
+//! [`init`] creates tables and topics. [`verify`], [`report`], [`dlq`], [`skip`] and [`checkpoint`] implement the
+//! operator commands. [`log_reader`] reads a topic outside the consumer group.
 
 pub mod checkpoint;
 pub mod chunk;
@@ -51,16 +53,16 @@ use common::stream::Definition;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Requests of `verify` in flight: it runs beside a processor.
+/// Maximum number of Cassandra requests of `verify` in flight. Low, because `verify` runs beside a processor.
 const VERIFY_IN_FLIGHT: usize = 8;
-/// How long the process may take to end after its partitions had their time to stop.
-const END_SECONDS: u64 = 5;
+/// How long the process may take to exit after the partitions' deadline to stop has passed.
+const EXIT_SECONDS: u64 = 5;
 
-/// Runs one command to its end; the exit code says how it ended (143 or 130 after a signal).
+/// Runs one command to completion and returns the exit code: 0, or 143 or 130 after a signal.
 pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
     let revoke_seconds = if let Command::Run(args) = &cli.command { args.revoke_seconds } else { 0 };
-    let shutdown = Shutdown::on_signals(Duration::from_secs(revoke_seconds + END_SECONDS))
-        .map_err(|e| ProcessorError::Fatal(format!("signals: {e}")))?;
+    let shutdown = Shutdown::on_signals(Duration::from_secs(revoke_seconds + EXIT_SECONDS))
+        .map_err(|e| ProcessorError::Fatal(format!("cannot install the signal handlers: {e}")))?;
     let definition = || cli.common.definition().map_err(|e| ProcessorError::Fatal(e.to_string()));
     if let Command::Checkpoint(command) = &cli.command {
         checkpoint::run(command, definition)?;
@@ -69,8 +71,8 @@ pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
     let definition = definition()?;
     match &cli.command {
         Command::Init(args) => {
-            let made = init::init(&cli.common, &definition, args, &shutdown).await?;
-            made.report.iter().for_each(|line| tracing::info!("{line}"));
+            let created = init::init(&cli.common, &definition, args, &shutdown).await?;
+            created.report.iter().for_each(|line| tracing::info!("{line}"));
             Ok(0)
         }
         Command::Run(args) => {
@@ -100,14 +102,16 @@ pub async fn run(cli: Cli) -> Result<u8, ProcessorError> {
     }
 }
 
-/// `verify`: beside a running processor, or with `--rebuild` instead of one.
+/// Runs `verify` beside a running processor. With `--rebuild`, the processor must be stopped.
 async fn verify(
     common: &CommonArgs,
     args: &VerifyArgs,
     definition: Definition,
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
-    let metrics = Arc::new(Metrics::new().map_err(|e| ProcessorError::Fatal(format!("metrics: {e}")))?);
+    let metrics = Arc::new(
+        Metrics::new().map_err(|e| ProcessorError::Fatal(format!("cannot register the metrics: {e}")))?,
+    );
     let session = common::cassandra::connect(common, METADATA_DEADLINE, shutdown).await?;
     let registered =
         check_layout(&session, &common.keyspace, &definition).await.map_err(init::of_registry)?;

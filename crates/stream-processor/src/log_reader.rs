@@ -1,4 +1,5 @@
-//! Reads one partition of a topic outside the consumer group, from an offset to the end as it was at the beginning. Blocking.
+//! Reads one partition of a topic outside the consumer group, from an offset to the end as it was when the reader was
+//! opened. Blocking.
 
 use crate::error::ProcessorError;
 use common::kafka::client_config;
@@ -8,21 +9,21 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use std::time::{Duration, Instant};
 
-/// How long an answer or a record may take.
+/// Maximum time to wait for a response or a record.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// How long one look for a readable record may take.
+/// Maximum duration of one attempt to read a record after a damaged offset.
 const PROBE_DEADLINE: Duration = Duration::from_secs(2);
-/// Most KiB of records that wait unread in the client; its default is 64 MiB.
+/// Maximum KiB of records prefetched by the client. The default of librdkafka is 64 MiB.
 const QUEUED_KIB: &str = "8192";
 
-/// A partition's log as it was when it was opened.
+/// Reads the log of a partition up to the end at the time of opening.
 pub struct LogReader {
     consumer: BaseConsumer,
     topic: String,
     next: i64,
     /// First offset of the log.
     pub low: i64,
-    /// Offset after its last record, or after the transaction markers that follow it.
+    /// Offset at which the reader stops: the end of the log, past any transaction markers. Callers may lower it.
     pub end: i64,
 }
 
@@ -31,7 +32,7 @@ fn failed(cause: &dyn std::fmt::Display) -> ProcessorError {
 }
 
 impl LogReader {
-    /// Of the log as it is now; the first record will be the one at `from`, or its lowest.
+    /// Opens the log with its current bounds. Reading starts at offset `from`, or at the first offset of the log.
     pub fn open(
         brokers: &str,
         topic: &str,
@@ -53,7 +54,7 @@ impl LogReader {
         Ok(LogReader { consumer, topic: topic.to_owned(), next, low, end })
     }
 
-    /// The next record; none at the end.
+    /// Returns the next record, or `None` at the end. Fails with `Reopen` if the log no longer has the offset.
     pub fn next_record(&mut self) -> Result<Option<BorrowedMessage<'_>>, ProcessorError> {
         if self.next >= self.end {
             return Ok(None);
@@ -63,7 +64,7 @@ impl LogReader {
             polled.ok_or_else(|| failed(&format!("no record at offset {} of {}", self.next, self.topic)))?;
         let message = match message {
             Ok(message) => message,
-            // Only transaction markers are left.
+            // Only transaction markers are left before the end.
             Err(KafkaError::PartitionEOF(_)) => return Ok(None),
             Err(e) if is_out_of_range(&e) => {
                 let (offset, topic) = (self.next, &self.topic);
@@ -73,14 +74,14 @@ impl LogReader {
             Err(e) => return Err(failed(&format!("offset {} of {}: {e}", self.next, self.topic))),
         };
         self.next = message.offset() + 1;
-        // Where the last offsets below the end are transaction markers, the next record lies above it.
+        // If the last offsets below the end are transaction markers, the next record is past the end.
         Ok(Some(message).filter(|message| message.offset() < self.end))
     }
 }
 
-/// The first offset above `damaged` at which reading can go on, looked for at most until `deadline`. Kafka gives no way to ask
-/// where a damaged batch ends, so offsets are tried: further and further ahead, then closer. Each try has a client of its own,
-/// because librdkafka loses its place in a fetched batch that it cannot read.
+/// Returns the first offset above `damaged` from which records can be read, or `None` if it is not found by `deadline`.
+/// Kafka does not report where a damaged batch ends, so this function tries offsets at increasing distances and then
+/// bisects. Each attempt uses a new client, because librdkafka loses its position in a batch that it cannot read.
 pub fn first_readable_after(
     brokers: &str,
     topic: &str,
@@ -96,21 +97,21 @@ pub fn first_readable_after(
     let end = LogReader::open(brokers, topic, partition, Some(damaged)).ok()?.end;
     let (mut unreadable, mut step) = (damaged, 1);
     let mut readable = loop {
-        let tried = (damaged + step).min(end);
-        if tried == end || can_read(tried)? {
-            break tried;
+        let candidate = (damaged + step).min(end);
+        if candidate == end || can_read(candidate)? {
+            break candidate;
         }
-        unreadable = tried;
+        unreadable = candidate;
         step *= 2;
     };
     while readable - unreadable > 1 {
-        let tried = unreadable + (readable - unreadable) / 2;
-        if can_read(tried)? { readable = tried } else { unreadable = tried }
+        let candidate = unreadable + (readable - unreadable) / 2;
+        if can_read(candidate)? { readable = candidate } else { unreadable = candidate }
     }
     Some(readable)
 }
 
-/// Whether an error says that the log holds no record at the offset asked for.
+/// Whether an error means that the requested offset is not in the log.
 pub fn is_out_of_range(error: &KafkaError) -> bool {
     matches!(
         error.rdkafka_error_code(),

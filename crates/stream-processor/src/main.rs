@@ -1,9 +1,9 @@
-//! Entry point: settings → logs → the command → exit code.
+//! Entry point: parses the settings, starts logging, runs the command and returns its exit code.
 
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "before logging starts, and where data was asked for"
+    reason = "errors before logging starts, and the output of --print-config"
 )]
 
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            tracing::error!(error = %e, "cannot start");
+            tracing::error!(error = %e, "cannot start the async runtime");
             return ExitCode::FAILURE;
         }
     };
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     match ended {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
-            tracing::error!(error = %e, "ended");
+            tracing::error!(error = %e, "stream-processor failed");
             ExitCode::from(e.exit_code())
         }
     }

@@ -1,5 +1,5 @@
-//! Every metric of the processor. `*_committed_*` come from the checkpoint's totals, so they survive restarts and are never
-//! ahead of what is stored; all others are of this process.
+//! Every metric of the processor. The `*_committed_*` counters come from the checkpoint's totals, so they survive
+//! restarts and are never ahead of what is stored. All other metrics describe this process.
 
 use crate::group::Lost;
 use crate::partition::{Partition, Totals};
@@ -16,24 +16,24 @@ use prometheus::{
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Steps from a millisecond to ten seconds.
+/// Duration of a step, from 1 ms to 10 s.
 const STEP_BUCKETS: [f64; 13] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
 
-/// Produced until committed, from a hundredth of a second to the hours of an outage.
+/// Time from produce to commit: from 10 ms to 4 hours, to cover long outages.
 const LATENCY_BUCKETS: [f64; 15] =
     [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 14_400.0];
-/// Rows of a batch, up to what one chunk holds.
+/// Rows written per batch. A batch has up to 8000 records by default.
 const ROW_BUCKETS: [f64; 12] =
     [1.0, 5.0, 20.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16_000.0];
-/// The stage that polls Kafka and decodes.
+/// Name of the stage that polls Kafka and decodes.
 pub const FETCH: &str = "fetch";
-/// The stage that looks up, counts, writes and commits.
+/// Name of the stage that looks up, counts, writes and commits.
 pub const WORK: &str = "work";
 
-/// The processor's metrics; labels are bounded by the topic's partitions and fixed words.
+/// The processor's metrics. Label values are partition numbers and fixed strings, so the number of series is bounded.
 #[derive(Debug)]
 pub struct Metrics {
-    /// Where all of them are registered.
+    /// Registry of all metrics.
     pub registry: Registry,
     committed: [IntCounterVec; 5],
     next_offset: IntGaugeVec,
@@ -48,32 +48,32 @@ pub struct Metrics {
     batch_rows: Histogram,
     seconds: CounterVec,
     steps: HistogramVec,
-    /// A batch's oldest event, handed to Kafka until committed: seconds between.
+    /// Seconds from producing a batch's oldest event to its commit.
     pub latency: HistogramVec,
     /// Events whose key was looked up.
     pub looked_up: IntCounter,
-    /// First copies counted in panes that were not in memory.
+    /// First copies counted in cold panes.
     pub cold_events: IntCounter,
     /// Requests that Cassandra acknowledged.
     pub store_requests: IntCounter,
-    /// Requests to Cassandra that failed and were tried again.
+    /// Failed attempts at requests to Cassandra.
     pub store_retries: IntCounter,
-    /// Requests to Cassandra that wait for their answer.
+    /// Requests to Cassandra that are not answered yet.
     in_flight: IntGauge,
-    /// Requests to Cassandra that may be in flight.
+    /// Current limit of requests in flight.
     pub in_flight_limit: IntGauge,
-    /// Partitions whose worker runs here.
+    /// Partitions whose worker runs in this process.
     pub partitions: IntGauge,
-    /// Partitions that were given to this instance, but that the stream was not registered with.
+    /// Partitions assigned to this instance that were added to the topic after the stream was registered.
     pub unregistered_partitions: IntGauge,
-    /// Partitions that no live instance holds, as seen from here.
+    /// Partitions that no live instance holds, as observed by this instance.
     pub unowned_partitions: IntGauge,
     starts: IntCounterVec,
     client_rebuilds: IntCounterVec,
 }
 
 impl Metrics {
-    /// Registers everything; each series without a partition is there at 0 from the start.
+    /// Creates and registers all metrics. Series without a partition label start at 0.
     pub fn new() -> Result<Metrics, prometheus::Error> {
         const PARTITION: [&str; 1] = ["partition"];
         let make = Maker::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
@@ -86,55 +86,58 @@ impl Metrics {
         make.registry.register(Box::new(stages.clone()))?;
         let steps = ("processor_step_duration_seconds", "Seconds per batch and step");
         let latency =
-            ("processor_produce_to_commit_seconds", "A batch's oldest event: produced until committed");
+            ("processor_produce_to_commit_seconds", "Produce-to-commit time of a batch's oldest event");
         let metrics = Metrics {
             committed: [
                 total("processor_committed_events_total", "First copies of events")?,
                 total("processor_committed_duplicates_total", "Further copies of events")?,
-                total("processor_committed_late_events_total", "First copies later than allowed")?,
+                total("processor_committed_late_events_total", "First copies that were late")?,
                 total("processor_committed_dead_letters_total", "Records sent to the dead-letter topic")?,
                 total("processor_committed_skipped_offsets_total", "Offsets skipped by an operator")?,
             ],
-            next_offset: gauge("processor_next_offset", "Next offset to take, from the checkpoint")?,
-            paused: gauge("processor_paused", "1: too much poison, waiting for dlq accept")?,
-            halted: gauge("processor_halted", "1: stands at an offset that cannot be read")?,
-            hot_panes: gauge("processor_hot_panes", "Panes whose rows and seen keys are in memory")?,
-            hot_bytes: gauge("processor_hot_bytes", "Bytes that hot panes and their filters take")?,
+            next_offset: gauge("processor_next_offset", "Next offset to process, from the checkpoint")?,
+            paused: gauge("processor_paused", "1 while paused by undecodable records, until dlq accept")?,
+            halted: gauge("processor_halted", "1 while halted at an offset that cannot be read")?,
+            hot_panes: gauge("processor_hot_panes", "Panes whose rows and key filters are in memory")?,
+            hot_bytes: gauge("processor_hot_bytes", "Memory of hot panes and their filters, in bytes")?,
             seen_ids: gauge("processor_seen_ids", "Keys in the filters of hot panes")?,
             watermark: time("processor_watermark_timestamp_seconds", "Highest event time so far")?,
-            committed_at: time("processor_last_commit_timestamp_seconds", "Last commit, or start here")?,
+            committed_at: time("processor_last_commit_timestamp_seconds", "Last commit, or partition start")?,
             stages,
             batch_rows: make.histogram("processor_batch_rows", "Rows written per batch", &ROW_BUCKETS)?,
             seconds: make.amounts("processor_step_seconds_total", "Seconds spent per step", &["step"])?,
             steps: make.histograms(steps, &["step"], &STEP_BUCKETS)?,
             latency: make.histograms(latency, &[], &LATENCY_BUCKETS)?,
             looked_up: make.counter("processor_looked_up_events_total", "Events whose key was looked up")?,
-            cold_events: make
-                .counter("processor_cold_events_total", "First copies in panes not in memory")?,
-            store_requests: make.counter("processor_store_requests_total", "Requests acknowledged")?,
-            store_retries: make.counter("processor_store_retries_total", "Requests tried again")?,
-            in_flight: make.gauge("processor_in_flight", "Requests to Cassandra not answered yet")?,
-            in_flight_limit: make.gauge("processor_in_flight_limit", "Requests that may be in flight")?,
-            partitions: make.gauge("processor_partitions", "Partitions whose worker runs here")?,
+            cold_events: make.counter("processor_cold_events_total", "First copies counted in cold panes")?,
+            store_requests: make.counter("processor_store_requests_total", "Acknowledged requests")?,
+            store_retries: make.counter("processor_store_retries_total", "Failed request attempts")?,
+            in_flight: make.gauge("processor_in_flight", "Unanswered requests to Cassandra")?,
+            in_flight_limit: make.gauge("processor_in_flight_limit", "Limit of requests in flight")?,
+            partitions: make.gauge("processor_partitions", "Partitions whose worker runs in this process")?,
             unregistered_partitions: make.gauge(
                 "processor_unregistered_partitions",
-                "Partitions here that were added to the topic later",
+                "Assigned partitions that were added to the topic later",
             )?,
             unowned_partitions: make
                 .gauge("processor_unowned_partitions", "Partitions that no live instance holds")?,
-            starts: make.counters("processor_partition_starts_total", "Partition starts by how", &["how"])?,
+            starts: make.counters(
+                "processor_partition_starts_total",
+                "Partition starts by kind",
+                &["how"],
+            )?,
             client_rebuilds: make.counters(
                 "processor_client_rebuilds_total",
-                "Kafka clients built again by reason",
+                "Kafka clients replaced, by reason",
                 &["reason"],
             )?,
             registry: make.registry,
         };
-        metrics.at_zero();
+        metrics.create_series();
         Ok(metrics)
     }
 
-    fn at_zero(&self) {
+    fn create_series(&self) {
         for how in How::ALL {
             self.starts.with_label_values(&[how.name()]);
         }
@@ -148,7 +151,7 @@ impl Metrics {
         self.latency.with_label_values(&[] as &[&str]);
     }
 
-    /// A partition starts here.
+    /// Records that a partition has started in this process.
     pub fn started(&self, partition: i32, how: &str, totals: &Totals, next_offset: i64) {
         self.starts.with_label_values(&[how]).inc();
         self.partitions.inc();
@@ -157,7 +160,7 @@ impl Metrics {
         self.committed(partition, &Totals::default(), totals, next_offset);
     }
 
-    /// A batch is committed: totals went from `before` to `after`.
+    /// Records a committed batch that changed the totals from `before` to `after`.
     pub fn committed(&self, partition: i32, before: &Totals, after: &Totals, next_offset: i64) {
         let label = partition.to_string();
         let deltas = [
@@ -173,50 +176,50 @@ impl Metrics {
         self.next_offset.with_label_values(&[&label]).set(next_offset);
     }
 
-    /// A partition is paused, or goes on.
+    /// Records whether a partition is paused.
     pub fn paused(&self, partition: i32, paused: bool) {
         self.paused.with_label_values(&[&partition.to_string()]).set(i64::from(paused));
     }
 
-    /// A partition of this instance stands at an offset that cannot be read, or does not.
+    /// Records whether a partition is halted at an offset that cannot be read.
     pub fn halted(&self, partition: i32, halted: bool) {
         self.halted.with_label_values(&[&partition.to_string()]).set(i64::from(halted));
     }
 
-    /// A partition is not this instance's any more.
-    pub fn given_up(&self, partition: i32) {
-        // A series that was never made cannot be removed, and need not be.
+    /// Removes the series of a partition that is no longer assigned to this instance.
+    pub fn released(&self, partition: i32) {
+        // Fails if the series was never created.
         let _absent = self.halted.remove_label_values(&[&partition.to_string()]);
     }
 
-    /// The Kafka client was given up for `reason`, and another one is built.
+    /// Counts a Kafka client that is replaced because of `reason`.
     pub fn client_rebuilt(&self, reason: &str) {
         self.client_rebuilds.with_label_values(&[reason]).inc();
     }
 
-    /// Whether a partition's worker has nothing to do until a record comes.
+    /// Whether a partition's worker is waiting for records.
     pub fn waits_for_records(&self, partition: i32) -> bool {
         self.stages.is_idle(partition, WORK)
     }
 
-    /// A stage of a partition begins; it tells the clock what it does.
+    /// Starts the clock of a stage. The stage reports its state changes to the clock.
     pub fn stage(&self, partition: i32, stage: &'static str) -> Arc<StageClock> {
-        self.stages.begin(partition, stage)
+        self.stages.start(partition, stage)
     }
 
-    /// Exports size and disk of the checkpoints in `folder`, as they are when somebody looks.
+    /// Exports the sizes of the state files in `folder` and of its disk. They are read at each scrape.
     pub fn watch_checkpoints(&self, folder: PathBuf, stream: &str) -> Result<(), prometheus::Error> {
         let checkpoints = Checkpoints::new(folder, stream, self.stages.clone())?;
         self.registry.register(Box::new(checkpoints))
     }
 
-    /// One request to Cassandra is in flight as long as the answer lives.
+    /// Counts a request to Cassandra as in flight until the guard is dropped.
     pub fn in_flight(&self) -> InFlightGuard {
         self.in_flight.inc();
         InFlightGuard(self.in_flight.clone())
     }
 
-    /// What a batch took, and how many rows it wrote.
+    /// Records the step times of a batch and the number of rows it wrote.
     pub fn batch(&self, times: &StepTimes, rows: usize) {
         self.batch_rows.observe(rows as f64);
         let steps = [
@@ -232,7 +235,7 @@ impl Metrics {
         }
     }
 
-    /// What a partition keeps in memory after a commit, and how far it has come.
+    /// Records a partition's memory use and watermark after a commit.
     pub fn partition(&self, id: i32, partition: &Partition) {
         let label = id.to_string();
         let panes = &partition.panes;
@@ -246,11 +249,11 @@ impl Metrics {
         }
     }
 
-    /// A partition has gone elsewhere: its series go at once.
+    /// Removes the series of a partition whose worker has stopped.
     pub fn stopped(&self, partition: i32) {
         let label = partition.to_string();
         self.partitions.dec();
-        // A series that was never made cannot be removed, and need not be.
+        // Removing a series fails if it was never created.
         for counter in &self.committed {
             let _absent = counter.remove_label_values(&[&label]);
         }
@@ -260,11 +263,11 @@ impl Metrics {
         for gauge in [&self.watermark, &self.committed_at] {
             let _absent = gauge.remove_label_values(&[&label]);
         }
-        self.stages.end(partition);
+        self.stages.remove(partition);
     }
 }
 
-/// Ends with the request it stands for.
+/// Counts one request as in flight while it lives.
 #[derive(Debug)]
 pub struct InFlightGuard(IntGauge);
 
@@ -274,7 +277,8 @@ impl Drop for InFlightGuard {
     }
 }
 
-/// Reads the checkpoint folder at each scrape: only files of partitions that are here, as instances may share it.
+/// Reads the checkpoint folder at each scrape. Reports only files of this instance's partitions: instances may share
+/// the folder.
 struct Checkpoints {
     folder: PathBuf,
     stream: String,
@@ -292,19 +296,22 @@ impl Checkpoints {
             stream: stream.to_owned(),
             stages,
             bytes: IntGaugeVec::new(bytes, &["partition"])?,
-            disk_free: Gauge::new("processor_checkpoint_disk_free_bytes", "Free on the checkpoints' disk")?,
+            disk_free: Gauge::new(
+                "processor_checkpoint_disk_free_bytes",
+                "Free space on the checkpoints' disk",
+            )?,
             disk_size: Gauge::new("processor_checkpoint_disk_size_bytes", "Size of the checkpoints' disk")?,
         })
     }
 
-    fn parts(&self) -> [&dyn Collector; 3] {
+    fn collectors(&self) -> [&dyn Collector; 3] {
         [&self.bytes, &self.disk_free, &self.disk_size]
     }
 }
 
 impl Collector for Checkpoints {
     fn desc(&self) -> Vec<&Desc> {
-        self.parts().into_iter().flat_map(Collector::desc).collect()
+        self.collectors().into_iter().flat_map(Collector::desc).collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
@@ -319,7 +326,7 @@ impl Collector for Checkpoints {
             self.disk_free.set(disk.f_bavail as f64 * disk.f_frsize as f64);
             self.disk_size.set(disk.f_blocks as f64 * disk.f_frsize as f64);
         }
-        self.parts().into_iter().flat_map(Collector::collect).collect()
+        self.collectors().into_iter().flat_map(Collector::collect).collect()
     }
 }
 
@@ -332,7 +339,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn state_files_of_partitions_here_are_exported_with_their_size() {
+    fn the_sizes_of_this_instances_state_files_are_exported() {
         let folder = tempfile::tempdir().unwrap();
         let metrics = Metrics::new().unwrap();
         metrics.watch_checkpoints(folder.path().to_owned(), "s").unwrap();
@@ -343,12 +350,12 @@ mod tests {
         let families = metrics.registry.gather();
         let of = |name: &str| families.iter().find(|f| f.name() == name).unwrap().get_metric();
         let bytes = of("processor_checkpoint_bytes");
-        assert_eq!((bytes.len(), bytes[0].get_gauge().get_value()), (1, 7.0), "partition 2 is elsewhere");
+        assert_eq!((bytes.len(), bytes[0].get_gauge().get_value()), (1, 7.0), "partition 2 is not held here");
         assert!(of("processor_checkpoint_disk_free_bytes")[0].get_gauge().get_value() > 0.0);
     }
 
     #[test]
-    fn counters_equal_the_totals_and_go_with_the_partition() {
+    fn counters_equal_the_totals_and_are_removed_with_the_partition() {
         let metrics = Metrics::new().unwrap();
         let totals = |events| Totals { events, ..Totals::default() };
         metrics.started(3, "resume", &totals(10), 10);

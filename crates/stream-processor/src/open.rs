@@ -1,5 +1,5 @@
-//! Opens one partition: gathers the facts (state file, progress row, log), has `start` decide, and makes or restores the
-//! state. Blocking: a partition is not fetched before this is done.
+//! Opens one partition: reads the facts (state file, progress row, log), lets `start` decide, and creates or restores
+//! the state. Blocking; fetching starts afterwards.
 
 use crate::error::ProcessorError;
 use crate::fetch::fingerprint_of;
@@ -24,37 +24,37 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-/// Pause between tries of what another process or a server has to make possible.
-const TRY_AGAIN: Duration = Duration::from_millis(100);
+/// Interval between attempts while another process holds the state file or a server does not answer.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const WATERMARK_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What all partitions of this instance share.
+/// Opens the partitions of this instance. Holds what they share.
 pub struct Opener<S> {
     /// Stream definition.
     pub definition: Arc<Definition>,
     /// Bootstrap servers.
     pub brokers: String,
-    /// A client that is no member of the group, for questions about the log.
+    /// Client outside the consumer group that reads the log's first and last offsets.
     pub probe: Arc<Replaced<BaseConsumer>>,
     /// Events topic.
     pub topic: String,
-    /// Partitions that the stream was registered with.
+    /// Number of partitions that the stream was registered with.
     pub partitions: i32,
-    /// Kafka cluster.
+    /// Id of the Kafka cluster.
     pub cluster_id: String,
     /// Folder of the state files.
     pub checkpoints: PathBuf,
-    /// Noted beside the state files, for an instance that finds them held.
+    /// Description of this process, written next to each state file for other processes that find the file locked.
     pub holder: String,
     /// What to do without a usable state file.
     pub recover: RecoverPolicy,
-    /// Which partitions to process again from the earliest offset.
+    /// Which partitions still have to be replayed.
     pub replays: Replays,
-    /// Bytes of panes and filters per partition.
-    pub memory_most: usize,
-    /// How long another owner may take to close a file before readiness tells of it.
+    /// Maximum memory for the panes and filters of one partition.
+    pub max_memory_bytes: usize,
+    /// How long another process may hold a state file before this instance is not ready.
     pub held_deadline: Duration,
-    /// Cassandra.
+    /// Store in Cassandra.
     pub store: Arc<S>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
@@ -62,26 +62,27 @@ pub struct Opener<S> {
     pub health: Arc<Health>,
 }
 
-/// The partitions that `--replay` still asks for: each once, so that a rebalance does not start a replay over.
+/// The replays of `--replay`. Each partition is replayed once per process, so that a rebalance does not restart its
+/// replay.
 #[derive(Debug)]
 pub struct Replays {
-    wanted: bool,
-    begun: Mutex<BTreeSet<i32>>,
+    requested: bool,
+    started: Mutex<BTreeSet<i32>>,
 }
 
 impl Replays {
-    /// `wanted`: as the command line says.
-    pub fn new(wanted: bool) -> Replays {
-        Replays { wanted, begun: Mutex::default() }
+    /// `requested` is the value of `--replay`.
+    pub fn new(requested: bool) -> Replays {
+        Replays { requested, started: Mutex::default() }
     }
 
-    fn asks_for(&self, partition: i32) -> bool {
-        self.wanted && !self.begun.lock().unwrap_or_else(PoisonError::into_inner).contains(&partition)
+    fn is_due(&self, partition: i32) -> bool {
+        self.requested && !self.started.lock().unwrap_or_else(PoisonError::into_inner).contains(&partition)
     }
 
-    /// Its state says from now on how far the replay is.
-    fn begun(&self, partition: i32) {
-        self.begun.lock().unwrap_or_else(PoisonError::into_inner).insert(partition);
+    /// Marks the replay of `partition` as started. Its state file now records the replay's progress.
+    fn mark_started(&self, partition: i32) {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner).insert(partition);
     }
 }
 
@@ -91,22 +92,23 @@ pub struct Opened {
     pub partition_id: i32,
     /// Where it starts.
     pub start: Start,
-    /// What it was found with.
+    /// What Cassandra held when the partition was opened.
     pub assumed: Assumed,
-    /// Its state file.
+    /// State file.
     pub state: StateFile,
-    /// Its state in memory.
+    /// State in memory.
     pub partition: Partition,
 }
 
-struct Stored {
+/// What Cassandra holds about a partition.
+struct StoredFacts {
     outages: u64,
     progress: Option<Progress>,
     skips: Vec<Range<i64>>,
 }
 
 impl<S: Store> Opener<S> {
-    /// Opens `partition`, or refuses. Tries until `stop` is cancelled.
+    /// Opens `partition`. Retries until `stop` is cancelled; fails if `start` refuses the facts.
     pub fn open(
         &self,
         partition: i32,
@@ -114,14 +116,14 @@ impl<S: Store> Opener<S> {
         runtime: &Handle,
     ) -> Result<Opened, ProcessorError> {
         let mut state = self.state_file(partition, stop)?;
-        let asked = async {
+        let read = async {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => Err(ProcessorError::Stopped),
-                stored = self.stored(partition) => stored,
+                stored = self.read_stored(partition) => stored,
             }
         };
-        let Stored { outages, progress, skips } = runtime.block_on(asked)?;
+        let StoredFacts { outages, progress, skips } = runtime.block_on(read)?;
         let (low, high) = self.watermarks(partition, stop)?;
         let layout = self.definition.layout();
         let facts = Facts {
@@ -134,29 +136,30 @@ impl<S: Store> Opener<S> {
             cluster_id: &self.cluster_id,
             skips: &skips,
             recover: self.recover,
-            replay: self.replays.asks_for(partition),
+            replay: self.replays.is_due(partition),
         };
-        let look = |offset| self.fingerprint_at(partition, offset, stop);
-        let (start, partition_state) = begin(&mut state, &facts, &self.definition, self.memory_most, look)?;
-        self.replays.begun(partition);
-        self.tell(partition, &start);
+        let fingerprint_at = |offset| self.fingerprint_at(partition, offset, stop);
+        let (start, partition_state) =
+            begin(&mut state, &facts, &self.definition, self.max_memory_bytes, fingerprint_at)?;
+        self.replays.mark_started(partition);
+        self.log_start(partition, &start);
         let assumed = Assumed { noted: start.written_to, outages };
         Ok(Opened { partition_id: partition, start, assumed, state, partition: partition_state })
     }
 
-    /// What Cassandra holds of the partition, all of it read without an outage in between.
-    async fn stored(&self, partition: i32) -> Result<Stored, ProcessorError> {
+    /// Reads what Cassandra holds about the partition. Reads it again if an outage ended in between.
+    async fn read_stored(&self, partition: i32) -> Result<StoredFacts, ProcessorError> {
         loop {
             let outages = self.store.outages();
             let (progress, skips) =
                 (self.store.progress(partition).await?, self.store.skips(partition).await?);
             if self.store.outages() == outages {
-                return Ok(Stored { outages, progress, skips });
+                return Ok(StoredFacts { outages, progress, skips });
             }
         }
     }
 
-    fn tell(&self, partition: i32, start: &Start) {
+    fn log_start(&self, partition: i32, start: &Start) {
         let (position, totals) = (start.position, start.position.totals);
         let (next_offset, how) = (position.next_offset, start.how.name());
         match start.how {
@@ -164,48 +167,48 @@ impl<S: Store> Opener<S> {
                 partition,
                 next_offset,
                 ?totals,
-                "state file lost or behind: recovering from the progress row"
+                "state file is missing or behind: recovering from the progress row"
             ),
             How::StoreBehind => tracing::warn!(
                 partition,
                 next_offset,
                 ?totals,
-                "cassandra has lost what it had acknowledged: processing it again from the log"
+                "cassandra has lost acknowledged writes: reprocessing them from the log"
             ),
-            _ => tracing::info!(partition, next_offset, how, ?totals, "partition starts"),
+            _ => tracing::info!(partition, next_offset, how, ?totals, "starting the partition"),
         }
         if let Some(skip) = &start.skip {
             tracing::warn!(
                 partition,
                 from = skip.start,
                 to = skip.end,
-                "skipping offsets, as an operator asked"
+                "skipping offsets as requested by an operator"
             );
         }
     }
 
-    /// Opens the state file, waiting for its last owner to close it.
+    /// Opens the state file. Waits while another process holds it.
     fn state_file(&self, partition: i32, stop: &CancellationToken) -> Result<StateFile, ProcessorError> {
         let path = state::path_of(&self.checkpoints, &self.definition.stream.name, partition);
         let name = format!("state of partition {partition}");
-        let asked = Instant::now();
+        let waiting_since = Instant::now();
         let opened = loop {
             match StateFile::open(&path, &self.holder) {
                 Err(StateError::Held { .. }) if stop.is_cancelled() => break Err(ProcessorError::Stopped),
                 Err(error @ StateError::Held { .. }) => {
-                    if asked.elapsed() > self.held_deadline {
+                    if waiting_since.elapsed() > self.held_deadline {
                         self.health.set(&name, Err(error.to_string()));
                     }
-                    std::thread::sleep(TRY_AGAIN);
+                    std::thread::sleep(RETRY_INTERVAL);
                 }
-                opened => break opened.map_err(broken),
+                opened => break opened.map_err(state_error),
             }
         };
         self.health.forget(&name);
         opened
     }
 
-    /// Fingerprint of the record at `offset` of the log; `None`: there is no record at that offset.
+    /// Fingerprint of the log's record at `offset`; `None` if no record has that offset.
     fn fingerprint_at(
         &self,
         partition: i32,
@@ -222,8 +225,8 @@ impl<S: Store> Opener<S> {
                 Err(error @ ProcessorError::Reopen(_)) => return Err(error),
                 Err(_) if stop.is_cancelled() => return Err(ProcessorError::Stopped),
                 Err(error) => {
-                    tracing::warn!(partition, offset, %error, "the record that was counted last is not yet read");
-                    std::thread::sleep(TRY_AGAIN);
+                    tracing::warn!(partition, offset, %error, "cannot read the last processed record, retrying");
+                    std::thread::sleep(RETRY_INTERVAL);
                 }
             }
         }
@@ -237,37 +240,38 @@ impl<S: Store> Opener<S> {
                 Err(_) if stop.is_cancelled() => return Err(ProcessorError::Stopped),
                 Err(error) => {
                     self.probe.doubt(&error);
-                    tracing::warn!(partition, %error, "the log's first and last offset are not yet known");
-                    std::thread::sleep(TRY_AGAIN);
+                    tracing::warn!(partition, %error, "cannot read the first and last offset of the log, retrying");
+                    std::thread::sleep(RETRY_INTERVAL);
                 }
             }
         }
     }
 }
 
-/// Decides where the partition starts, and makes the state in memory and on the disk that goes with the decision. `memory_most`
-/// bounds the bytes of panes and filters; `look` gives the fingerprint of the log's record at an offset, if there is one.
+/// Decides where the partition starts, and creates or restores its state in memory and on disk. `max_memory_bytes`
+/// bounds the panes and filters. `fingerprint_at` returns the fingerprint of the log's record at an offset, or `None`
+/// if no record has it.
 pub fn begin<C: Checkpoint>(
     checkpoint: &mut C,
     facts: &Facts<'_>,
     definition: &Definition,
-    memory_most: usize,
-    look: impl FnOnce(i64) -> Result<Option<i64>, ProcessorError>,
+    max_memory_bytes: usize,
+    fingerprint_at: impl FnOnce(i64) -> Result<Option<i64>, ProcessorError>,
 ) -> Result<(Start, Partition), ProcessorError> {
     let start = start::decide(facts)?;
     if let Some(expected @ LastRecord { offset, fingerprint }) = start.compare_first {
-        let found = look(offset)?;
+        let found = fingerprint_at(offset)?;
         if found != Some(fingerprint) {
-            return Err(start::another_record(facts.partition, expected, found).into());
+            return Err(start::record_mismatch(facts.partition, expected, found).into());
         }
     }
     let windows = &definition.windows;
     let times = (windows.pane_ms, windows.lateness_ms);
-    let mut panes = Panes::new(PaneShape::new(definition), times, memory_most, i64::MIN);
+    let mut panes = Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN);
     if start.how == How::Resume {
-        checkpoint.restore(&mut panes).map_err(broken)?;
+        checkpoint.restore(&mut panes).map_err(state_error)?;
     } else {
-        // Without a state nothing is known of the panes up to the highest event time: they are cold.
+        // Without a state file, all panes up to the highest event time are cold: their keys are unknown.
         panes.hot_from = start.position.seen_to.map_or(i64::MIN, |seen_to| panes.start_after(seen_to));
         let head = Head {
             format: FORMAT,
@@ -277,18 +281,20 @@ pub fn begin<C: Checkpoint>(
             hot_from: panes.hot_from,
             position: start.position,
         };
-        checkpoint.reset(head).map_err(broken)?;
+        checkpoint.reset(head).map_err(state_error)?;
     }
     let partition = Partition::new(start.position, panes, windows.lateness_ms);
     Ok((start, partition))
 }
 
-fn broken(error: StateError) -> ProcessorError {
+fn state_error(error: StateError) -> ProcessorError {
     match error {
         StateError::NewerFormat { .. } => ProcessorError::Refused(error.to_string()),
-        // The file is as good as before.
+        // The file is intact: removing it would not help.
         StateError::DiskFull { .. } => ProcessorError::Fatal(error.to_string()),
-        error => ProcessorError::Fatal(format!("{error}; remove the file to recover exactly from cassandra")),
+        error => {
+            ProcessorError::Fatal(format!("{error}; remove the file to recover from cassandra without loss"))
+        }
     }
 }
 
@@ -297,20 +303,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_partition_is_replayed_once_however_often_it_comes_back() {
+    fn a_partition_is_replayed_once_even_if_it_is_assigned_again() {
         let replays = Replays::new(true);
-        assert!(replays.asks_for(1));
-        replays.begun(1);
-        assert!(!replays.asks_for(1) && replays.asks_for(2));
-        assert!(!Replays::new(false).asks_for(1));
+        assert!(replays.is_due(1));
+        replays.mark_started(1);
+        assert!(!replays.is_due(1) && replays.is_due(2));
+        assert!(!Replays::new(false).is_due(1));
     }
 
     #[test]
-    fn a_full_disk_asks_for_space_and_not_for_the_files_removal() {
+    fn a_full_disk_error_asks_to_free_space_and_not_to_remove_the_file() {
         let file = "checkpoints/user_created-0.redb".to_owned();
-        let full = broken(StateError::DiskFull { file: file.clone() }).to_string();
+        let full = state_error(StateError::DiskFull { file: file.clone() }).to_string();
         assert!(full.contains("free space") && !full.contains("remove"), "{full}");
-        let damaged = broken(StateError::Broken { file, cause: "checksum".into() }).to_string();
+        let damaged = state_error(StateError::Broken { file, cause: "checksum".into() }).to_string();
         assert!(damaged.contains("remove the file"), "{damaged}");
     }
 }

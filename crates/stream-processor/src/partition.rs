@@ -1,5 +1,6 @@
-//! One partition's state and the pure step from a decoded chunk to everything that follows from it: which records are
-//! first copies, what the panes and totals become, what must be written. No clock, no I/O: a function of the log.
+//! The state of one partition and the pure step that applies a decoded chunk to it. The step decides which records are
+//! first copies, updates panes and totals, and returns the rows to write. It uses no clock and no I/O, so its result
+//! depends on the log alone.
 
 use crate::chunk::Chunk;
 use crate::poison_gate::PoisonCounts;
@@ -8,101 +9,103 @@ use crate::windows::hot::Panes;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// What the records below the next offset were.
+/// Counts of the records below the next offset, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Totals {
-    /// First copies: rows in the event table.
+    /// First copies. Each has one row in the event table.
     pub events: i64,
-    /// Further copies of an event.
+    /// Later copies of an event that was already counted.
     pub duplicates: i64,
-    /// First copies behind the watermark less the allowed lateness.
+    /// First copies whose event time is more than the allowed lateness behind the watermark.
     pub late: i64,
-    /// Records that went to the dead-letter topic.
+    /// Records sent to the dead-letter topic.
     pub dead_letters: i64,
-    /// Offsets an operator had the processor skip because they could not be read.
+    /// Unreadable offsets skipped at an operator's request.
     #[serde(default)]
     pub skipped: i64,
 }
 
 impl Totals {
-    /// Records counted in all.
+    /// All records counted. Skipped offsets are not records.
     pub fn records(&self) -> i64 {
         self.events + self.duplicates + self.dead_letters
     }
 }
 
-/// Identity of one record of the log, by which another log is recognised.
+/// Identity of one record. A different record at the same offset shows that the log was replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastRecord {
-    /// Its offset.
+    /// Offset of the record.
     pub offset: i64,
-    /// Hash of its key, value and time stamp.
+    /// Hash of the record's key, value and timestamp.
     pub fingerprint: i64,
 }
 
-/// How far a partition's log has been taken, exact for the log below `next_offset`.
+/// How far a partition's log has been processed. Every value is exact for the log below `next_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Position {
-    /// Next offset to take.
+    /// Next offset to process.
     pub next_offset: i64,
-    /// Offset at which counting began.
+    /// Offset at which counting started.
     #[serde(default)]
     pub first_offset: i64,
-    /// The last record below it; transaction markers may lie between the two. `None`: no record was taken.
+    /// Last record below `next_offset`. Transaction markers may follow it. `None` if no record was processed.
     pub last_record: Option<LastRecord>,
-    /// Totals of the records below `next_offset` (during a replay: below `count_from`).
+    /// Totals of the records below `next_offset`, or below `count_from` during a replay.
     pub totals: Totals,
-    /// Highest event time so far; `None`: no event.
+    /// Highest event time so far in Unix milliseconds, which is the watermark. `None` before the first event.
     pub seen_to: Option<i64>,
-    /// Poison counted against the limits.
+    /// Undecodable records counted against the limits.
     #[serde(default)]
     pub poison: PoisonCounts,
-    /// Only records from here on add to the totals; above `next_offset` only during a replay.
+    /// First offset that adds to the totals. It is above `next_offset` only during a replay.
     pub count_from: i64,
 }
 
-/// What must be read before a chunk can be applied.
+/// The reads required before a chunk can be applied.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Questions {
-    /// Numbers of the events whose key must be looked up, ascending.
+    /// Indexes of the events whose key must be looked up, in ascending order.
     pub keys: Vec<u32>,
-    /// Starts of the cold panes whose rows must be loaded.
+    /// Starts of the cold panes whose rows must be loaded, in Unix milliseconds.
     pub panes: BTreeSet<i64>,
 }
 
-/// The result of applying a chunk: rows to write, changed panes, keys first seen. Nothing of it is visible to anyone yet.
+/// The result of applying a chunk: rows to write, changed panes, and keys seen for the first time. Nothing has been
+/// written yet.
 #[derive(Debug, Default, PartialEq)]
 pub struct Applied {
-    /// Numbers of the events that are first copies.
+    /// Indexes of the events that are first copies.
     pub rows: Vec<u32>,
-    /// Per pane start: its rows to write.
+    /// Pane start → indexes of the pane's rows to write.
     pub panes: BTreeMap<i64, Vec<usize>>,
-    /// Per hot pane start: hashes of the keys first seen.
+    /// Start of a hot pane → hashes of the keys first seen in this chunk.
     pub seen: BTreeMap<i64, Vec<u64>>,
-    /// Events that went through a look-up.
+    /// Number of events whose key was looked up.
     pub looked_up: usize,
-    /// First copies counted in cold panes.
+    /// Number of first copies counted in cold panes.
     pub cold: usize,
 }
 
-/// A look-up found a later offset than the record's own: the rows are of another log.
+/// A lookup found a row with a later offset than the record's own, so the rows belong to a different log.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the event at offset {offset} is already stored with the later offset {found}: the rows are of another log"
+    "the event at offset {offset} is already stored with the later offset {found}, \
+     so the rows belong to a different log"
 )]
 pub struct LaterOffset {
-    /// The record's.
+    /// Offset of the record.
     pub offset: i64,
-    /// The row's.
+    /// Offset in the stored row.
     pub found: i64,
 }
 
-/// The keys first seen in this chunk, whole.
+/// Events whose key is new in this chunk, by key hash. Full keys are compared because hashes may collide.
 #[derive(Default)]
-struct FirstHere(HashMap<u64, u32, BuildAlreadyHashed>);
+struct FirstInChunk(HashMap<u64, u32, BuildAlreadyHashed>);
 
-impl FirstHere {
-    /// Notes event `index`; false where the same key was noted before.
+impl FirstInChunk {
+    /// Adds event `index`. Returns `false` if the chunk already has an event with the same key.
     fn insert(&mut self, chunk: &Chunk, index: u32) -> bool {
         let event = &chunk.events[index as usize];
         let mut slot = event.hash;
@@ -118,10 +121,10 @@ impl FirstHere {
     }
 }
 
-/// One partition: where it stands and the panes in memory.
+/// The state of one partition: its position and the panes in memory.
 #[derive(Debug)]
 pub struct Partition {
-    /// Exact for the log below its next offset.
+    /// How far the log has been processed.
     pub position: Position,
     /// Panes in memory.
     pub panes: Panes,
@@ -129,12 +132,13 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// At `position`, with `panes` restored or empty.
+    /// Creates a partition at `position`. `panes` are restored from a checkpoint, or empty.
     pub fn new(position: Position, panes: Panes, lateness_ms: i64) -> Partition {
         Partition { position, panes, lateness_ms }
     }
 
-    /// What must be read before `chunk` can be applied: asked only when the last write is acknowledged.
+    /// Returns the reads required before `chunk` can be applied. Perform them only after the last write is
+    /// acknowledged.
     pub fn questions(&self, chunk: &Chunk) -> Questions {
         let mut questions = Questions::default();
         for (index, event) in (0u32..).zip(&chunk.events) {
@@ -151,29 +155,30 @@ impl Partition {
         questions
     }
 
-    /// Takes `chunk`: `found` holds, for each key asked for, the offset its row was stored with. The state in memory moves
-    /// on; nothing is written.
+    /// Applies `chunk` to the state in memory and writes nothing. `lookups` holds the event indexes that were looked
+    /// up, and `found` the offset in each row, or `None` if there was no row.
     pub fn apply(
         &mut self,
         chunk: &Chunk,
-        asked: &[u32],
+        lookups: &[u32],
         found: &[Option<i64>],
     ) -> Result<Applied, LaterOffset> {
-        let mut applied = Applied { looked_up: asked.len(), ..Applied::default() };
-        let mut first_here = FirstHere::default();
-        let mut answers = asked.iter().zip(found).peekable();
+        let mut applied = Applied { looked_up: lookups.len(), ..Applied::default() };
+        let mut first_in_chunk = FirstInChunk::default();
+        let mut answers = lookups.iter().zip(found).peekable();
         for (index, event) in (0u32..).zip(&chunk.events) {
             let counts = event.offset >= self.position.count_from;
-            let answer = answers.next_if(|(asked, _)| **asked == index).and_then(|(_, found)| *found);
+            let answer = answers.next_if(|(lookup, _)| **lookup == index).and_then(|(_, found)| *found);
             if let Some(found) = answer.filter(|f| *f > event.offset) {
                 return Err(LaterOffset { offset: event.offset, found });
             }
             let stored_before = answer.is_some_and(|f| f < event.offset);
-            let is_first = !stored_before && first_here.insert(chunk, index);
-            let is_offered = is_first;
+            let is_first = !stored_before && first_in_chunk.insert(chunk, index);
+            let adds_to_pane = is_first;
             #[cfg(test)]
-            let is_offered = is_offered && !crate::simulation::mutations::skips(answer, event.offset);
-            if is_offered {
+            let adds_to_pane =
+                adds_to_pane && !crate::simulation::mutations::omits_from_pane(answer, event.offset);
+            if adds_to_pane {
                 self.count_first(chunk, index, &mut applied);
             }
             let totals = &mut self.position.totals;
@@ -184,7 +189,7 @@ impl Partition {
             totals.late += i64::from(counts && is_first && late);
             self.position.seen_to = self.position.seen_to.max(Some(event.time_ms));
             #[cfg(test)]
-            crate::simulation::mutations::move_border(self);
+            crate::simulation::mutations::move_hot_from(self);
         }
         let dead = chunk.poison.iter().filter(|p| p.offset >= self.position.count_from).count();
         self.position.totals.dead_letters += dead as i64;
@@ -195,7 +200,7 @@ impl Partition {
         Ok(applied)
     }
 
-    /// Adds a first copy to its pane rows.
+    /// Adds a first copy to its pane.
     fn count_first(&mut self, chunk: &Chunk, index: u32, applied: &mut Applied) {
         let event = &chunk.events[index as usize];
         let measures = chunk.measures_of(index as usize);
@@ -213,6 +218,7 @@ impl Partition {
         applied.rows.push(index);
     }
 
+    /// Marks the changed pane rows as exact up to the next offset and collects them.
     fn settle(&mut self, applied: &mut Applied) {
         let next_offset = self.position.next_offset;
         let hot = self.panes.hot.iter_mut().map(|(start, hot)| (*start, &mut hot.pane));
@@ -225,7 +231,7 @@ impl Partition {
         }
     }
 
-    /// Between batches: moves `hot_from`. Returns the starts of the panes that are hot no more.
+    /// Moves `hot_from`; call it between batches only. Returns the starts of the panes that are no longer hot.
     pub fn advance(&mut self) -> Vec<i64> {
         self.panes.advance(self.position.seen_to)
     }

@@ -1,46 +1,52 @@
-//! When poison is too much: a limit on poison in a row and on its share, so that a broken producer pauses a partition
-//! instead of sending the whole topic to the dead letters. Counted over the log alone, so a replay decides alike. Pure.
+//! Pauses a partition that has too many undecodable records. There is a limit on consecutive undecodable records and
+//! one on their share of a window. A broken producer therefore pauses the partition instead of filling the dead-letter
+//! topic. The counts depend on the log alone, so a replay pauses at the same record. Pure.
 
 use crate::chunk::Chunk;
 use serde::{Deserialize, Serialize};
 
-/// Records over which the share is taken.
+/// Window size in records for the share of undecodable records.
 pub const WINDOW_RECORDS: u32 = 10_000;
 
-/// Counts below the next offset; part of the checkpoint.
+/// Counts of undecodable records below the next offset. Part of the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PoisonCounts {
-    /// Poison in a row up to the last record.
+    /// Consecutive undecodable records, up to and including the last record.
     pub consecutive: u32,
-    /// Records of the current window.
+    /// Records in the current window.
     pub window_records: u32,
-    /// Poison among them.
+    /// Undecodable records in the current window.
     pub window_poison: u32,
 }
 
-/// How much poison is too much.
+/// Limits above which a partition pauses.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PoisonLimits {
-    /// In a row.
+    /// Maximum number of consecutive undecodable records.
     pub consecutive: u32,
-    /// Of [`WINDOW_RECORDS`] records.
+    /// Maximum number of undecodable records in a window of [`WINDOW_RECORDS`] records.
     pub window_poison: u32,
 }
 
-/// The record that passed a limit.
+/// A partition exceeded one of its limits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("paused at offset {offset}: {cause}; `dlq accept --partition {partition} --up-to {}` goes on", offset + 1)]
+#[error(
+    "paused at offset {offset}: {cause}; to continue, run \
+     `stream-processor dlq accept --partition {partition} --up-to {}`",
+    offset + 1
+)]
 pub struct TooMuchPoison {
     /// Kafka partition.
     pub partition: i32,
-    /// Its offset.
+    /// Offset of the record that exceeded the limit.
     pub offset: i64,
-    /// Which limit, and the last reason.
+    /// The limit that was exceeded, and why the last record could not be decoded.
     pub cause: String,
 }
 
 impl PoisonCounts {
-    /// The counts after `chunk`; poison below `accepted_up_to` counts as none. Fails at the record that passes a limit.
+    /// Returns the counts after `chunk`. Undecodable records below `accepted_up_to` count as decoded. Fails at the
+    /// first record that exceeds a limit.
     pub fn after(
         &self,
         chunk: &Chunk,
@@ -51,42 +57,43 @@ impl PoisonCounts {
         let mut counts = *self;
         let mut events = chunk.events.iter().map(|e| e.offset).peekable();
         for poison in &chunk.poison {
-            let mut good = 0;
+            let mut decoded = 0;
             while events.next_if(|offset| *offset < poison.offset).is_some() {
-                good += 1;
+                decoded += 1;
             }
-            counts.good(good);
+            counts.count_decoded(decoded);
             if poison.offset < accepted_up_to {
-                counts.good(1);
+                counts.count_decoded(1);
                 continue;
             }
-            counts.roll();
+            counts.start_window_if_full();
             counts.consecutive += 1;
             counts.window_records += 1;
             counts.window_poison += 1;
             let cause = if counts.consecutive > limits.consecutive {
-                format!("over {} records in a row are no events", limits.consecutive)
+                format!("more than {} consecutive records cannot be decoded", limits.consecutive)
             } else if counts.window_poison > limits.window_poison {
-                format!("over {} of {WINDOW_RECORDS} records are no events", limits.window_poison)
+                format!("more than {} of {WINDOW_RECORDS} records cannot be decoded", limits.window_poison)
             } else {
                 continue;
             };
-            let cause = format!("{cause} (the last: {})", poison.reason);
+            let cause = format!("{cause} (last reason: {})", poison.reason);
             return Err(TooMuchPoison { partition, offset: poison.offset, cause });
         }
-        counts.good(events.count() as u32);
+        counts.count_decoded(events.count() as u32);
         Ok(counts)
     }
 
-    fn roll(&mut self) {
+    /// Starts a new window if the current one is full.
+    fn start_window_if_full(&mut self) {
         if self.window_records >= WINDOW_RECORDS {
             (self.window_records, self.window_poison) = (0, 0);
         }
     }
 
-    fn good(&mut self, records: u32) {
+    fn count_decoded(&mut self, records: u32) {
         if records > 0 {
-            self.roll();
+            self.start_window_if_full();
             self.consecutive = 0;
             self.window_records = self.window_records.saturating_add(records);
         }
@@ -99,7 +106,7 @@ mod tests {
     use crate::decode::{Decoder, Record};
     use common::stream::Definition;
 
-    /// `x` is poison, everything else an event.
+    /// Builds a chunk that starts at offset `first`. `x` is an undecodable record, any other character an event.
     fn chunk(first: i64, records: &str) -> Chunk {
         let text = include_str!("../../../streams/user_created.toml");
         let decoder = Decoder::new(&Definition::parse("user_created.toml", text).unwrap(), 0);
@@ -121,7 +128,7 @@ mod tests {
     const LIMITS: PoisonLimits = PoisonLimits { consecutive: 3, window_poison: 5 };
 
     #[test]
-    fn poison_in_a_row_pauses_at_its_offset_across_chunks() {
+    fn consecutive_undecodable_records_pause_across_chunks_at_the_record_over_the_limit() {
         let counts = PoisonCounts::default().after(&chunk(0, "..xx"), 2, &LIMITS, 0).unwrap();
         assert_eq!(counts, PoisonCounts { consecutive: 2, window_records: 4, window_poison: 2 });
         let paused = counts.after(&chunk(4, "xx."), 2, &LIMITS, 0).unwrap_err();
@@ -131,10 +138,14 @@ mod tests {
     }
 
     #[test]
-    fn a_share_over_the_limit_pauses_even_with_good_records_between() {
+    fn a_share_over_the_limit_pauses_even_if_decodable_records_are_in_between() {
         let paused = PoisonCounts::default().after(&chunk(0, "x.x.x.x.x.x."), 0, &LIMITS, 0).unwrap_err();
         assert_eq!(paused.offset, 10);
         let full = PoisonCounts { consecutive: 0, window_records: WINDOW_RECORDS, window_poison: 5 };
-        assert_eq!(full.after(&chunk(0, "x"), 0, &LIMITS, 0).unwrap().window_poison, 1, "a new window");
+        assert_eq!(
+            full.after(&chunk(0, "x"), 0, &LIMITS, 0).unwrap().window_poison,
+            1,
+            "a full window starts over"
+        );
     }
 }

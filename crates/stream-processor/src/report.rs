@@ -1,4 +1,4 @@
-//! `windows`: what readers make of the stored panes, as a table or JSON.
+//! `windows` prints windows computed from the stored panes, as a table or as JSON.
 
 use crate::config::WindowsArgs;
 use crate::error::ProcessorError;
@@ -11,9 +11,10 @@ use common::windows::{Asked, Window, to_json};
 use std::io::Write;
 use std::time::Duration;
 
+/// Maximum time to wait for Cassandra.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Reads and prints.
+/// Reads the panes selected by `args` and prints their windows.
 pub async fn windows(
     common: &CommonArgs,
     definition: &Definition,

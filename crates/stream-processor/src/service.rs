@@ -1,5 +1,5 @@
-//! `run`: the service from its settings to its end. Connects, checks that the stream is the registered one, and wires the parts of
-//! the group together.
+//! Implements `run`: connects to Kafka and Cassandra, checks that the stream definition matches the registered one, and
+//! runs the consumer group until shutdown.
 
 use crate::checkpoint;
 use crate::config::RunArgs;
@@ -30,16 +30,18 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// The group's thread polls every 100 ms; it stands still only while partitions are given up.
+/// The process is unhealthy if the group's thread reports no heartbeat for this long. The thread polls every 100 ms and
+/// blocks only while it stops partitions.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
-/// Bytes of one chunk at most.
+/// Maximum size of a chunk, in bytes of record values.
 const CHUNK_BYTES: usize = 8 << 20;
-/// Part of the memory for hot panes and filters that the panes of one chunk may take beside it.
-const CHUNK_PANES_SHARE: usize = 2;
+/// The panes of one chunk may take the memory limit for hot panes and filters divided by this number, in addition to
+/// it.
+const CHUNK_PANES_DIVISOR: usize = 2;
 /// How long to wait for the topic's metadata.
 pub const METADATA_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What is there before anything is connected.
+/// What `run` has before it connects.
 struct Service<'a> {
     common: &'a CommonArgs,
     args: &'a RunArgs,
@@ -56,7 +58,7 @@ fn fatal(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ {
     move |cause| ProcessorError::Fatal(format!("{what}: {cause}"))
 }
 
-/// Processes until a signal or an error.
+/// Processes events until a signal or an error.
 pub async fn run(
     common: &CommonArgs,
     args: &RunArgs,
@@ -65,7 +67,7 @@ pub async fn run(
 ) -> Result<(), ProcessorError> {
     #[cfg(feature = "failpoints")]
     args.kill_at.as_ref().map_or(Ok(()), crate::kill_at::KillAt::arm).map_err(ProcessorError::Fatal)?;
-    // Secrets stand in files: only their paths are settings.
+    // Safe to log: secrets are kept in files, and the settings hold only their paths.
     let settings = serde_json::json!({"common": common, "run": args});
     tracing::info!(%settings, "settings in force");
     let service = Service {
@@ -74,7 +76,7 @@ pub async fn run(
         topic: common.topic_of(&definition),
         instance: common.instance_name(),
         definition: Arc::new(definition),
-        metrics: Arc::new(Metrics::new().map_err(|e| fatal("metrics")(&e))?),
+        metrics: Arc::new(Metrics::new().map_err(|e| fatal("cannot register the metrics")(&e))?),
         health: Health::new(STALL_LIMIT, &["kafka", "cassandra"]),
         shutdown,
         abandon: CancellationToken::new(),
@@ -89,25 +91,26 @@ pub async fn run(
     let ended = tokio::task::spawn_blocking(move || group::run(&parts, &runtime)).await;
     drop(running);
     service.shutdown.begin();
-    ended.map_err(|e| fatal("group")(&e))??;
-    registration.await.map_err(|e| fatal("registration")(&e))?
+    ended.map_err(|e| fatal("the consumer group's thread failed")(&e))??;
+    registration.await.map_err(|e| fatal("watching the registration failed")(&e))?
 }
 
 impl Service<'_> {
-    /// Health, readiness and metrics.
+    /// Serves `/healthz`, `/readyz` and `/metrics`.
     async fn serve(&self) -> Result<(), ProcessorError> {
         let metrics = &self.metrics;
         metrics
             .watch_checkpoints(self.args.checkpoints.clone(), &self.definition.stream.name)
-            .map_err(|e| fatal("metrics")(&e))?;
+            .map_err(|e| fatal("cannot register the metrics")(&e))?;
         let router = admin::router(Arc::clone(&self.health), metrics.registry.clone());
         let router = admin::guarded(router, &Hosts::new(&self.common.http_hosts), &metrics.registry);
-        let router = router.map_err(|e| fatal("metrics")(&e))?;
+        let router = router.map_err(|e| fatal("cannot register the metrics")(&e))?;
         let served = admin::serve(self.args.http_listen, router, self.shutdown.clone()).await;
         served.map(drop).map_err(|e| ProcessorError::Fatal(e.to_string()))
     }
 
-    /// A call that still waits for Cassandra some time after shutdown began gives up: nothing of its batch is committed.
+    /// Aborts calls that still wait for Cassandra when the revoke deadline has passed since shutdown started. Their
+    /// batches are not committed.
     fn abandon_after_deadline(&self) {
         let (shutdown, health, abandon) =
             (self.shutdown.clone(), Arc::clone(&self.health), self.abandon.clone());
@@ -120,7 +123,8 @@ impl Service<'_> {
         });
     }
 
-    /// Begins shutdown once `init` has registered another layout: whatever starts this process again has it read the new file.
+    /// Starts shutdown once `init` has registered another layout. The supervisor restarts the process, which then reads
+    /// the new stream file.
     fn watch_registration(
         &self,
         parts: &Parts<CassandraStore, DeadLetterTopic>,
@@ -138,7 +142,7 @@ impl Service<'_> {
         }
     }
 
-    /// Connects to both servers and checks that the stream is the registered one.
+    /// Connects to Kafka and Cassandra and checks that the stream definition matches the registered one.
     async fn connect(&self) -> Result<Parts<CassandraStore, DeadLetterTopic>, ProcessorError> {
         let (common, brokers) = (self.common, &self.common.kafka_brokers);
         let wait = Duration::from_secs(self.args.start_seconds);
@@ -183,7 +187,7 @@ impl Service<'_> {
         })
     }
 
-    /// Tells others that this instance is alive, and watches all of them.
+    /// Announces this instance to the others, and watches the announcements of all instances.
     fn observe(
         &self,
         session: &Arc<Session>,
@@ -225,7 +229,7 @@ impl Service<'_> {
         let probe = kafka::plain_consumer(brokers, "stream-processor-probe");
         Ok(Opener {
             brokers: brokers.clone(),
-            probe: Arc::new(probe.map_err(|e| fatal("kafka client")(&e))?),
+            probe: Arc::new(probe.map_err(|e| fatal("cannot create the kafka client")(&e))?),
             definition,
             topic: self.topic.clone(),
             partitions,
@@ -234,7 +238,7 @@ impl Service<'_> {
             holder: format!("instance {}, pid {}", self.instance, std::process::id()),
             recover: self.args.recover,
             replays: Replays::new(self.args.replay),
-            memory_most: self.memory_most(),
+            max_memory_bytes: self.max_memory_bytes(),
             held_deadline: self.revoke_deadline(),
             store,
             metrics: Arc::clone(&self.metrics),
@@ -255,7 +259,7 @@ impl Service<'_> {
             limits: ChunkLimits {
                 records: self.args.batch_records as usize,
                 bytes: CHUNK_BYTES,
-                panes: (self.memory_most() / CHUNK_PANES_SHARE / pane_bytes).max(1),
+                panes: (self.max_memory_bytes() / CHUNK_PANES_DIVISOR / pane_bytes).max(1),
                 linger: Duration::from_millis(u64::from(self.args.batch_millis)),
             },
             poison: PoisonLimits {
@@ -266,8 +270,8 @@ impl Service<'_> {
         }
     }
 
-    /// Bytes of hot panes and filters per partition.
-    fn memory_most(&self) -> usize {
+    /// Maximum memory for the hot panes and filters of one partition.
+    fn max_memory_bytes(&self) -> usize {
         (self.args.seen_memory_mib as usize) << 20
     }
 
@@ -277,13 +281,13 @@ impl Service<'_> {
     }
 }
 
-/// Partitions of the topic as it is now.
+/// Number of partitions that the topic has now.
 pub async fn topic_partitions(brokers: &str, topic: &str) -> Result<i32, ProcessorError> {
     let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
-    let asked = tokio::task::spawn_blocking(move || {
+    let request = tokio::task::spawn_blocking(move || {
         let client = common::kafka::wait_for_broker(&brokers, METADATA_DEADLINE)?;
         partition_count(client.client(), &brokers, &topic, METADATA_DEADLINE)
     });
-    let asked = asked.await.map_err(|e| fatal("asking kafka")(&e))?;
-    asked.map_err(|e| ProcessorError::Fatal(e.to_string()))
+    let count = request.await.map_err(|e| fatal("reading the topic's metadata failed")(&e))?;
+    count.map_err(|e| ProcessorError::Fatal(e.to_string()))
 }

@@ -1,5 +1,5 @@
-//! `skip`: records which offsets of a partition cannot be read and are to be skipped. The processor applies it when it opens the
-//! partition again; skipped offsets are counted as such, and never as events.
+//! `skip` records a range of unreadable offsets that the processor must skip. The processor applies it when it opens
+//! the partition again, and counts the offsets as skipped, never as events.
 
 use crate::config::SkipArgs;
 use crate::error::ProcessorError;
@@ -13,24 +13,25 @@ use scylla::value::CqlTimestamp;
 use std::io::Write;
 use std::time::Duration;
 
+/// Maximum duration of one request to Cassandra.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 fn failed(cause: &dyn std::fmt::Display) -> ProcessorError {
     ProcessorError::Retryable(format!("cassandra: {cause}"))
 }
 
-/// What the log and the progress row say about the partition.
+/// The facts about the stream and the partition that bound a range.
 #[derive(Debug, Clone, Copy)]
 struct Known {
-    /// Partitions of the stream.
+    /// Number of partitions of the stream.
     partitions: i32,
-    /// Everything below was processed.
+    /// Next offset of the progress row. All offsets below it were processed.
     next_offset: i64,
-    /// Offset after the last record of the log.
+    /// End offset of the log.
     end: i64,
 }
 
-/// Checks the range against what was processed and what there is, then records it.
+/// Records the range of `args`. Fails if part of it was already processed or is not in the log.
 pub async fn skip(
     common: &CommonArgs,
     definition: &Definition,
@@ -53,7 +54,8 @@ pub async fn skip(
     })?;
     check(args, Known { partitions, next_offset, end }).map_err(ProcessorError::Fatal)?;
     let insert = format!(
-        "INSERT INTO {keyspace}.skipped_ranges (stream, kafka_partition, from_offset, to_offset, reason, skipped_by, skipped_at) \
+        "INSERT INTO {keyspace}.skipped_ranges \
+         (stream, kafka_partition, from_offset, to_offset, reason, skipped_by, skipped_at) \
          VALUES (?, ?, ?, ?, ?, ?, ?)"
     );
     let now = CqlTimestamp(chrono::Utc::now().timestamp_millis());
@@ -61,8 +63,8 @@ pub async fn skip(
     session.query_unpaged(insert, values).await.map_err(|e| failed(&e))?;
     writeln!(
         std::io::stdout(),
-        "partition {}: offsets {} to {} will be skipped when the processor opens the partition again, within a minute if it \
-         stands there now",
+        "partition {}: offsets {} to {} will be skipped when the processor opens the partition again, \
+         which takes up to a minute if it is halted there",
         args.partition,
         args.from,
         args.to - 1
@@ -70,12 +72,12 @@ pub async fn skip(
     .map_err(|e| ProcessorError::Fatal(format!("stdout: {e}")))
 }
 
-/// A range may not lie in what was processed: what is counted stays counted.
+/// Checks a range. It must not include processed offsets, because their counts are final.
 fn check(args: &SkipArgs, known: Known) -> Result<(), String> {
     let SkipArgs { partition, from, to, .. } = args;
     let Known { partitions, next_offset, end } = known;
     if !(0..partitions).contains(partition) {
-        return Err(format!("partition {partition} does not exist; from 0 to {}", partitions - 1));
+        return Err(format!("partition {partition} does not exist; use 0 to {}", partitions - 1));
     }
     if from >= to {
         return Err(format!("--from {from} must be below --to {to}"));
@@ -94,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_offsets_that_were_not_processed_and_exist_can_be_skipped() {
+    fn only_existing_unprocessed_offsets_can_be_skipped() {
         let known = Known { partitions: 6, next_offset: 100, end: 200 };
         let range =
             |partition, from, to| check(&SkipArgs { partition, from, to, reason: String::new() }, known);
@@ -103,7 +105,7 @@ mod tests {
             assert!(error.contains(part), "{error}");
         };
         assert_eq!(range(0, 100, 200), Ok(()));
-        check(range(6, 100, 200), "partition 6 does not exist; from 0 to 5");
+        check(range(6, 100, 200), "partition 6 does not exist; use 0 to 5");
         check(range(0, 150, 150), "must be below");
         check(range(0, 99, 120), "below offset 100 is processed already");
         check(range(0, 100, 201), "the log ends at offset 200");

@@ -1,6 +1,6 @@
-//! Where a stage's time goes: busy, idle, or held back by the stage after it. A stage's clock is always in exactly one state,
-//! and time that was not counted yet is counted when somebody looks: the three add up to wall time at every scrape. What
-//! the series are called is told from outside.
+//! Measures how long each stage is idle, busy or backpressured. A stage's clock is always in exactly one state. A
+//! scrape counts the time since the last state change, so the three states add up to wall time at every scrape. The
+//! caller names the metric.
 
 use prometheus::CounterVec;
 use prometheus::core::{Collector, Desc};
@@ -9,22 +9,22 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a stage does at a moment.
+/// What a stage is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StageState {
-    /// It waits for something to do.
+    /// The stage waits for input.
     Idle,
-    /// It works.
+    /// The stage processes input.
     Busy,
-    /// It waits for the stage after it.
+    /// The stage waits for the next stage to accept its output.
     Backpressured,
 }
 
 impl StageState {
-    /// All of them.
+    /// Every state, in the order of their discriminants.
     pub const ALL: [StageState; 3] = [StageState::Idle, StageState::Busy, StageState::Backpressured];
 
-    /// As a label.
+    /// Value of the metric label.
     pub fn name(self) -> &'static str {
         match self {
             StageState::Idle => "idle",
@@ -42,12 +42,12 @@ pub struct StageClock {
 }
 
 impl StageClock {
-    /// The time until now belongs to the state so far; from now on it is `next`'s.
+    /// Counts the time since the last change for the current state, then changes to `next`.
     pub fn enter(&self, next: StageState) {
         self.enter_after(Duration::ZERO, next);
     }
 
-    /// As [`StageClock::enter`]; but of the time in the state so far, `worked` was work.
+    /// Like [`StageClock::enter`], but counts `worked` of the time since the last change as busy.
     pub fn enter_after(&self, worked: Duration, next: StageState) {
         let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
         let (state, since) = *now;
@@ -59,8 +59,8 @@ impl StageClock {
         *now = (next, at);
     }
 
-    /// Counts the time until now.
-    fn settle(&self) {
+    /// Counts the time since the last change, without changing the state.
+    fn count_elapsed(&self) {
         let state = self.now.lock().unwrap_or_else(PoisonError::into_inner).0;
         self.enter(state);
     }
@@ -69,7 +69,7 @@ impl StageClock {
 /// Clocks by partition and stage.
 type Clocks = BTreeMap<(i32, &'static str), Arc<StageClock>>;
 
-/// The clocks of all stages of all partitions here; a collector whose series carry partition, stage and state.
+/// The clocks of all stages of this instance's partitions, as a collector with the labels partition, stage and state.
 #[derive(Debug, Clone)]
 pub struct Stages {
     seconds: CounterVec,
@@ -77,7 +77,7 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// Over a counter with the labels partition, stage, state.
+    /// `seconds` must have the labels partition, stage and state, in this order.
     pub fn new(seconds: CounterVec) -> Stages {
         Stages { seconds, clocks: Arc::default() }
     }
@@ -86,8 +86,8 @@ impl Stages {
         self.clocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stage of a partition begins, idle.
-    pub fn begin(&self, partition: i32, stage: &'static str) -> Arc<StageClock> {
+    /// Starts the clock of a stage of a partition, in state idle.
+    pub fn start(&self, partition: i32, stage: &'static str) -> Arc<StageClock> {
         let label = partition.to_string();
         let seconds = StageState::ALL.map(|s| self.seconds.with_label_values(&[&label, stage, s.name()]));
         let clock = Arc::new(StageClock { seconds, now: Mutex::new((StageState::Idle, Instant::now())) });
@@ -95,13 +95,13 @@ impl Stages {
         clock
     }
 
-    /// A partition has gone elsewhere: its series go.
-    pub fn end(&self, partition: i32) {
+    /// Removes the clocks and series of a partition.
+    pub fn remove(&self, partition: i32) {
         let label = partition.to_string();
         self.clocks().retain(|(of, stage), _| {
             if *of == partition {
                 for state in StageState::ALL {
-                    // A series that was never made cannot be removed, and need not be.
+                    // Fails if the series was never created.
                     let _absent = self.seconds.remove_label_values(&[label.as_str(), stage, state.name()]);
                 }
             }
@@ -109,7 +109,7 @@ impl Stages {
         });
     }
 
-    /// Whether a stage of a partition is idle now.
+    /// Whether a stage of a partition is idle; `false` if it has no clock.
     pub fn is_idle(&self, partition: i32, stage: &'static str) -> bool {
         let clocks = self.clocks();
         let clock = clocks.get(&(partition, stage));
@@ -118,7 +118,7 @@ impl Stages {
         })
     }
 
-    /// Partitions that have a stage here.
+    /// Partitions that have a clock, in ascending order.
     pub fn partitions(&self) -> Vec<i32> {
         let mut partitions: Vec<i32> = self.clocks().keys().map(|(partition, _)| *partition).collect();
         partitions.dedup();
@@ -132,7 +132,7 @@ impl Collector for Stages {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        self.clocks().values().for_each(|clock| clock.settle());
+        self.clocks().values().for_each(|clock| clock.count_elapsed());
         self.seconds.collect()
     }
 }
@@ -151,27 +151,27 @@ mod tests {
     }
 
     #[test]
-    fn the_states_of_a_stage_add_up_to_wall_time_at_every_look() {
+    fn the_states_of_a_stage_add_up_to_wall_time_at_every_scrape() {
         let stages = stages();
         let before = Instant::now();
-        let clock = stages.begin(0, "work");
-        let begun = Instant::now();
+        let clock = stages.start(0, "work");
+        let started = Instant::now();
         for state in [StageState::Busy, StageState::Backpressured, StageState::Idle, StageState::Busy] {
             clock.enter(state);
             clock.enter_after(Duration::from_secs(3600), state);
-            let least = begun.elapsed().as_secs_f64();
+            let least = started.elapsed().as_secs_f64();
             let counted = sum(&stages);
             let most = before.elapsed().as_secs_f64();
             assert!(least - 1e-6 <= counted && counted <= most + 1e-6, "{least} <= {counted} <= {most}");
         }
         let counted = sum(&stages);
-        assert!(sum(&stages) > counted, "time goes on without a change of state");
+        assert!(sum(&stages) > counted, "time is counted without a state change");
     }
 
     #[test]
     fn work_within_a_wait_is_counted_as_work_and_never_beyond_the_time_that_passed() {
         let stages = stages();
-        let clock = stages.begin(1, "fetch");
+        let clock = stages.start(1, "fetch");
         let busy = || stages.seconds.with_label_values(&["1", "fetch", "busy"]).get();
         clock.enter_after(Duration::from_secs(3600), StageState::Idle);
         assert!(busy() < 3600.0, "{}", busy());
@@ -179,11 +179,11 @@ mod tests {
     }
 
     #[test]
-    fn the_series_of_a_partition_go_with_it() {
+    fn removing_a_partition_removes_its_series() {
         let stages = stages();
-        let _held = (stages.begin(0, "work"), stages.begin(1, "fetch"), stages.begin(1, "work"));
+        let _held = (stages.start(0, "work"), stages.start(1, "fetch"), stages.start(1, "work"));
         assert_eq!(stages.partitions(), [0, 1]);
-        stages.end(1);
+        stages.remove(1);
         assert_eq!(stages.partitions(), [0]);
         assert_eq!(stages.collect()[0].get_metric().len(), 3);
     }

@@ -1,85 +1,87 @@
-//! Decides where a partition starts: observed facts → decision. Pure. Every refusal names both sides and the ways on.
+//! Decides from observed facts where a partition starts. Pure. Every refusal names the two facts that contradict each
+//! other and what an operator can do.
 
 use crate::partition::{LastRecord, Position};
 use common::stream::layout::Layout;
 use std::ops::Range;
 
-/// What to do where the state file is missing, or behind what Cassandra holds.
+/// What to do if the state file is missing or behind Cassandra's progress row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RecoverPolicy {
-    /// Recover from the progress row: exact, so it is the default.
+    /// Recover from the progress row. Loses nothing and counts nothing twice, so it is the default.
     Auto,
-    /// Stop and let an operator look first.
+    /// Refuse to start, so that an operator can look at it first.
     Refuse,
 }
 
-/// What a state file says of itself.
+/// What a state file records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateFacts {
-    /// Its position.
+    /// Committed position.
     pub position: Position,
-    /// The layout it was made for, as stored.
+    /// Layout that the file was created for, in its stored form.
     pub layout: String,
-    /// The Kafka cluster it was made for.
+    /// Id of the Kafka cluster that the file was created for.
     pub cluster_id: String,
 }
 
 /// What Cassandra holds about a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// The position that was published last.
+    /// The last published position.
     pub position: Position,
-    /// Every row and pane of the log below this offset was acknowledged. Written before each commit, so a state file never
-    /// runs ahead of it. `None`: the row was written by a version that did not note it.
+    /// Every row and pane of the records below this offset was acknowledged. Written before each commit, so a state
+    /// file is never ahead of it. `None` if a version that did not write it wrote the row.
     pub written_to: Option<i64>,
 }
 
-/// Everything the decision rests on.
+/// The facts that the decision is based on.
 #[derive(Debug, Clone)]
 pub struct Facts<'a> {
-    /// The partition.
+    /// Kafka partition.
     pub partition: i32,
-    /// The state file, where there is one.
+    /// What the state file records; `None` if nothing was committed to it.
     pub state: Option<StateFacts>,
-    /// The progress row, where there is one.
+    /// The progress row; `None` if the partition has none.
     pub progress: Option<Progress>,
     /// First offset of the log.
     pub low: i64,
     /// Offset after the last record of the log.
     pub high: i64,
-    /// The definition's layout.
+    /// Layout of the stream definition.
     pub layout: &'a Layout,
-    /// The cluster connected to.
+    /// Id of the Kafka cluster that this process is connected to.
     pub cluster_id: &'a str,
-    /// Offsets that an operator wants skipped.
+    /// Offset ranges to skip, as requested by operators.
     pub skips: &'a [Range<i64>],
     /// What to do without a usable state file.
     pub recover: RecoverPolicy,
-    /// Process the log again from its earliest offset.
+    /// Whether to reprocess the log from its earliest offset.
     pub replay: bool,
 }
 
-/// How a partition starts.
+/// The source of a partition's start position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
     /// From its state file.
     Resume,
-    /// From the progress row, because the state file is lost or behind it; nothing up to `seen_to` is hot.
+    /// From the progress row, because the state file is missing or behind it. All panes up to `seen_to` are cold.
     Recover,
-    /// From the progress row, because Cassandra has lost what the state file says it had acknowledged.
+    /// From the progress row, or from the earliest offset without one, because Cassandra has lost writes that it had
+    /// acknowledged according to the state file.
     StoreBehind,
-    /// Like recover, but from the earliest offset.
+    /// From the earliest offset, with the totals of the progress row.
     Replay,
-    /// From the earliest offset: nobody has processed this partition before.
+    /// From the earliest offset, because the partition has not been processed before.
     Earliest,
 }
 
 impl How {
-    /// All of them.
+    /// Every variant.
     pub const ALL: [How; 5] = [How::Resume, How::Recover, How::StoreBehind, How::Replay, How::Earliest];
 
-    /// As a label.
+    /// Value of the metric label.
     pub fn name(self) -> &'static str {
         match self {
             How::Resume => "resume",
@@ -94,68 +96,69 @@ impl How {
 /// The decision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Start {
-    /// Where from.
+    /// Source of the position.
     pub how: How,
-    /// Position to start with.
+    /// Initial position.
     pub position: Position,
-    /// Offset to fetch from: that of the last record taken, where it is still in the log and can be compared.
+    /// Offset to fetch from. This is the offset of the last processed record if that record can be compared, otherwise
+    /// the next offset or the end of `skip`.
     pub fetch_from: i64,
-    /// The record that must be found at `fetch_from`.
+    /// The record that must be found at `fetch_from`; `None` if none can be compared there.
     pub expected: Option<LastRecord>,
-    /// The record to compare before anything is done, where fetching would reach it only after rows were written.
+    /// The record to compare before the start, if fetching would reach it only after rows were written.
     pub compare_first: Option<LastRecord>,
-    /// Offsets to skip before the first record is taken.
+    /// Offsets to skip before the first record is processed.
     pub skip: Option<Range<i64>>,
-    /// The note `written_to` that Cassandra holds; `None`: none, or one of a version that did not write it.
+    /// `written_to` of the progress row; `None` if there is no row, or if a version that did not write it wrote the
+    /// row.
     pub written_to: Option<i64>,
 }
 
-/// History is lost, or of another log: nothing is skipped silently.
+/// The facts contradict each other, because history is lost or belongs to another log. Nothing is skipped silently.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("partition {partition}: {what}; {ways_on}")]
+#[error("partition {partition}: {problem}; {remedy}")]
 pub struct Refusal {
-    /// The partition.
+    /// Kafka partition.
     pub partition: i32,
-    /// Both sides.
-    pub what: String,
-    /// What can be done.
-    pub ways_on: &'static str,
+    /// The facts that contradict each other.
+    pub problem: String,
+    /// What an operator can do.
+    pub remedy: &'static str,
 }
 
-/// The refusal of a log whose record at `expected.offset` is not the one that was processed; `found`: its fingerprint, `None`:
-/// there is no record at that offset.
-pub fn another_record(partition: i32, expected: LastRecord, found: Option<i64>) -> Refusal {
+/// The refusal of a log whose record at `expected.offset` is not the one that was processed. `found` is the fingerprint
+/// of the log's record, `None` if no record has that offset.
+pub fn record_mismatch(partition: i32, expected: LastRecord, found: Option<i64>) -> Refusal {
     let LastRecord { offset, fingerprint } = expected;
-    let found =
-        found.map_or_else(|| "there is none".to_owned(), |found| format!("its fingerprint is {found:x}"));
+    let found = found.map_or_else(|| "no record".to_owned(), |found| format!("fingerprint {found:x}"));
     Refusal {
         partition,
-        what: format!(
-            "the record at offset {offset} is not the one that was processed ({found}, expected {fingerprint:x}): the topic was \
-             deleted and created again"
+        problem: format!(
+            "the record at offset {offset} is not the one that was processed (found {found}, expected fingerprint \
+             {fingerprint:x}): the topic was deleted and created again"
         ),
-        ways_on: "bring the old topic back, or give the stream a new name",
+        remedy: "restore the original topic, or give the stream a new name",
     }
 }
 
-/// Decides, or refuses.
+/// Decides where the partition starts.
 pub fn decide(facts: &Facts<'_>) -> Result<Start, Refusal> {
     if let Some(state) = &facts.state {
-        check_made_for_this(facts, state)?;
+        check_state_file_matches(facts, state)?;
     }
     let (how, position) = match store_lost_history(facts) {
-        // A replay recovers on its way what the store lost; but it needs a progress row to count from.
+        // A replay also restores what the store lost, but it needs a progress row to count from.
         Some(state) if !facts.replay || facts.progress.is_none() => {
-            (How::StoreBehind, after_lost_history(facts, state)?)
+            (How::StoreBehind, position_after_lost_history(facts, state)?)
         }
-        _ => undisturbed(facts)?,
+        _ => start_with_intact_store(facts)?,
     };
     check_log(facts, &position)?;
     Ok(start(facts, how, position))
 }
 
-/// The start where Cassandra holds everything it has acknowledged.
-fn undisturbed(facts: &Facts<'_>) -> Result<(How, Position), Refusal> {
+/// Decides the start if Cassandra holds everything it has acknowledged.
+fn start_with_intact_store(facts: &Facts<'_>) -> Result<(How, Position), Refusal> {
     let progress = facts.progress.map(|progress| progress.position);
     let known_to = progress.map_or(0, |p| p.next_offset);
     let current = facts.state.as_ref().filter(|s| is_current(&s.position, known_to, facts.low));
@@ -165,28 +168,28 @@ fn undisturbed(facts: &Facts<'_>) -> Result<(How, Position), Refusal> {
             (How::Replay, Position { next_offset, count_from, last_record: None, ..progress })
         }
         (Some(state), _) if !facts.replay => (How::Resume, state.position),
-        (_, None) => (How::Earliest, beginning_at(facts.low)),
+        (_, None) => (How::Earliest, position_at(facts.low)),
         (None, Some(_)) if facts.recover == RecoverPolicy::Refuse => {
             return refuse(
                 facts,
                 format!(
-                    "no state file at or after offset {known_to}, which cassandra's progress row has reached"
+                    "no state file at or after offset {known_to}, the next offset of cassandra's progress row"
                 ),
-                "bring the checkpoint volume back, or start with --recover auto to go on exactly from the progress row",
+                "restore the checkpoint volume, or start with --recover auto to continue from the progress row",
             );
         }
         (_, Some(progress)) => (How::Recover, progress),
     })
 }
 
-/// How fetching begins at `position`.
+/// Completes the decision: where to fetch from, what to skip and which record to compare.
 fn start(facts: &Facts<'_>, how: How, position: Position) -> Start {
     let next_offset = position.next_offset;
     let in_log = |record: &LastRecord| record.offset >= facts.low;
     let skip = facts.skips.iter().find(|skip| skip.contains(&next_offset));
     let skip = skip.map(|skip| next_offset..skip.end.min(facts.high));
     let last = position.last_record.filter(in_log);
-    // Fetching passes the last record on its way only where nothing that cannot be read lies between it and the next one.
+    // Fetching can start at the last record only if no skipped range lies between it and the next offset.
     let skipped_since =
         |last: &LastRecord| facts.skips.iter().any(|skip| last.offset < skip.end && skip.start < next_offset);
     let expected = last.filter(|last| skip.is_none() && !skipped_since(last));
@@ -205,120 +208,124 @@ fn start(facts: &Facts<'_>, how: How, position: Position) -> Start {
     Start { how, position, fetch_from, expected, compare_first, skip, written_to }
 }
 
-fn beginning_at(low: i64) -> Position {
+fn position_at(low: i64) -> Position {
     Position { next_offset: low, first_offset: low, count_from: low, ..Position::default() }
 }
 
-fn refuse<T>(facts: &Facts<'_>, what: String, ways_on: &'static str) -> Result<T, Refusal> {
-    Err(Refusal { partition: facts.partition, what, ways_on })
+fn refuse<T>(facts: &Facts<'_>, problem: String, remedy: &'static str) -> Result<T, Refusal> {
+    Err(Refusal { partition: facts.partition, problem, remedy })
 }
 
-/// A state file belongs to one layout and one Kafka cluster.
-fn check_made_for_this(facts: &Facts<'_>, state: &StateFacts) -> Result<(), Refusal> {
+/// Checks that the state file was created for a compatible layout and for this Kafka cluster.
+fn check_state_file_matches(facts: &Facts<'_>, state: &StateFacts) -> Result<(), Refusal> {
     if let Err(differences) = survives(&state.layout, facts.layout) {
         return refuse(
             facts,
-            format!("the state file was made for another layout than the stream file has:\n{differences}\n"),
-            "put the old stream definition back, or give the changed one a new stream name",
+            format!(
+                "the state file was created with another layout than that of the stream file:\n{differences}\n"
+            ),
+            "restore the previous stream definition, or give the changed stream a new name",
         );
     }
     if state.cluster_id != facts.cluster_id {
         return refuse(
             facts,
             format!(
-                "the state file is of kafka cluster {}, but this is {}",
+                "the state file belongs to kafka cluster {}, but this is cluster {}",
                 state.cluster_id, facts.cluster_id
             ),
-            "point PIPELINE_KAFKA_BROKERS at that cluster, or use another checkpoint folder and stream name",
+            "point PIPELINE_KAFKA_BROKERS at that cluster, or use another checkpoint folder and another stream name",
         );
     }
     Ok(())
 }
 
-/// Whether what was stored for layout `stored` can be used with `now`: it was made for that one, or for an earlier one from
-/// which `now` came by changes that stored data survives. If not, the differences.
+/// Checks whether data stored for layout `stored` can be used with layout `now`: the two are equal, or differ only in
+/// ways that stored data survives. Fails with the differences.
 pub fn survives(stored: &str, now: &Layout) -> Result<(), String> {
     let changes = Layout::parse(stored).map_err(|error| format!("  - {error}"))?.changes_to(now);
     if changes.refused.is_empty() { Ok(()) } else { Err(changes.to_string()) }
 }
 
-/// The state file, if it says that Cassandra acknowledged more than Cassandra now holds: an older snapshot was restored, or the
-/// keyspace was emptied.
+/// Returns the state file if Cassandra had acknowledged more than it now holds, because an older snapshot was restored
+/// or the keyspace was emptied.
 fn store_lost_history<'a>(facts: &'a Facts<'_>) -> Option<&'a StateFacts> {
     let state = facts.state.as_ref()?;
-    let has_taken_anything = state.position.totals.records() + state.position.totals.skipped > 0;
+    let has_processed_anything = state.position.totals.records() + state.position.totals.skipped > 0;
     let written_to = facts.progress.map_or(Some(i64::MIN), |progress| progress.written_to);
     let is_behind = written_to.is_some_and(|written_to| written_to < reached(&state.position));
-    (has_taken_anything && is_behind).then_some(state)
+    (has_processed_anything && is_behind).then_some(state)
 }
 
-/// Where to go on after Cassandra has lost history: from what it still holds, if Kafka has everything since.
-fn after_lost_history(facts: &Facts<'_>, state: &StateFacts) -> Result<Position, Refusal> {
+/// The position to continue from after Cassandra has lost history: that of its progress row, if Kafka still holds every
+/// later record.
+fn position_after_lost_history(facts: &Facts<'_>, state: &StateFacts) -> Result<Position, Refusal> {
     let reached = reached(&state.position);
     let held = match facts.progress {
         None => "it has no progress row".to_owned(),
         Some(progress) => format!("its progress row is at {}", progress.position.next_offset),
     };
-    let both =
+    let problem =
         format!("cassandra acknowledged everything below offset {reached}, but now {held}: it lost history");
     if facts.recover == RecoverPolicy::Refuse {
         return refuse(
             facts,
-            both,
-            "restore a newer snapshot of cassandra, or start with --recover auto to process again from kafka what is missing",
+            problem,
+            "restore a newer snapshot of cassandra, or start with --recover auto to reprocess the records from kafka",
         );
     }
     let next = facts.progress.map_or(state.position.first_offset, |progress| progress.position.next_offset);
     if facts.low > next {
         return refuse(
             facts,
-            format!("{both}; kafka no longer holds offsets {next} to {}", facts.low - 1),
-            "restore a newer snapshot of cassandra, or give the stream a new name and start it from what kafka holds",
+            format!("{problem}; kafka no longer holds offsets {next} to {}", facts.low - 1),
+            "restore a newer snapshot of cassandra, or give the stream a new name to process only what kafka holds",
         );
     }
     if reached > facts.high {
         return refuse(
             facts,
-            format!("{both}; and kafka's log ends at {}", facts.high),
-            "bring the topic back, or give the stream a new name",
+            format!("{problem}; and kafka's log ends at {}", facts.high),
+            "restore the topic, or give the stream a new name",
         );
     }
-    Ok(facts.progress.map_or_else(|| beginning_at(facts.low), |progress| progress.position))
+    Ok(facts.progress.map_or_else(|| position_at(facts.low), |progress| progress.position))
 }
 
-/// The offset below which everything is counted.
+/// The offset below which every record is counted.
 fn reached(position: &Position) -> i64 {
     position.next_offset.max(position.count_from)
 }
 
-/// Whether a state file can be resumed: not behind the progress row, and not in the middle of a replay whose remaining records
-/// retention has removed. Giving up such a replay loses nothing, because everything below `count_from` is counted already.
+/// Whether a state file can be resumed: it is not behind the progress row, and not in the middle of a replay whose
+/// remaining records retention has removed. Abandoning such a replay loses nothing, because all records below
+/// `count_from` are counted.
 fn is_current(state: &Position, known_to: i64, low: i64) -> bool {
-    let replays = state.next_offset < state.count_from;
-    reached(state) >= known_to && !(replays && state.next_offset < low)
+    let is_replaying = state.next_offset < state.count_from;
+    reached(state) >= known_to && !(is_replaying && state.next_offset < low)
 }
 
-/// The log must still hold what comes next, and must reach as far as it did.
+/// Checks that the log still holds the next record and has not become shorter.
 fn check_log(facts: &Facts<'_>, position: &Position) -> Result<(), Refusal> {
     let reached = reached(position);
     if reached > facts.high {
         return refuse(
             facts,
             format!(
-                "offset {reached} was reached, but the log ends at {}: the topic shrank or was created again",
+                "offset {reached} was reached, but the log ends at {}: the topic was truncated or created again",
                 facts.high
             ),
-            "bring the topic back, or give the stream a new name",
+            "restore the topic, or give the stream a new name",
         );
     }
     if position.next_offset < facts.low {
         return refuse(
             facts,
             format!(
-                "offset {} comes next, but the log begins at {}: records were removed unread",
+                "the next offset is {}, but the log starts at {}: records were removed before they were processed",
                 position.next_offset, facts.low
             ),
-            "bring the records back, or accept the gap by giving the stream a new name",
+            "restore the records, or accept the gap by giving the stream a new name",
         );
     }
     Ok(())
@@ -354,7 +361,7 @@ mod tests {
         Some(Progress { position: position(next_offset), written_to: Some(next_offset) })
     }
 
-    /// Rows below `written_to` are acknowledged, as after a kill between commit and publication.
+    /// Rows below `written_to` are acknowledged but not published, as after a kill between commit and publish.
     fn unpublished(next_offset: i64, written_to: i64) -> Option<Progress> {
         Some(Progress { position: position(next_offset), written_to: Some(written_to) })
     }
@@ -390,12 +397,12 @@ mod tests {
     fn check_refusal(facts: &Facts<'_>, parts: &[&str]) {
         let refusal = decide(facts).unwrap_err().to_string();
         for part in parts {
-            assert!(refusal.contains(part), "`{part}` is not in `{refusal}`");
+            assert!(refusal.contains(part), "`{part}` is missing in `{refusal}`");
         }
     }
 
     #[test]
-    fn the_further_of_state_and_progress_row_decides() {
+    fn a_partition_starts_from_whichever_of_state_file_and_progress_row_is_ahead() {
         check(&facts(state(50), unpublished(40, 50)), How::Resume, 50, 49);
         check(&facts(state(40), progress(50)), How::Recover, 50, 49);
         check(&facts(None, progress(50)), How::Recover, 50, 49);
@@ -404,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_lost_what_it_acknowledged_is_brought_up_to_date_from_the_log() {
+    fn writes_that_the_store_lost_are_reprocessed_from_the_log() {
         check(&facts(state(50), progress(40)), How::StoreBehind, 40, 39);
         check(&Facts { low: 0, ..facts(state(50), None) }, How::StoreBehind, 0, 0);
         let start = decide(&facts(state(50), progress(40))).unwrap();
@@ -413,15 +420,15 @@ mod tests {
         let before_markers = Progress { written_to: None, ..progress(40).unwrap() };
         check(&facts(state(50), Some(before_markers)), How::Resume, 50, 49);
         check(&Facts { replay: true, ..facts(state(50), progress(40)) }, How::Replay, 10, 10);
-        let nothing_taken = state(10).map(|s| StateFacts {
+        let nothing_processed = state(10).map(|s| StateFacts {
             position: Position { totals: Totals::default(), last_record: None, ..s.position },
             ..s
         });
-        check(&facts(nothing_taken, None), How::Resume, 10, 10);
+        check(&facts(nothing_processed, None), How::Resume, 10, 10);
     }
 
     #[test]
-    fn lost_history_of_the_store_that_the_log_no_longer_holds_is_refused_with_both_sides() {
+    fn lost_writes_that_the_log_no_longer_holds_are_refused_with_both_facts() {
         let behind = facts(state(50), progress(40));
         check_refusal(
             &Facts { low: 45, ..behind.clone() },
@@ -436,24 +443,24 @@ mod tests {
     }
 
     #[test]
-    fn a_state_file_of_an_earlier_layout_goes_on_where_stored_data_survives_the_change() {
+    fn a_state_file_of_an_earlier_layout_is_resumed_if_stored_data_survives_the_change() {
         let mut optional = changed(|_| {});
-        let mut check_both = |edit: fn(&mut Definition)| {
+        let mut check_survives = |edit: fn(&mut Definition)| {
             optional = changed(edit);
             check(&Facts { layout: &optional, ..facts(state(50), progress(50)) }, How::Resume, 50, 49);
         };
-        check_both(|d| {
+        check_survives(|d| {
             d.columns.push(Column { name: "phone".into(), required: false, ..d.columns[0].clone() })
         });
-        check_both(|d| d.windows.lateness_ms += 1);
-        check_both(|d| d.store.ttl_seconds = 0);
+        check_survives(|d| d.windows.lateness_ms += 1);
+        check_survives(|d| d.store.ttl_seconds = 0);
         let newer = changed(|d| drop(d.columns.pop()));
         let back = Facts { layout: &newer, ..facts(state(50), progress(50)) };
         check_refusal(&back, &["column `registered_at`: registered, but no longer declared"]);
     }
 
     #[test]
-    fn a_replay_whose_rest_was_removed_counts_as_lost() {
+    fn a_replay_whose_remaining_records_were_removed_is_abandoned() {
         let mut halfway = state(60);
         halfway.iter_mut().for_each(|s| (s.position.next_offset, s.position.count_from) = (15, 60));
         halfway
@@ -462,11 +469,11 @@ mod tests {
         check(&facts(halfway.clone(), progress(60)), How::Resume, 15, 14);
         let trimmed = Facts { low: 20, ..facts(halfway.clone(), progress(60)) };
         check(&trimmed, How::Recover, 60, 59);
-        check_refusal(&Facts { low: 61, ..facts(halfway, progress(60)) }, &["the log begins at 61"]);
+        check_refusal(&Facts { low: 61, ..facts(halfway, progress(60)) }, &["the log starts at 61"]);
     }
 
     #[test]
-    fn a_replay_counts_from_the_progress_row_on() {
+    fn a_replay_counts_only_records_that_the_progress_row_does_not_include() {
         let facts = Facts { replay: true, ..facts(state(60), unpublished(50, 60)) };
         let start = decide(&facts).unwrap();
         assert_eq!((start.how, start.position.next_offset, start.position.count_from), (How::Replay, 10, 50));
@@ -474,11 +481,11 @@ mod tests {
         let last = LastRecord { offset: 49, fingerprint: 9 };
         assert_eq!((start.expected, start.compare_first), (None, Some(last)));
         let trimmed = decide(&Facts { low: 50, ..facts }).unwrap();
-        assert_eq!(trimmed.compare_first, None, "it is no longer in the log");
+        assert_eq!(trimmed.compare_first, None, "the last record is no longer in the log");
     }
 
     #[test]
-    fn a_skip_that_covers_the_next_offset_moves_the_start_behind_it() {
+    fn a_skip_that_covers_the_next_offset_moves_the_start_to_its_end() {
         let skipping = |skip: Range<i64>| {
             let facts = facts(state(50), progress(50));
             decide(&Facts { skips: std::slice::from_ref(&skip), ..facts }).unwrap()
@@ -486,14 +493,14 @@ mod tests {
         let start = skipping(48..60);
         assert_eq!((start.skip, start.fetch_from, start.expected), (Some(50..60), 60, None));
         assert_eq!(start.compare_first, Some(LastRecord { offset: 49, fingerprint: 9 }));
-        assert_eq!(skipping(50..1000).skip, Some(50..100), "not beyond the end of the log");
-        assert_eq!(skipping(51..60).skip, None, "the records before it are taken first");
+        assert_eq!(skipping(50..1000).skip, Some(50..100), "a skip ends at the end of the log");
+        assert_eq!(skipping(51..60).skip, None, "the records before the skip are processed first");
         assert_eq!(skipping(40..49).skip, None);
         assert_eq!(skipping(40..49).expected, Some(LastRecord { offset: 49, fingerprint: 9 }));
     }
 
     #[test]
-    fn fetching_does_not_begin_before_offsets_that_were_skipped() {
+    fn fetching_does_not_start_before_skipped_offsets() {
         let last = LastRecord { offset: 46, fingerprint: 9 };
         let after_skip = Position { last_record: Some(last), ..position(50) };
         let progress = Some(Progress { position: after_skip, written_to: Some(50) });
@@ -513,8 +520,8 @@ mod tests {
     }
 
     #[test]
-    fn lost_history_is_refused_and_both_sides_are_named() {
-        check_refusal(&facts(state(5), progress(5)), &["offset 5 comes next, but the log begins at 10"]);
+    fn a_refusal_names_both_facts() {
+        check_refusal(&facts(state(5), progress(5)), &["the next offset is 5, but the log starts at 10"]);
         check_refusal(
             &facts(state(500), progress(500)),
             &["offset 500 was reached, but the log ends at 100"],
@@ -527,7 +534,7 @@ mod tests {
         check_refusal(&facts(unreadable, None), &["another layout", "cannot be read", ": L"]);
         check_refusal(
             &Facts { cluster_id: "D", ..facts(state(50), None) },
-            &["kafka cluster C, but this is D"],
+            &["kafka cluster C, but this is cluster D"],
         );
         let refuse = Facts { recover: RecoverPolicy::Refuse, ..facts(None, progress(50)) };
         check_refusal(&refuse, &["--recover auto"]);

@@ -1,5 +1,6 @@
-//! The checkpoint of one partition: a redb file on the checkpoint volume. One transaction per batch, two-phase; redb's file
-//! lock keeps two owners apart. What is in it only spares look-ups: no promise rests on it alone.
+//! The checkpoint of one partition: a redb file on the checkpoint volume, with one two-phase transaction per batch.
+//! redb's file lock prevents two owners. The file only saves look-ups: without it, the partition recovers from
+//! Cassandra.
 
 use crate::partition::{Partition, Position};
 use crate::start::StateFacts;
@@ -14,33 +15,35 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-/// Format this program writes. It also reads the earlier ones: 1 kept the fingerprint of the record before the next offset.
+/// Format that this program writes. It also reads format 1, which kept only the fingerprint of the record before the
+/// next offset.
 pub const FORMAT: u32 = 2;
-/// redb's page cache per partition; its default is 1 GiB.
+/// Size of redb's page cache per partition. The default would be 1 GiB.
 const CACHE_BYTES: usize = 4 << 20;
-/// Length of redb's magic number, at the beginning of its files.
+/// Length of redb's magic number, at the start of its files.
 const MAGIC_BYTES: usize = 9;
 
 const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
 const PANES: TableDefinition<'static, i64, &[u8]> = TableDefinition::new("panes");
-/// (pane start, next offset of the batch) → hashes, little endian.
+/// Maps (pane start, next offset of the batch) to hashes of keys, little endian.
 const SEEN: TableDefinition<'static, (i64, i64), &[u8]> = TableDefinition::new("seen");
 const HEAD: &str = "head";
 
-/// The state file cannot be used.
+/// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Somebody else holds it.
+    /// Another process holds the file's lock.
     #[error("state file {file} is held by {holder}")]
     Held {
         /// Its path.
         file: String,
-        /// What the holder wrote beside it.
+        /// Description of the holder, from the file that it wrote next to the state file.
         holder: String,
     },
-    /// Made by a newer program.
+    /// A newer version of the program wrote the file.
     #[error(
-        "state file {file} has format {found}, this program knows {FORMAT}: run the newer program, or remove the file to recover from cassandra"
+        "state file {file} has format {found}, but this program supports formats up to {FORMAT}: \
+         run the newer version, or remove the file to recover from cassandra"
     )]
     NewerFormat {
         /// Its path.
@@ -48,64 +51,65 @@ pub enum StateError {
         /// Its format.
         found: u32,
     },
-    /// Nothing is wrong with what it holds.
-    #[error("state file {file}: the disk is full; free space on it and start again, nothing was skipped")]
+    /// The disk is full. The file is intact.
+    #[error("state file {file}: the disk is full; free space on it and restart; no records were skipped")]
     DiskFull {
         /// Its path.
         file: String,
     },
-    /// Damaged, or the disk failed.
+    /// The file is damaged, or the disk failed.
     #[error("state file {file}: {cause}")]
     Broken {
         /// Its path.
         file: String,
-        /// What redb says.
+        /// Error reported by redb.
         cause: String,
     },
 }
 
-/// What a state file says first of itself.
+/// The header of a state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
-    /// Format version.
+    /// Format version. The file is refused if it is above [`FORMAT`].
     pub format: u32,
-    /// Layout of the stream.
+    /// Layout of the stream, in its stored form.
     pub layout: String,
-    /// Kafka cluster.
+    /// Id of the Kafka cluster.
     pub cluster_id: String,
     /// Kafka partition.
     pub partition: i32,
-    /// Start of the oldest hot pane.
+    /// Start of the earliest pane that can be hot, in Unix milliseconds.
     pub hot_from: i64,
-    /// Where it stands.
+    /// Committed position.
     pub position: Position,
 }
 
-/// One batch's changes.
+/// The changes of one batch.
 #[derive(Debug)]
 pub struct Commit<'a> {
     /// The partition after the batch.
     pub partition: &'a Partition,
     /// Starts of the panes whose rows changed.
     pub touched: &'a [i64],
-    /// Per hot pane: hashes of the keys first seen.
+    /// Hashes of the keys first seen in this batch, by start of their hot pane.
     pub seen: &'a BTreeMap<i64, Vec<u64>>,
-    /// Starts of the panes that are hot no more.
+    /// Starts of the panes that are no longer hot.
     pub dropped: &'a [i64],
 }
 
-/// Where a partition's state outlives the process: the state file, or a fake of it. A failure is final.
+/// Persistent storage of a partition's state: the state file, or a fake of it. After an error it must not be used
+/// again.
 pub trait Checkpoint: Send {
-    /// What a start decision needs of it; `None`: nothing was committed.
+    /// The facts for the start decision; `None` if nothing was committed.
     fn facts(&self) -> Option<StateFacts>;
 
-    /// Puts the stored hot panes and seen keys into `panes`.
+    /// Loads the stored hot panes and seen keys into `panes`.
     fn restore(&self, panes: &mut Panes) -> Result<(), StateError>;
 
-    /// Replaces everything stored before with `head`.
+    /// Discards the stored state and stores `head`.
     fn reset(&mut self, head: Head) -> Result<(), StateError>;
 
-    /// Commits one batch, all or nothing: it outlives the process when this returns.
+    /// Commits one batch atomically. The commit is durable when this returns.
     fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError>;
 }
 
@@ -123,7 +127,7 @@ impl Checkpoint for StateFile {
     }
 
     fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError> {
-        // It waits for the disk: the runtime's other tasks move to another thread meanwhile.
+        // The commit blocks on the disk, so the runtime moves its other tasks to another thread.
         tokio::task::block_in_place(|| StateFile::commit(self, commit))
     }
 }
@@ -145,21 +149,22 @@ fn holder_file(path: &Path) -> PathBuf {
     path.with_extension("holder")
 }
 
-/// Whether a file's first bytes say that its making was cut off, by a kill or a full disk: redb writes the magic number last, so
-/// it never held a commit.
+/// Whether a file's first bytes show that its creation was interrupted, by a kill or a full disk. redb writes the magic
+/// number last, so such a file never held a commit.
 pub(crate) fn never_finished(first_bytes: &[u8]) -> bool {
     first_bytes.iter().take(MAGIC_BYTES).all(|byte| *byte == 0)
 }
 
-/// As many as there are and can be read.
+/// Reads up to [`MAGIC_BYTES`] bytes. An unreadable file yields a non-zero byte, so that it does not count as
+/// interrupted.
 fn first_bytes(path: &Path) -> Vec<u8> {
     let mut first = Vec::new();
     let read = File::open(path).and_then(|file| file.take(MAGIC_BYTES as u64).read_to_end(&mut first));
     if read.is_ok() { first } else { vec![u8::MAX] }
 }
 
-/// What redb says, told apart by what the caller can do about it.
-fn failed(file: &str, error: impl Into<redb::Error>) -> StateError {
+/// Converts an error of redb, so that the caller can distinguish a full disk.
+fn redb_error(file: &str, error: impl Into<redb::Error>) -> StateError {
     match error.into() {
         redb::Error::Io(e) if e.kind() == ErrorKind::StorageFull => {
             StateError::DiskFull { file: file.to_owned() }
@@ -169,13 +174,14 @@ fn failed(file: &str, error: impl Into<redb::Error>) -> StateError {
 }
 
 impl StateFile {
-    /// Opens or makes the file; `holder` is noted beside it, for whoever finds it held.
+    /// Opens or creates the file. Writes `holder` to a file next to it, for other processes that find the state file
+    /// locked.
     pub fn open(path: &Path, holder: &str) -> Result<StateFile, StateError> {
         let file = path.display().to_string();
         let create = || Builder::new().set_cache_size(CACHE_BYTES).create(path);
         let opened = match create() {
             Err(DatabaseError::Storage(_)) if never_finished(&first_bytes(path)) => {
-                // If it cannot be removed, the second try says why.
+                // If the file cannot be removed, the second attempt reports the error.
                 let _removed = std::fs::remove_file(path);
                 create()
             }
@@ -187,17 +193,17 @@ impl StateFile {
                     .unwrap_or_else(|_| "an unknown process".into());
                 StateError::Held { file: file.clone(), holder }
             }
-            e => failed(&file, e),
+            e => redb_error(&file, e),
         })?;
-        // Only a hint for people: failing to write it must not stop anything.
-        let _hint = std::fs::write(holder_file(path), holder);
+        // Only information for operators, so a failure is ignored.
+        let _written = std::fs::write(holder_file(path), holder);
         StateFile::with_database(file, database)
     }
 
-    /// Over a storage of the caller's, such as one that fails on purpose.
+    /// Opens a state file on a storage backend of the caller, such as a faulty one for tests.
     pub fn with_backend(name: &str, backend: impl StorageBackend) -> Result<StateFile, StateError> {
         let opened = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend);
-        let database = opened.map_err(|e| failed(name, e))?;
+        let database = opened.map_err(|e| redb_error(name, e))?;
         StateFile::with_database(name.to_owned(), database)
     }
 
@@ -225,15 +231,15 @@ impl StateFile {
         };
         let Some(bytes) = table.get(HEAD).map_err(|e| self.broken(e))? else { return Ok(None) };
         let head = serde_json::from_slice(bytes.value()).map_err(|e| self.broken(e))?;
-        serde_json::from_value(upgraded(head)).map(Some).map_err(|e| self.broken(e))
+        serde_json::from_value(upgrade_head(head)).map(Some).map_err(|e| self.broken(e))
     }
 
-    /// What it says of itself; `None`: nothing was committed.
+    /// The header; `None` if nothing was committed.
     pub fn head(&self) -> Option<&Head> {
         self.head.as_ref()
     }
 
-    /// What a start decision needs of it.
+    /// The facts for the start decision; `None` if nothing was committed.
     pub fn facts(&self) -> Option<StateFacts> {
         self.head.as_ref().map(|h| StateFacts {
             position: h.position,
@@ -242,7 +248,7 @@ impl StateFile {
         })
     }
 
-    /// Puts the stored hot panes and seen keys into `panes`.
+    /// Loads the stored hot panes and seen keys into `panes`. Does nothing if nothing was committed.
     pub fn restore(&self, panes: &mut Panes) -> Result<(), StateError> {
         let Some(head) = &self.head else { return Ok(()) };
         panes.hot_from = head.hot_from;
@@ -265,11 +271,11 @@ impl StateFile {
         Ok(())
     }
 
-    /// Reads everything, checksums first; gives the number of hot panes and of seen keys.
+    /// Verifies the checksums and reads everything. Returns the number of hot panes and of seen keys.
     pub fn check(&mut self, shape: &PaneShape) -> Result<(usize, usize), StateError> {
         let intact = self.database.check_integrity();
         if !intact.map_err(|e| self.broken(e))? {
-            return Err(self.broken("its checksums were wrong and it was repaired from its last good commit"));
+            return Err(self.broken("checksums were wrong; the file was repaired to its last valid commit"));
         }
         let read = self.database.begin_read().map_err(|e| self.broken(e))?;
         let (mut panes, mut keys) = (0, 0);
@@ -288,7 +294,7 @@ impl StateFile {
         Ok((panes, keys))
     }
 
-    /// Replaces everything stored before with `head`.
+    /// Discards the stored state and stores `head`.
     pub fn reset(&mut self, head: Head) -> Result<(), StateError> {
         let write = self.begin()?;
         let done = (|| {
@@ -298,34 +304,34 @@ impl StateFile {
             write.open_table(SEEN)?;
             put_head(&write, &head)
         })();
-        done.map_err(|e| failed(&self.file, e))?;
-        write.commit().map_err(|e| failed(&self.file, e))?;
+        done.map_err(|e| redb_error(&self.file, e))?;
+        write.commit().map_err(|e| redb_error(&self.file, e))?;
         self.head = Some(head);
         Ok(())
     }
 
-    /// Commits one batch: one transaction, synced to the disk. A failure is final.
+    /// Commits one batch in one transaction, synced to the disk. After an error the file must be reopened.
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<(), StateError> {
         let Some(head) = &self.head else { return Err(self.broken("commit before reset")) };
         let panes = &commit.partition.panes;
         let (hot_from, position) = (panes.hot_from, commit.partition.position);
         let head = Head { format: FORMAT, hot_from, position, ..head.clone() };
         let write = self.begin()?;
-        write_batch(&write, &head, commit).map_err(|e| failed(&self.file, e))?;
-        write.commit().map_err(|e| failed(&self.file, e))?;
+        write_batch(&write, &head, commit).map_err(|e| redb_error(&self.file, e))?;
+        write.commit().map_err(|e| redb_error(&self.file, e))?;
         self.head = Some(head);
         Ok(())
     }
 
     fn begin(&self) -> Result<redb::WriteTransaction, StateError> {
-        let mut write = self.database.begin_write().map_err(|e| failed(&self.file, e))?;
+        let mut write = self.database.begin_write().map_err(|e| redb_error(&self.file, e))?;
         write.set_two_phase_commit(true);
         Ok(write)
     }
 }
 
-/// A head as an earlier format wrote it, in today's form.
-fn upgraded(mut head: serde_json::Value) -> serde_json::Value {
+/// Converts a header of format 1 to the current format.
+fn upgrade_head(mut head: serde_json::Value) -> serde_json::Value {
     if head["format"] == 1
         && let Some(position) = head["position"].as_object_mut()
         && let (Some(fingerprint), Some(next_offset)) =

@@ -1,5 +1,5 @@
-//! What the worker needs of the database, as a trait, so that the loop runs on fakes too. Everything written is idempotent:
-//! absolute values under stamps that come from the log.
+//! The database interface of the worker, as a trait, so that the worker also runs on fakes. All writes are idempotent:
+//! they write absolute values with stamps derived from the log.
 
 pub mod cassandra;
 pub mod in_flight;
@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::ops::Range;
 
-/// How long each step of a batch took, for the `batches` table and the metrics.
+/// Duration of each step of a batch, for the `batches` table and the metrics.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StepTimes {
     /// Decoding, in seconds.
@@ -38,47 +38,49 @@ pub struct StepTimes {
 /// One finished batch.
 #[derive(Debug, Clone, Copy)]
 pub struct BatchRecord {
-    /// First offset.
+    /// First offset of the batch.
     pub first_offset: i64,
-    /// Rows written.
+    /// Number of event rows written.
     pub rows: usize,
-    /// Time per step.
+    /// Duration of each step.
     pub times: StepTimes,
 }
 
-/// What a worker takes for granted of Cassandra since it opened its partition.
+/// What a worker assumes about Cassandra since it opened its partition. Writes are refused once it is no longer true.
 #[derive(Debug, Clone, Copy)]
 pub struct Assumed {
-    /// The progress row notes that everything below is written; `None`: it does not.
+    /// Least `written_to` that the progress row must have; `None` if it had none.
     pub noted: Option<i64>,
-    /// How many outages were over before anything of the partition was read.
+    /// Number of past outages when the partition was read.
     pub outages: u64,
 }
 
-/// Cassandra, or a fake of it. Every call is retried until Cassandra acknowledges it, refuses it for good, or shutdown begins.
+/// Cassandra, or a fake of it. A call is retried until Cassandra acknowledges it, rejects it permanently, or the call
+/// is aborted by shutdown.
 pub trait Store: Send + Sync {
-    /// The stored offset of each event named in `groups`, as `(event number, offset)`; absent: no row.
+    /// Returns the stored offset of each event in `groups`, as `(event number, offset)`. Events without a row are
+    /// absent.
     fn look_up(
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
     ) -> impl Future<Output = Result<Vec<(u32, i64)>, ProcessorError>> + Send;
 
-    /// The panes with these starts of one Kafka partition, as stored; every asked one is in the answer, empty where absent.
+    /// Loads the panes of one Kafka partition with these starts. A pane that is not stored is returned empty.
     fn load_panes(
         &self,
         partition: i32,
         starts: &BTreeSet<i64>,
     ) -> impl Future<Output = Result<BTreeMap<i64, Pane>, ProcessorError>> + Send;
 
-    /// Writes event rows, each with its event time as stamp.
+    /// Writes event rows. The stamp of a row is its event time.
     fn write_rows(
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
-    /// Writes pane rows with `next_offset` as stamp; their values are in `panes`.
+    /// Writes the pane rows in `groups` with `next_offset` as stamp. Their values come from `panes`.
     fn write_panes(
         &self,
         partition: i32,
@@ -87,24 +89,24 @@ pub trait Store: Send + Sync {
         panes: &Panes,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
-    /// A partition's progress row.
+    /// Reads a partition's progress row.
     fn progress(
         &self,
         partition: i32,
     ) -> impl Future<Output = Result<Option<Progress>, ProcessorError>> + Send;
 
-    /// How many outages of Cassandra are over. A snapshot is restored only during one.
+    /// Number of outages of Cassandra that have ended. A snapshot can be restored only during an outage.
     fn outages(&self) -> u64;
 
-    /// Fails with [`ProcessorError::Reopen`] if something is no longer as `assumed`: an older snapshot may have been restored, and
-    /// what was read before the call is worthless.
+    /// Fails with [`ProcessorError::Reopen`] if `assumed` is no longer true. Then an older snapshot may have been
+    /// restored, and everything read before the call must be discarded.
     fn confirm(
         &self,
         partition: i32,
         assumed: Assumed,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
-    /// Notes in the progress row that everything below `written_to` is written, if everything is still as `assumed`.
+    /// Sets `written_to` in the progress row: everything below it is written. Fails like [`Store::confirm`].
     fn note_written(
         &self,
         partition: i32,
@@ -112,14 +114,14 @@ pub trait Store: Send + Sync {
         assumed: Assumed,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 
-    /// The ranges of offsets that an operator wants skipped in a partition.
+    /// Reads the offset ranges of a partition to skip, as requested by operators.
     fn skips(&self, partition: i32) -> impl Future<Output = Result<Vec<Range<i64>>, ProcessorError>> + Send;
 
-    /// Up to which offset an operator accepted poison beyond the limits; 0: not at all.
+    /// Reads the offset below which an operator accepted undecodable records above the limits; 0 if none.
     fn accepted_up_to(&self, partition: i32) -> impl Future<Output = Result<i64, ProcessorError>> + Send;
 
-    /// Publishes a committed position: progress row, running totals, and how long the batch took. Only if everything
-    /// is still as `assumed`.
+    /// Publishes a committed position: the progress row and, with `batch`, the running totals and the step times. Fails
+    /// like [`Store::confirm`].
     fn publish(
         &self,
         partition: i32,
@@ -129,8 +131,8 @@ pub trait Store: Send + Sync {
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 }
 
-/// Where poison goes. Acknowledged when the call returns.
+/// Destination of undecodable records.
 pub trait DeadLetters: Send + Sync {
-    /// Sends every poison record of `chunk`.
+    /// Sends every undecodable record of `chunk`. All are acknowledged when this returns.
     fn send(&self, partition: i32, chunk: &Chunk) -> impl Future<Output = Result<(), ProcessorError>> + Send;
 }

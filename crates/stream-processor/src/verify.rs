@@ -1,9 +1,10 @@
-//! Recomputes panes and totals from the event rows and compares them with what is stored, in bounded memory and a time that grows
-//! with the rows: both tables are read in the order of time, and one pane is held at a time. Works beside a running
-//! processor: each pane row is compared with the event rows below its own `upto`.
+//! Recomputes panes and totals from the event rows and compares them with the stored ones. Both tables are read in time
+//! order and one pane is held at a time, so memory is bounded and the duration is linear in the number of rows.
+//! Verification can run beside a processor, because each pane row is compared only with the event rows below its
+//! `upto`.
 //!
-//! [`Verifier`] is what a service calls, partition by partition; [`command`] is `stream-processor verify`. `compare` says what
-//! a difference is, `rows` reads Cassandra, `log` compares with Kafka's log, and `rebuild` rewrites panes.
+//! [`Verifier`] works one partition at a time, and [`command`] is `stream-processor verify`. `compare` defines the
+//! differences, `rows` reads Cassandra, `log` compares with the Kafka log, and `rebuild` rewrites panes.
 
 pub mod command;
 mod compare;
@@ -26,22 +27,22 @@ use scylla::client::session::Session;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Differences kept in words; the rest is only counted.
-const SHOWN_MOST: usize = 50;
+/// Maximum number of differences that are described. Further ones are only counted.
+const MAX_SHOWN: usize = 50;
 
-/// Where a stream is.
+/// The servers and names from which a stream is read.
 pub struct Sources {
-    /// Session.
+    /// Session for reading rows.
     pub session: Arc<Session>,
-    /// Keyspace.
+    /// Keyspace of the stream's tables.
     pub keyspace: String,
-    /// Definition.
+    /// Definition of the stream.
     pub definition: Definition,
-    /// Kafka, for the log.
+    /// Kafka bootstrap servers, for reading the log.
     pub brokers: String,
     /// Events topic.
     pub topic: String,
-    /// Store, for progress rows and for writing rebuilt panes.
+    /// Store for reading progress rows and writing rebuilt panes.
     pub store: CassandraStore,
 }
 
@@ -50,51 +51,51 @@ pub struct Verifier {
     sources: Sources,
     reader: Reader,
     shape: PaneShape,
-    /// Bytes that the event rows of one pane, or the keys of one pass over the log, may take.
+    /// Maximum bytes for the event rows of one pane, or for the keys of one pass over the log.
     memory_bytes: usize,
 }
 
-/// Differences between what is stored and what it was made from.
+/// Differences between the stored values and the values recomputed from their source.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Differences {
-    /// How many there are.
+    /// Number of all differences.
     pub count: u64,
-    /// The first of them in words.
+    /// Descriptions of the first ones.
     pub shown: Vec<String>,
 }
 
 impl Differences {
     fn note(&mut self, line: impl FnOnce() -> String) {
         self.count += 1;
-        if self.shown.len() < SHOWN_MOST {
+        if self.shown.len() < MAX_SHOWN {
             self.shown.push(line());
         }
     }
 }
 
-/// The result of verifying one partition or several.
+/// The result of verifying one or more partitions.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Outcome {
-    /// Event rows read.
+    /// Number of event rows read.
     pub rows: u64,
-    /// Rows of panes compared or rebuilt.
+    /// Number of pane rows compared or rebuilt.
     pub pane_rows: u64,
-    /// Span of the panes compared, in Unix milliseconds; `None`: no pane was.
+    /// Start of the first and end of the last compared pane, in Unix milliseconds. `None` if no pane was compared.
     pub covered: Option<(i64, i64)>,
-    /// Panes that could not be compared, because event rows of them may have expired.
+    /// Number of panes that were not compared, because some of their event rows may have expired.
     pub expired_panes: u64,
-    /// Partitions whose total could not be compared, because some of their event rows may have expired. That the table
-    /// holds no more events than were counted is checked all the same.
+    /// Number of partitions whose total was only checked as an upper bound of the rows, because some event rows may
+    /// have expired.
     pub expired_totals: u64,
-    /// Panes of more event rows than memory may hold, read in several parts.
+    /// Number of panes read in several parts, because their event rows exceed the memory bound.
     pub panes_in_parts: u64,
-    /// Records of Kafka's log compared.
+    /// Number of records of the Kafka log compared.
     pub records: u64,
-    /// Records of Kafka's log that could not be compared, because the row of each may have expired.
+    /// Number of records of the Kafka log that were not compared, because their rows may have expired.
     pub expired_records: u64,
-    /// Times that the log and its rows were read, so that memory holds the keys of one pass.
+    /// Number of passes over the log and its rows. Memory holds the keys of one pass at a time.
     pub log_passes: u64,
-    /// What differs.
+    /// The differences found.
     pub differences: Differences,
 }
 
@@ -114,7 +115,7 @@ impl Outcome {
         self.expired_records += other.expired_records;
         self.log_passes += other.log_passes;
         self.differences.count += other.differences.count;
-        let room = SHOWN_MOST.saturating_sub(self.differences.shown.len());
+        let room = MAX_SHOWN.saturating_sub(self.differences.shown.len());
         self.differences.shown.extend(other.differences.shown.into_iter().take(room));
     }
 
@@ -124,9 +125,9 @@ impl Outcome {
     }
 }
 
-/// A span of event times within one bucket of one Kafka partition, in Unix milliseconds.
+/// A range of event times within one bucket of one Kafka partition, in Unix milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stretch {
+struct Span {
     partition: i32,
     /// Start of the bucket.
     bucket: i64,
@@ -134,13 +135,13 @@ struct Stretch {
     to_ms: i64,
 }
 
-/// Where a partition stands, and the stretches of time that hold anything of it.
-pub struct Standing {
+/// What to verify of a partition: its position, and the spans of time that have event rows or pane rows.
+pub struct Scope {
     partition: i32,
     position: Position,
-    stretches: Vec<Stretch>,
-    /// Whether the stretches are all there are.
-    whole: bool,
+    spans: Vec<Span>,
+    /// Whether the spans cover all event times. Totals can only be compared then.
+    is_complete: bool,
 }
 
 fn failed(cause: impl std::fmt::Display) -> ProcessorError {
@@ -151,13 +152,13 @@ fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
 }
 
-/// Unix milliseconds as people read them.
-fn spelled(ms: i64) -> String {
+/// Formats Unix milliseconds as RFC 3339.
+fn rfc3339(ms: i64) -> String {
     DateTime::from_timestamp_millis(ms).unwrap_or_default().to_rfc3339_opts(SecondsFormat::AutoSi, true)
 }
 
 impl Verifier {
-    /// Prepares the reads. `memory_bytes` bounds the event rows or keys held at once.
+    /// Prepares the statements. `memory_bytes` bounds the event rows or keys held in memory.
     pub async fn new(sources: Sources, memory_bytes: usize) -> Result<Verifier, ProcessorError> {
         let session = Arc::clone(&sources.session);
         let reader = Reader::new(session, &sources.keyspace, &sources.definition).await?;
@@ -165,66 +166,64 @@ impl Verifier {
         Ok(Verifier { sources, reader, shape, memory_bytes })
     }
 
-    /// Where each of `partitions` stands, over all event times or over those of `span` (Unix milliseconds, widened to whole
-    /// panes). Positions are read before the buckets, so the rows of all events below a position are in them.
-    pub async fn standings(
+    /// Determines what to verify of each of `partitions`: all event times, or those in `times` (Unix milliseconds,
+    /// extended to whole panes). Positions are read before the buckets, so the buckets contain the rows of all events
+    /// below a position.
+    pub async fn scopes(
         &self,
         partitions: impl Iterator<Item = i32>,
-        span: Option<Range<i64>>,
-    ) -> Result<Vec<Standing>, ProcessorError> {
-        let mut standings = Vec::new();
+        times: Option<Range<i64>>,
+    ) -> Result<Vec<Scope>, ProcessorError> {
+        let mut scopes = Vec::new();
         for partition in partitions {
             let progress = self.sources.store.progress(partition).await?;
             let position = progress.map(|progress| progress.position).unwrap_or_default();
-            standings.push(Standing { partition, position, stretches: Vec::new(), whole: span.is_none() });
+            scopes.push(Scope { partition, position, spans: Vec::new(), is_complete: times.is_none() });
         }
         let mut buckets = self.reader.buckets().await?;
         let definition = &self.sources.definition;
         let (pane_ms, bucket_ms) = (definition.windows.pane_ms, definition.store.bucket.millis());
-        let (from, to) = span.map_or((i64::MIN, i64::MAX), |span| {
-            let last = floor_to(span.end.saturating_sub(1), pane_ms);
-            (floor_to(span.start, pane_ms), last.saturating_add(pane_ms))
+        let (from, to) = times.map_or((i64::MIN, i64::MAX), |times| {
+            let last = floor_to(times.end.saturating_sub(1), pane_ms);
+            (floor_to(times.start, pane_ms), last.saturating_add(pane_ms))
         });
-        for standing in &mut standings {
-            let partition = standing.partition;
+        for scope in &mut scopes {
+            let partition = scope.partition;
             let clipped = buckets.remove(&partition).unwrap_or_default().into_iter().map(|bucket| {
                 let (from_ms, to_ms) = (bucket.max(from), bucket.saturating_add(bucket_ms).min(to));
-                Stretch { partition, bucket, from_ms, to_ms }
+                Span { partition, bucket, from_ms, to_ms }
             });
-            standing.stretches = clipped.filter(|stretch| stretch.from_ms < stretch.to_ms).collect();
+            scope.spans = clipped.filter(|span| span.from_ms < span.to_ms).collect();
         }
-        Ok(standings)
+        Ok(scopes)
     }
 
-    /// Compares the stored panes of one partition with its event rows, and the total where the standing is that of all times.
-    pub async fn compare(
-        &self,
-        standing: &Standing,
-        progress: &ProgressBar,
-    ) -> Result<Outcome, ProcessorError> {
+    /// Compares the stored panes of one partition with its event rows. Also compares the total if the scope covers all
+    /// event times.
+    pub async fn compare(&self, scope: &Scope, progress: &ProgressBar) -> Result<Outcome, ProcessorError> {
         let mut outcome = Outcome::default();
         let mut counted = 0;
-        begin(progress, standing.partition, "panes", standing.stretches.len() as u64);
-        for stretch in &standing.stretches {
-            counted += self.compare_stretch(stretch, standing.position.next_offset, &mut outcome).await?;
+        start_progress(progress, scope.partition, "panes", scope.spans.len() as u64);
+        for span in &scope.spans {
+            counted += self.compare_span(span, scope.position.next_offset, &mut outcome).await?;
             progress.inc(1);
         }
-        if standing.whole {
-            self.compare_total(standing, counted, &mut outcome).await?;
+        if scope.is_complete {
+            self.compare_total(scope, counted, &mut outcome).await?;
         }
         Ok(outcome)
     }
 
-    /// Returns how many event rows lie below `next_offset`.
-    async fn compare_stretch(
+    /// Compares the panes of one span. Returns the number of event rows below `next_offset`.
+    async fn compare_span(
         &self,
-        stretch: &Stretch,
+        span: &Span,
         next_offset: i64,
         outcome: &mut Outcome,
     ) -> Result<i64, ProcessorError> {
         let (ttl_ms, pane_ms) = (self.ttl_ms(), self.sources.definition.windows.pane_ms);
-        let mut panes = self.reader.panes(stretch).await?;
-        let mut events = self.reader.events(stretch).await?;
+        let mut panes = self.reader.panes(span).await?;
+        let mut events = self.reader.events(span).await?;
         let mut counted = 0;
         while let Some(start) = [panes.next_start(), events.next_start()].into_iter().flatten().min() {
             let stored = panes.take(start).await?;
@@ -248,39 +247,40 @@ impl Verifier {
             if rest.is_none() && differences(&self.shape, &stored, &expected).is_empty() {
                 continue;
             }
-            for line in self.compare_again(stretch, start, next_offset).await? {
-                let at = spelled(start);
-                outcome.differences.note(|| format!("partition {}, pane {at}: {line}", stretch.partition));
+            for line in self.compare_again(span, start, next_offset).await? {
+                let at = rfc3339(start);
+                outcome.differences.note(|| format!("partition {}, pane {at}: {line}", span.partition));
             }
         }
         Ok(counted)
     }
 
-    /// Compares one pane by itself. Its stored rows are read first: what a running processor adds afterwards lies above
-    /// their `upto`, while the pages of a whole stretch may be older than the pane rows beside them.
+    /// Compares one pane again, with fresh reads. The stored rows are read first, so all events that a running
+    /// processor adds afterwards are above their `upto`. Pages of event rows of a whole span may be older than the pane
+    /// rows.
     async fn compare_again(
         &self,
-        stretch: &Stretch,
+        span: &Span,
         start: i64,
         next_offset: i64,
     ) -> Result<Vec<String>, ProcessorError> {
-        let mut stored = self.sources.store.load_panes(stretch.partition, &[start].into()).await?;
+        let mut stored = self.sources.store.load_panes(span.partition, &[start].into()).await?;
         let stored = stored.remove(&start).unwrap_or_else(|| Pane::empty(&self.shape));
         let limits = limits(&self.shape, &stored, next_offset);
-        let expected = self.read_pane(stretch, start, &limits).await?;
+        let expected = self.read_pane(span, start, &limits).await?;
         Ok(differences(&self.shape, &stored, &expected))
     }
 
-    /// What the event rows of one pane say. A pane of more rows than memory may hold is read once for each part of them, in
-    /// the order of the log: sums of floats depend on it.
-    async fn read_pane(&self, stretch: &Stretch, start: i64, limits: &[i64]) -> Result<Pane, ProcessorError> {
+    /// Recomputes one pane from its event rows. If they exceed the memory bound, they are read once for each part.
+    /// Parts are in log order, because the order affects floating-point sums.
+    async fn read_pane(&self, span: &Span, start: i64, limits: &[i64]) -> Result<Pane, ProcessorError> {
         let to_ms = start.saturating_add(self.sources.definition.windows.pane_ms);
-        let stretch = Stretch { from_ms: start, to_ms, ..*stretch };
+        let span = Span { from_ms: start, to_ms, ..*span };
         let mut expected = Pane::empty(&self.shape);
         let mut from = Some(i64::MIN);
         while let Some(offset) = from {
             let mut lowest = self.lowest(offset);
-            self.reader.events(&stretch).await?.take(start, |row| lowest.push(row)).await?;
+            self.reader.events(&span).await?.take(start, |row| lowest.push(row)).await?;
             let (rows, rest) = lowest.into_rows();
             fold(&self.shape, &mut expected, limits, &rows);
             from = rest;
@@ -290,19 +290,20 @@ impl Verifier {
 
     async fn compare_total(
         &self,
-        standing: &Standing,
+        scope: &Scope,
         counted: i64,
         outcome: &mut Outcome,
     ) -> Result<(), ProcessorError> {
         let created_at = self.reader.created_at().await?.unwrap_or(0);
         let expired = may_have_expired(created_at, self.ttl_ms(), now_ms());
         outcome.expired_totals += u64::from(expired);
-        let (events, next_offset) = (standing.position.totals.events, standing.position.next_offset);
+        let (events, next_offset) = (scope.position.totals.events, scope.position.next_offset);
         if counted > events || (counted < events && !expired) {
             outcome.differences.note(|| {
                 format!(
-                    "partition {}: the progress row counts {events} events below offset {next_offset}, the table holds {counted}",
-                    standing.partition
+                    "partition {}: the progress row counts {events} events below offset {next_offset}, \
+                     the table has {counted}",
+                    scope.partition
                 )
             });
         }
@@ -315,12 +316,13 @@ impl Verifier {
 
     fn lowest(&self, from: i64) -> Lowest {
         let row = EventRow::bytes(self.sources.definition.windows.measures.len());
-        // Twice as many are held while more come in.
+        // `Lowest` holds up to twice its capacity while it reads.
         Lowest::new(from, self.memory_bytes / (2 * row))
     }
 }
 
-fn begin(progress: &ProgressBar, partition: i32, what: &str, steps: u64) {
+/// Resets the progress bar for the next step of a partition.
+fn start_progress(progress: &ProgressBar, partition: i32, what: &str, steps: u64) {
     progress.reset();
     progress.set_length(steps);
     progress.set_message(format!("partition {partition}, {what}"));

@@ -1,4 +1,5 @@
-//! Panes (tumbling windows of the smallest size), what is kept of them in memory, and how copies are recognised. Pure.
+//! Panes, which are tumbling windows of the smallest size, their state in memory, and the filters that detect copies.
+//! Pure.
 
 pub mod filter;
 pub mod hot;

@@ -1,9 +1,9 @@
-//! One partition's loop, and the one file that orders the processor's effects:
+//! The processing loop of one partition, and the only file that orders the processor's effects:
 //!
-//! look up → apply → write rows and dead letters → write panes → note how far → commit → publish.
+//! look up → apply → write rows and dead letters → write panes → note `written_to` → commit → publish.
 //!
-//! Every write is acknowledged before the commit, and nothing is published before it. The steps before the commit only
-//! change memory that dies with an error, and write what a repetition would write again.
+//! Every write is acknowledged before the commit, and nothing is published before the commit. The steps before the
+//! commit change only memory that an error discards, and perform only writes that a retry repeats identically.
 
 use crate::chunk::Chunk;
 use crate::error::ProcessorError;
@@ -25,54 +25,55 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// How often a paused partition asks whether its poison was accepted.
+/// Poll interval of a paused partition, to see whether an operator has accepted its undecodable records.
 const ACCEPTED_POLL: Duration = Duration::from_millis(500);
 
-/// What a fetcher hands to its worker.
+/// What a fetch thread sends to its worker.
 #[derive(Debug)]
 pub enum Fetched {
-    /// The next stretch of the log.
+    /// The next records of the log.
     Chunk(Box<Chunk>),
-    /// There has been nothing to fetch for a while.
+    /// No record has arrived for a while.
     Quiet,
 }
 
-/// Decoded chunks on their way to a worker; at most one waits.
+/// The channel from a fetch thread to its worker. Holds at most one chunk.
 pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
 
-/// Everything one partition's loop needs.
+/// The processing loop of one partition.
 pub struct Worker<S, D, C = StateFile> {
     /// Kafka partition.
     pub id: i32,
-    /// Span of the event table's partitions.
+    /// Time span of one Cassandra partition of the event and pane tables.
     pub bucket: Bucket,
     /// The checkpoint.
     pub state: C,
-    /// Where the partition stands.
+    /// State in memory.
     pub partition: Partition,
-    /// What Cassandra must still hold.
+    /// What Cassandra must still hold for writes to be valid.
     pub assumed: Assumed,
-    /// Cassandra.
+    /// Store in Cassandra.
     pub store: Arc<S>,
     /// The dead-letter topic.
     pub dead_letters: Arc<D>,
-    /// How much poison pauses the partition.
+    /// How many undecodable records pause the partition.
     pub limits: PoisonLimits,
-    /// Readiness: a paused partition is not ready.
+    /// Readiness. A paused partition is not ready.
     pub health: Arc<Health>,
-    /// What this instance holds, as it tells the others.
+    /// Partitions that this instance announces to hold.
     pub holdings: Holdings,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Follows the committed next offset, for the consumer group's own offset.
+    /// The committed next offset, read by the group's thread.
     pub committed: Arc<AtomicI64>,
 }
 
 impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
-    /// Takes chunks until `stop`, the end of `chunks` or an error. What was committed before is always published.
+    /// Processes chunks until `stop` is cancelled, `chunks` ends or an error occurs. Waits for the publish of the last
+    /// commit before it returns.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
-        // What was committed last may not have been published; a new state shows itself before its first batch.
-        if !self.replays() {
+        // The last commit may not have been published, and a new state must be published before its first batch.
+        if !self.is_replaying() {
             self.store.publish(self.id, &self.partition.position, self.assumed, None).await?;
         }
         self.assumed.noted = self.assumed.noted.max(Some(self.partition.position.next_offset));
@@ -85,7 +86,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
                 () = stop.cancelled() => break Ok(()),
                 chunk = chunks.recv() => chunk,
             };
-            // A partition that is paused by poison is held back.
+            // Waiting here counts as backpressured: the partition may be paused, or Cassandra may not answer.
             clock.enter(StageState::Backpressured);
             let batch = match chunk {
                 None => break Ok(()),
@@ -108,17 +109,17 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
                 Err(e) => break Err(e),
             };
             clock.enter(StageState::Backpressured);
-            if let Err(e) = finish(publishing.take()).await {
+            if let Err(e) = join_publish(publishing.take()).await {
                 break Err(e);
             }
             publishing = Some(self.publish(batch));
         };
-        let published = finish(publishing).await;
+        let published = join_publish(publishing).await;
         ended.and(published)
     }
 
-    /// Counts the chunk's poison against the limits. Over them, waits until an operator accepts it; returns `false` if `stop`
-    /// was cancelled first.
+    /// Counts the chunk's undecodable records against the limits. Above a limit, waits until an operator accepts them.
+    /// Returns `false` if `stop` was cancelled first.
     async fn admit(&mut self, chunk: &Chunk, stop: &CancellationToken) -> Result<bool, ProcessorError> {
         let counts = self.partition.position.poison;
         if let Ok(counts) = counts.after(chunk, self.id, &self.limits, 0) {
@@ -147,15 +148,15 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         }
     }
 
-    /// One batch up to and including its commit.
+    /// Processes one batch, up to and including its commit.
     async fn batch(&mut self, chunk: &Chunk) -> Result<BatchRecord, ProcessorError> {
         let mut times = StepTimes { decode: chunk.decode_us as f64 / 1e6, ..StepTimes::default() };
         fail_point!("before_look_up");
-        let (asked, found) = timed(&mut times.lookup, self.look_up(chunk)).await?;
+        let (looked_up, found) = timed(&mut times.lookup, self.look_up(chunk)).await?;
         fail_point!("before_apply");
         let before = self.partition.position;
         let started = Instant::now();
-        let applied = self.partition.apply(chunk, &asked, &found)?;
+        let applied = self.partition.apply(chunk, &looked_up, &found)?;
         times.apply = started.elapsed().as_secs_f64();
         timed(&mut times.write, self.write(chunk, &applied)).await?;
         let dropped = self.partition.advance();
@@ -167,11 +168,12 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         self.state.commit(&commit).map_err(|e| ProcessorError::Fatal(e.to_string()))?;
         times.commit = started.elapsed().as_secs_f64();
         fail_point!("before_publish");
-        self.show(chunk, &before, &applied, &times);
+        self.record_metrics(chunk, &before, &applied, &times);
         Ok(BatchRecord { first_offset: chunk.first_offset, rows: applied.rows.len(), times })
     }
 
-    /// Asks what the chunk needs to know; the last write is acknowledged.
+    /// Reads what must be known before the chunk is applied: the numbers of the events that were looked up, and their
+    /// stored offsets. All earlier writes are acknowledged at this point.
     async fn look_up(&mut self, chunk: &Chunk) -> Result<(Vec<u32>, Vec<Option<i64>>), ProcessorError> {
         let questions = self.partition.questions(chunk);
         if questions.keys.is_empty() {
@@ -182,7 +184,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
             self.store.look_up(chunk, &groups),
             self.store.load_panes(self.id, &questions.panes)
         )?;
-        // Answers from an older snapshot would be written into panes as if they were complete.
+        // If the answers came from an older snapshot, the panes would be incomplete.
         self.store.confirm(self.id, self.assumed).await?;
         for (start, pane) in panes {
             self.partition.panes.put_cold(start, pane);
@@ -196,7 +198,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         Ok((questions.keys, found))
     }
 
-    /// Rows and dead letters, then panes, then the note that they are written: all acknowledged when it returns.
+    /// Writes rows and dead letters, then panes, then `written_to`. All writes are acknowledged when this returns.
     async fn write(&mut self, chunk: &Chunk, applied: &Applied) -> Result<(), ProcessorError> {
         fail_point!("before_rows");
         let rows = group_events(chunk, &applied.rows, self.bucket);
@@ -209,8 +211,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         self.note_written().await
     }
 
-    /// Notes in Cassandra that everything up to here is written. The commit comes after it, so a state file that is ahead of the
-    /// note proves that Cassandra lost history. A replay is behind the note until it has caught up.
+    /// Notes the next offset as `written_to` in Cassandra. This happens before the commit, so a state file ahead of
+    /// `written_to` proves that Cassandra lost history. A replay is behind `written_to` until it has caught up.
     async fn note_written(&mut self) -> Result<(), ProcessorError> {
         fail_point!("before_note");
         let written_to = self.partition.position.next_offset;
@@ -219,8 +221,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         Ok(())
     }
 
-    /// Metrics of a committed batch.
-    fn show(&self, chunk: &Chunk, before: &Position, applied: &Applied, times: &StepTimes) {
+    /// Records the metrics of a committed batch.
+    fn record_metrics(&self, chunk: &Chunk, before: &Position, applied: &Applied, times: &StepTimes) {
         let position = &self.partition.position;
         self.committed.store(position.next_offset, Ordering::Release);
         self.metrics.committed(self.id, &before.totals, &position.totals, position.next_offset);
@@ -236,35 +238,39 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         }
     }
 
-    /// Whether a replay has not caught up. Meanwhile nothing is published: below `count_from` the totals are those of a later
-    /// offset.
-    fn replays(&self) -> bool {
+    /// Whether a replay has not caught up yet. Nothing is published until then, because below `count_from` the totals
+    /// belong to a later offset.
+    fn is_replaying(&self) -> bool {
         let position = &self.partition.position;
         position.next_offset < position.count_from
     }
 
-    /// Publishes in the background: it may fall behind the commit by one batch, and never runs ahead of it.
+    /// Publishes in the background. A publish may be one batch behind the commit and is never ahead of it.
     fn publish(&self, batch: BatchRecord) -> JoinHandle<Result<(), ProcessorError>> {
         let (store, id) = (Arc::clone(&self.store), self.id);
         let (position, assumed) = (self.partition.position, self.assumed);
-        let replays = self.replays();
+        let is_replaying = self.is_replaying();
         tokio::spawn(async move {
             fail_point!("in_publish");
-            if replays { Ok(()) } else { store.publish(id, &position, assumed, Some(&batch)).await }
+            if is_replaying { Ok(()) } else { store.publish(id, &position, assumed, Some(&batch)).await }
         })
     }
 }
 
-async fn finish(publishing: Option<JoinHandle<Result<(), ProcessorError>>>) -> Result<(), ProcessorError> {
+async fn join_publish(
+    publishing: Option<JoinHandle<Result<(), ProcessorError>>>,
+) -> Result<(), ProcessorError> {
     match publishing {
         None => Ok(()),
-        Some(task) => task.await.unwrap_or_else(|e| Err(ProcessorError::Fatal(format!("publishing: {e}")))),
+        Some(task) => {
+            task.await.unwrap_or_else(|e| Err(ProcessorError::Fatal(format!("the publish task failed: {e}"))))
+        }
     }
 }
 
 async fn timed<T>(seconds: &mut f64, work: impl Future<Output = T>) -> T {
     let started = Instant::now();
-    let done = work.await;
+    let output = work.await;
     *seconds = started.elapsed().as_secs_f64();
-    done
+    output
 }

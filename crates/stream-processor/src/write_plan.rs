@@ -1,31 +1,31 @@
-//! Which rows go into which statement: one Cassandra partition each, bounded in rows and bytes. Pure.
+//! Assigns rows to statements. Each statement writes to one Cassandra partition and is bounded in rows and bytes. Pure.
 
 use crate::chunk::Chunk;
 use common::event::Bucket;
 use common::schema::{MAX_BATCH_BYTES, MAX_BATCH_ROWS};
 use std::collections::{BTreeMap, HashMap};
 
-/// Rows of one Cassandra partition of the event table, or keys to look up in it.
+/// Events that share one Cassandra partition of the event table, either to write or to look up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventGroup {
     /// Start of the bucket in Unix milliseconds.
     pub bucket: i64,
-    /// Shard.
+    /// Shard within the bucket.
     pub shard: i32,
-    /// Numbers of the chunk's events.
+    /// Indexes of the chunk's events.
     pub events: Vec<u32>,
 }
 
-/// Rows of one Cassandra partition of the pane table.
+/// Pane rows that share one Cassandra partition of the pane table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PaneGroup {
     /// Start of the bucket in Unix milliseconds.
     pub bucket: i64,
-    /// `(pane start, row number)`.
+    /// Pane start in Unix milliseconds and row index of each row.
     pub rows: Vec<(i64, usize)>,
 }
 
-/// Groups events by their Cassandra partition, then cuts each group to statements.
+/// Groups events by Cassandra partition and splits each group into statements.
 pub fn group_events(chunk: &Chunk, events: &[u32], bucket: Bucket) -> Vec<EventGroup> {
     let mut index: HashMap<(i64, i32), usize, foldhash::fast::FixedState> = HashMap::default();
     let mut groups: Vec<(EventGroup, usize)> = Vec::new();
@@ -52,15 +52,15 @@ pub fn group_events(chunk: &Chunk, events: &[u32], bucket: Bucket) -> Vec<EventG
     full
 }
 
-/// Groups pane rows of `row_bytes` bytes each by their Cassandra partition, then cuts each group to statements.
+/// Groups pane rows by Cassandra partition and splits each group into statements. `row_bytes` is the size of one row.
 pub fn group_panes(panes: &BTreeMap<i64, Vec<usize>>, bucket: Bucket, row_bytes: usize) -> Vec<PaneGroup> {
-    let most = (MAX_BATCH_BYTES / row_bytes.max(1)).clamp(1, MAX_BATCH_ROWS);
+    let max_rows = (MAX_BATCH_BYTES / row_bytes.max(1)).clamp(1, MAX_BATCH_ROWS);
     let mut groups: Vec<PaneGroup> = Vec::new();
     for (start, rows) in panes {
         let of = bucket.start_of(*start);
         for row in rows {
             match groups.last_mut() {
-                Some(g) if g.bucket == of && g.rows.len() < most => g.rows.push((*start, *row)),
+                Some(g) if g.bucket == of && g.rows.len() < max_rows => g.rows.push((*start, *row)),
                 _ => groups.push(PaneGroup { bucket: of, rows: vec![(*start, *row)] }),
             }
         }
@@ -94,7 +94,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_event_is_in_one_statement_of_its_own_partition_and_no_statement_is_too_large(
+        fn every_event_is_in_one_statement_of_its_partition_and_no_statement_is_too_large(
             events in proptest::collection::vec((0i64..4_000_000, 0i32..3, 0u32..700_000), 0..900),
         ) {
             let chunk = chunk(&events);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn pane_rows_of_one_bucket_share_statements_within_their_bounds() {
+    fn pane_rows_of_one_bucket_share_statements_within_the_bounds() {
         let panes =
             BTreeMap::from([(0, (0..150).collect()), (60_000, (0..100).collect()), (600_000, vec![0])]);
         let sizes = |row_bytes| -> Vec<_> {
@@ -125,6 +125,10 @@ mod tests {
         };
         assert_eq!(sizes(100), [(0, 200), (0, 50), (600_000, 1)]);
         assert_eq!(sizes(MAX_BATCH_BYTES / 125), [(0, 125), (0, 125), (600_000, 1)]);
-        assert_eq!(sizes(2 * MAX_BATCH_BYTES).len(), 251, "a row too large for the bound goes alone");
+        assert_eq!(
+            sizes(2 * MAX_BATCH_BYTES).len(),
+            251,
+            "a row larger than the bound is in a statement without other rows"
+        );
     }
 }

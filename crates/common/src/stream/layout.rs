@@ -1,15 +1,15 @@
-//! What the stored data of a stream depends on: written by `init` into table `streams`, kept in every state file, and compared by
-//! meaning. Decides which changes a stream with data survives.
+//! The layout: the part of a stream definition that stored data depends on. `init` writes it to table `streams`, and
+//! every state file contains it. Comparing two layouts decides which changes the stored data survives.
 
 use super::{CqlType, Definition, EventTime, GroupBy};
 use serde::{Deserialize, Serialize};
 use std::fmt::{self, Display};
 
-/// Form of the stored text. It also reads the earlier ones, of which `tests/golden` holds examples: 1 did not note the shortest
-/// TTL.
+/// Format version of the stored text. Earlier versions can be read too, and `tests/golden` contains examples of each.
+/// Version 1 does not contain the shortest TTL.
 const FORM: u32 = 2;
 
-/// A stream's layout. Its text is one line of JSON.
+/// The layout of a stream. Its text form is one line of JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Layout {
     form: u32,
@@ -22,45 +22,45 @@ pub struct Layout {
     lateness_ms: i64,
     group_by: Vec<GroupBy>,
     measures: Vec<String>,
-    columns: Vec<LaidOut>,
+    columns: Vec<LayoutColumn>,
     event: Identity,
 }
 
-/// A declared column: name, type, pointer into the source's record, whether it is required.
+/// A declared column: name, type, JSON pointer into the source record, whether it is required.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct LaidOut(String, CqlType, String, bool);
+struct LayoutColumn(String, CqlType, String, bool);
 
-/// What an event's identity and partition follow from: pointers to id, time and key.
+/// What determines the identity and the partition of an event: the JSON pointers to id, time and key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Identity(Option<String>, EventTime, Option<String>);
 
-/// A stored layout cannot be read.
+/// Why a stored layout cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// A later version wrote it.
+    /// A newer program wrote it.
     #[error("it has form {0}, this program knows {FORM}: run the newer program")]
     Newer(u64),
-    /// It is not a layout.
+    /// The text is not a layout.
     #[error("it cannot be read ({cause}): {text}")]
     Unreadable {
-        /// As stored.
+        /// The stored text.
         text: String,
-        /// What is wrong with it.
+        /// The error of the parser.
         cause: String,
     },
 }
 
-/// The differences between a stored layout and the next one. Each names its key and both sides.
+/// The differences between a stored layout and a new one. Each text names the key, the old value and the new value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Those that stored data survives.
+    /// Changes that the stored data survives.
     pub allowed: Vec<String>,
-    /// Those that it does not, each with a way on.
+    /// Changes that the stored data does not survive, each with a remedy.
     pub refused: Vec<String>,
 }
 
 impl Changes {
-    /// Whether both mean the same.
+    /// Whether the layouts are equivalent.
     pub fn is_empty(&self) -> bool {
         self.allowed.is_empty() && self.refused.is_empty()
     }
@@ -82,7 +82,8 @@ impl Display for Layout {
 
 impl Layout {
     pub(super) fn of(d: &Definition) -> Layout {
-        let column = |c: &super::Column| LaidOut(c.name.clone(), c.cql_type, c.pointer.clone(), c.required);
+        let column =
+            |c: &super::Column| LayoutColumn(c.name.clone(), c.cql_type, c.pointer.clone(), c.required);
         Layout {
             form: FORM,
             stream: d.stream.name.clone(),
@@ -99,7 +100,7 @@ impl Layout {
         }
     }
 
-    /// Reads a stored layout of any form up to today's.
+    /// Parses a stored layout of the current format version or an earlier one.
     pub fn parse(text: &str) -> Result<Layout, LayoutError> {
         let unreadable = |cause: serde_json::Error| LayoutError::Unreadable {
             text: text.to_owned(),
@@ -120,92 +121,97 @@ impl Layout {
         serde_json::from_value(value).map_err(unreadable)
     }
 
-    /// Seconds that every row of the stream lives at least; 0: forever.
+    /// The shortest TTL in seconds that the stream ever had. 0 if no row expires.
     pub fn shortest_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds
     }
 
-    /// `next`, to be stored in place of this layout: rows that were written before the TTL was raised still expire sooner.
+    /// Returns `next` with the shortest TTL of this layout. Use it to replace a stored layout, because rows written
+    /// before the TTL was raised keep their shorter TTL.
     pub fn replaced_by(&self, next: &Layout) -> Layout {
         Layout { shortest_ttl_seconds: self.shortest_ttl_seconds, ..next.clone() }
     }
 
-    /// What `next` changes.
+    /// The differences between this layout and `next`.
     pub fn changes_to(&self, next: &Layout) -> Changes {
         let mut changes = Changes::default();
-        changes.fixed("stream.name", &self.stream, &next.stream);
-        changes.fixed("store.bucket", &self.bucket, &next.bucket);
-        changes.fixed("store.shards", &self.shards, &next.shards);
-        changes.fixed("windows.pane", &self.pane_ms, &next.pane_ms);
-        changes.fixed("windows.group_by", &self.group_by, &next.group_by);
-        changes.fixed("windows.measures", &self.measures, &next.measures);
-        changes.fixed("event.id", &self.event.0, &next.event.0);
-        changes.fixed("event.time", &self.event.1, &next.event.1);
-        changes.fixed("event.key", &self.event.2, &next.event.2);
-        changes.ttl(self.ttl_seconds, next.ttl_seconds);
+        changes.compare_fixed("stream.name", &self.stream, &next.stream);
+        changes.compare_fixed("store.bucket", &self.bucket, &next.bucket);
+        changes.compare_fixed("store.shards", &self.shards, &next.shards);
+        changes.compare_fixed("windows.pane", &self.pane_ms, &next.pane_ms);
+        changes.compare_fixed("windows.group_by", &self.group_by, &next.group_by);
+        changes.compare_fixed("windows.measures", &self.measures, &next.measures);
+        changes.compare_fixed("event.id", &self.event.0, &next.event.0);
+        changes.compare_fixed("event.time", &self.event.1, &next.event.1);
+        changes.compare_fixed("event.key", &self.event.2, &next.event.2);
+        changes.compare_ttl(self.ttl_seconds, next.ttl_seconds);
         if self.lateness_ms != next.lateness_ms {
             let (old, new) = (self.lateness_ms, next.lateness_ms);
             changes.allowed.push(format!("`windows.lateness`: from {old} ms to {new} ms"));
         }
-        changes.columns(&self.columns, &next.columns);
+        changes.compare_columns(&self.columns, &next.columns);
         changes
     }
 }
 
 impl Changes {
-    fn fixed<T: PartialEq + Serialize>(&mut self, key: &str, old: &T, new: &T) {
+    /// Compares a value that must not change.
+    fn compare_fixed<T: PartialEq + Serialize>(&mut self, key: &str, old: &T, new: &T) {
         if old != new {
             let json = |value: &T| serde_json::to_string(value).unwrap_or_default();
             self.refused.push(format!(
-                "`{key}`: registered as {}, now {}; put it back",
+                "`{key}`: registered as {}, now {}; restore the registered value",
                 json(old),
                 json(new)
             ));
         }
     }
 
-    fn ttl(&mut self, old: i64, new: i64) {
-        let for_ever = |ttl: i64| if ttl == 0 { i64::MAX } else { ttl };
-        if for_ever(new) > for_ever(old) {
+    /// Compares the TTL in seconds, which may only be raised.
+    fn compare_ttl(&mut self, old: i64, new: i64) {
+        let effective = |ttl: i64| if ttl == 0 { i64::MAX } else { ttl };
+        if effective(new) > effective(old) {
             self.allowed.push(format!("`store.ttl`: from {old} s to {new} s (0: forever)"));
         } else if new != old {
             self.refused.push(format!(
-                "`store.ttl`: registered as {old} s, now {new} s (0: forever); it can be raised, not lowered: copies of events \
-                 whose rows expire sooner would be counted twice"
+                "`store.ttl`: registered as {old} s, now {new} s (0: forever); it can be raised, not lowered: a \
+                 duplicate of an event whose row has expired would be counted again"
             ));
         }
     }
 
-    /// Rows are written by column name, so the order of columns does not matter.
-    fn columns(&mut self, old: &[LaidOut], new: &[LaidOut]) {
-        for LaidOut(name, cql_type, pointer, required) in old {
-            let Some(LaidOut(_, now_type, now_pointer, now_required)) = new.iter().find(|c| c.0 == *name)
+    /// Compares the declared columns. Their order does not matter, because rows are written by column name.
+    fn compare_columns(&mut self, old: &[LayoutColumn], new: &[LayoutColumn]) {
+        for LayoutColumn(name, cql_type, pointer, required) in old {
+            let Some(LayoutColumn(_, now_type, now_pointer, now_required)) =
+                new.iter().find(|c| c.0 == *name)
             else {
                 self.refused
-                    .push(format!("column `{name}`: registered, but no longer declared; put it back"));
+                    .push(format!("column `{name}`: registered, but no longer declared; declare it again"));
                 continue;
             };
             if cql_type != now_type {
                 let (old, new) = (cql_type.name(), now_type.name());
                 self.refused.push(format!(
-                    "column `{name}`: registered as {old}, now {new}; put it back, and add a column of another name"
+                    "column `{name}`: registered as {old}, now {new}; restore the registered type and add a column \
+                     with another name"
                 ));
             }
             if required != now_required {
                 self.refused.push(format!(
-                    "column `{name}`: registered with required = {required}, now {now_required}; put it back: a replay would \
-                     take other records for dead letters than were counted"
+                    "column `{name}`: registered with required = {required}, now {now_required}; restore the \
+                     registered value: otherwise a replay would turn other records into dead letters than were counted"
                 ));
             }
             if pointer != now_pointer {
-                self.allowed
-                    .push(format!("column `{name}`: from the source's `{pointer}` to `{now_pointer}`"));
+                self.allowed.push(format!("column `{name}`: pointer from `{pointer}` to `{now_pointer}`"));
             }
         }
-        for LaidOut(name, cql_type, _, required) in new.iter().filter(|c| old.iter().all(|o| o.0 != c.0)) {
+        for LayoutColumn(name, cql_type, _, required) in new.iter().filter(|c| old.iter().all(|o| o.0 != c.0))
+        {
             if *required {
                 self.refused.push(format!(
-                    "column `{name}`: new and required, but the events that Kafka holds already lack it; leave out `required`"
+                    "column `{name}`: new and required, but events that are already in Kafka lack it; remove `required`"
                 ));
             } else {
                 self.allowed.push(format!("column `{name}`: new, {}", cql_type.name()));
@@ -238,15 +244,15 @@ mod tests {
         }
     }
 
-    fn check_refused(edit: impl Fn(&mut Definition), key: &str, way_on: &str) {
+    fn check_refused(edit: impl Fn(&mut Definition), key: &str, remedy: &str) {
         let refused = changes(edit).refused;
         assert!(
-            refused.len() == 1 && refused[0].contains(key) && refused[0].contains(way_on),
+            refused.len() == 1 && refused[0].contains(key) && refused[0].contains(remedy),
             "{refused:#?}"
         );
     }
 
-    fn appended(required: bool) -> impl Fn(&mut Definition) {
+    fn with_new_column(required: bool) -> impl Fn(&mut Definition) {
         move |d| {
             d.columns.push(super::super::Column {
                 name: "phone".to_owned(),
@@ -258,46 +264,46 @@ mod tests {
     }
 
     #[test]
-    fn what_stored_data_survives_is_allowed() {
+    fn changes_that_stored_data_survives_are_allowed() {
         check_allowed(|_| {}, &[]);
-        check_allowed(appended(false), &["column `phone`: new, text"]);
+        check_allowed(with_new_column(false), &["column `phone`: new, text"]);
         check_allowed(|d| d.windows.lateness_ms = 1, &["`windows.lateness`: from 600000 ms to 1 ms"]);
         check_allowed(|d| d.store.ttl_seconds = 0, &["`store.ttl`: from 31536000 s to 0 s"]);
         check_allowed(|d| d.store.ttl_seconds += 1, &["to 31536001 s"]);
         check_allowed(|d| d.columns[0].pointer = "/x".to_owned(), &["to `/x`"]);
         check_allowed(|d| d.columns.reverse(), &[]);
-        let elsewhere = |d: &mut Definition| {
+        let other_source = |d: &mut Definition| {
             d.source.url = "https://example.org/".to_owned();
             d.stream.schedule = super::super::Schedule::Every(5_000);
             d.stream.retry.attempts = Some(3);
         };
-        check_allowed(elsewhere, &[]);
+        check_allowed(other_source, &[]);
     }
 
     #[test]
-    fn what_stored_data_does_not_survive_is_refused_by_its_key_with_a_way_on() {
-        check_refused(|d| d.stream.name = "other".to_owned(), "`stream.name`", "put it back");
-        check_refused(|d| d.store.bucket = crate::event::Bucket::Day, "`store.bucket`", "put it back");
+    fn changes_that_stored_data_does_not_survive_are_refused_with_their_key_and_a_remedy() {
+        check_refused(|d| d.stream.name = "other".to_owned(), "`stream.name`", "restore");
+        check_refused(|d| d.store.bucket = crate::event::Bucket::Day, "`store.bucket`", "restore");
         check_refused(|d| d.store.shards += 1, "`store.shards`", "registered as 4, now 5");
         check_refused(|d| d.store.ttl_seconds -= 1, "`store.ttl`", "raised, not lowered");
-        check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "put it back");
-        check_refused(|d| d.windows.group_by.reverse(), "`windows.group_by`", "put it back");
-        check_refused(|d| d.windows.measures.clear(), "`windows.measures`", "put it back");
-        check_refused(|d| d.event.id = Some("/id".to_owned()), "`event.id`", "put it back");
-        check_refused(|d| d.event.time = EventTime::Seconds("/t".to_owned()), "`event.time`", "put it back");
-        check_refused(|d| d.event.key = Some("/k".to_owned()), "`event.key`", "put it back");
-        check_refused(|d| drop(d.columns.pop()), "no longer declared", "put it back");
+        check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "restore");
+        check_refused(|d| d.windows.group_by.reverse(), "`windows.group_by`", "restore");
+        check_refused(|d| d.windows.measures.clear(), "`windows.measures`", "restore");
+        check_refused(|d| d.event.id = Some("/id".to_owned()), "`event.id`", "restore");
+        check_refused(|d| d.event.time = EventTime::Seconds("/t".to_owned()), "`event.time`", "restore");
+        check_refused(|d| d.event.key = Some("/k".to_owned()), "`event.key`", "restore");
+        check_refused(|d| drop(d.columns.pop()), "no longer declared", "declare it again");
         check_refused(
             |d| d.columns[0].cql_type = CqlType::Int,
             "registered as text, now int",
             "another name",
         );
-        check_refused(|d| d.columns[0].required ^= true, "required = ", "put it back");
-        check_refused(appended(true), "column `phone`", "leave out `required`");
+        check_refused(|d| d.columns[0].required ^= true, "required = ", "restore");
+        check_refused(with_new_column(true), "column `phone`", "remove `required`");
     }
 
     #[test]
-    fn a_raised_ttl_leaves_the_shortest_one_on_record() {
+    fn a_raised_ttl_keeps_the_shortest_one() {
         let old = layout(|_| {});
         let raised = old.replaced_by(&layout(|d| d.store.ttl_seconds = 0));
         assert_eq!((raised.ttl_seconds, raised.shortest_ttl_seconds()), (0, 31_536_000));
@@ -305,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn layouts_of_every_earlier_form_mean_what_they_meant() {
+    fn layouts_of_every_earlier_form_are_read_unchanged() {
         let check = |form: u32, golden: &str, file: &str| {
             assert_eq!(golden.contains("\"form\":2"), form == 2, "{golden}");
             let now = Definition::parse("golden", file).unwrap().layout();
@@ -323,12 +329,12 @@ mod tests {
         assert_eq!(
             written,
             golden.trim_end(),
-            "give another form another number, and keep the old golden file"
+            "increment FORM when the text changes, and keep the old golden file"
         );
     }
 
     #[test]
-    fn the_order_of_members_and_the_spelling_of_numbers_mean_nothing() {
+    fn the_order_of_members_and_the_notation_of_numbers_do_not_matter() {
         let one = r#"{"stream":"s","bucket":"day","shards":1,"ttl_seconds":0,"pane_ms":60000,"lateness_ms":0,
             "group_by":[{"column":"a","groups":{"step":{"from":0.0,"step":10.0,"count":3}}}],"measures":["a"],
             "columns":[["a","int","/a",false]],"event":[null,"interval",null]}"#;
@@ -340,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_told_apart_from_what_a_newer_program_wrote() {
+    fn an_unreadable_layout_is_distinguished_from_one_of_a_newer_program() {
         let newer = Layout::parse(r#"{"form":3,"anything":1}"#).unwrap_err().to_string();
         assert!(newer.contains("form 3") && newer.contains("newer program"), "{newer}");
         for text in ["", "L", "{}", r#"{"form":"x"}"#] {

@@ -1,5 +1,5 @@
-//! Reads a stream file key by key, noting every mistake instead of stopping at the first. Rules that span several keys
-//! are in `rules.rs`.
+//! Parses a stream file key by key and collects all mistakes instead of stopping at the first. `rules.rs` contains the
+//! rules that involve several keys.
 
 use super::{
     Auth, Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, Limits, MAX_GROUP_BY,
@@ -10,10 +10,10 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use toml::{Table, Value};
 
-/// Largest page the producer reads into memory: 256 MiB.
+/// Upper limit of `source.limits.page_bytes`: 256 MiB. The producer holds a page in memory.
 const MAX_PAGE_BYTES: i64 = 256 << 20;
 
-/// One table of the file; remembers which keys were asked for, so that the rest can be named as unknown.
+/// A table of the file. It records the keys that were read, so that all other keys can be reported as unknown.
 struct Section<'a> {
     path: String,
     table: Table,
@@ -36,7 +36,7 @@ impl Section<'_> {
         self.table.remove(key)
     }
 
-    /// Takes a value of one kind; notes another kind.
+    /// Takes a value and converts it with `read`. Reports a problem if the value is not of the expected `kind`.
     fn typed<T>(&mut self, key: &'static str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Option<T> {
         let value = self.take(key)?;
         let found = read(&value);
@@ -70,7 +70,7 @@ impl Section<'_> {
     fn integer(&mut self, key: &'static str, default: i64, range: RangeInclusive<i64>) -> i64 {
         let Some(value) = self.typed(key, "an integer", Value::as_integer) else { return default };
         if !range.contains(&value) {
-            self.problem(key, format!("{value} is out of range; from {} to {}", range.start(), range.end()));
+            self.problem(key, format!("{value} is out of range; use {} to {}", range.start(), range.end()));
             return default;
         }
         value
@@ -87,8 +87,8 @@ impl Section<'_> {
         match parse_duration(&text) {
             Err(e) => self.problem(key, e),
             Ok(ms) if !range_ms.contains(&ms) => {
-                let (low, high) = (in_words(*range_ms.start()), in_words(*range_ms.end()));
-                self.problem(key, format!("`{text}` is out of range; from {low} to {high}"));
+                let (low, high) = (format_ms(*range_ms.start()), format_ms(*range_ms.end()));
+                self.problem(key, format!("`{text}` is out of range; use {low} to {high}"));
             }
             Ok(ms) => return ms,
         }
@@ -101,13 +101,13 @@ impl Section<'_> {
         })
     }
 
-    /// An RFC 6901 pointer.
+    /// An RFC 6901 JSON pointer.
     fn pointer(&mut self, key: &'static str) -> Option<String> {
         let pointer = self.text(key)?;
         if !pointer.is_empty() && !pointer.starts_with('/') {
             self.problem(
                 key,
-                format!("`{pointer}` is no JSON pointer; write `/{}`", pointer.replace('.', "/")),
+                format!("`{pointer}` is not a JSON pointer; write `/{}`", pointer.replace('.', "/")),
             );
         }
         Some(pointer)
@@ -115,19 +115,19 @@ impl Section<'_> {
 
     fn required_pointer(&mut self, key: &'static str) -> String {
         if !self.table.contains_key(key) {
-            self.problem(key, "is missing; a JSON pointer such as `/data/next`");
+            self.problem(key, "is missing; set a JSON pointer such as `/data/next`");
         }
         self.pointer(key).unwrap_or_default()
     }
 
-    /// Opens the table at `key`; an absent one is empty.
+    /// Reads the table at `key`. An absent table counts as empty.
     fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'_>) -> T) -> T {
         let table = self.typed(key, "a table", |v| v.as_table().cloned()).unwrap_or_default();
         let path = self.key(key);
         read_section(path, table, self.problems, read)
     }
 
-    /// Opens each table of the array at `key`.
+    /// Reads each table of the array at `key`.
     fn sections<T>(&mut self, key: &'static str, read: impl Fn(&mut Section<'_>) -> T) -> Vec<T> {
         let tables = self.typed(key, "a list of tables", |v| {
             v.as_array()?.iter().map(|t| t.as_table().cloned()).collect::<Option<Vec<Table>>>()
@@ -148,19 +148,19 @@ fn read_section<T>(
     let read = read(&mut section);
     let known = section.known.iter().copied().collect::<Vec<_>>().join(", ");
     for key in section.table.keys().cloned().collect::<Vec<_>>() {
-        section.problem(&key, format!("unknown key; one of {known}"));
+        section.problem(&key, format!("unknown key; use one of {known}"));
     }
     read
 }
 
 fn parse_duration(text: &str) -> Result<i64, String> {
-    let wrong =
-        || format!("`{text}` is no duration; write for example \"90s\", \"10m\", \"1h 30m\" or \"365d\"");
-    let duration = humantime::parse_duration(text).map_err(|_| wrong())?;
-    i64::try_from(duration.as_millis()).map_err(|_| wrong())
+    let invalid =
+        || format!("`{text}` is not a duration; write for example \"90s\", \"10m\", \"1h 30m\" or \"365d\"");
+    let duration = humantime::parse_duration(text).map_err(|_| invalid())?;
+    i64::try_from(duration.as_millis()).map_err(|_| invalid())
 }
 
-pub(super) fn in_words(ms: i64) -> String {
+pub(super) fn format_ms(ms: i64) -> String {
     humantime::format_duration(std::time::Duration::from_millis(ms.unsigned_abs())).to_string()
 }
 
@@ -194,7 +194,7 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
     let schedule = s.section("schedule", |s| match (s.text("cron"), s.table.contains_key("every")) {
         (Some(_), true) => {
             s.take("every");
-            s.problem("cron", "give either `every` or `cron`, not both");
+            s.problem("cron", "set either `every` or `cron`, not both");
             Schedule::Every(MINUTE)
         }
         (Some(cron), false) => Schedule::Cron(cron),
@@ -203,7 +203,7 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
     let start_ms = s.text("start").and_then(|text| match chrono::DateTime::parse_from_rfc3339(&text) {
         Ok(at) => Some(at.timestamp_millis()),
         Err(_) => {
-            s.problem("start", format!("`{text}` is no RFC 3339 time such as 2026-01-31T00:00:00Z"));
+            s.problem("start", format!("`{text}` is not an RFC 3339 time such as 2026-01-31T00:00:00Z"));
             None
         }
     });
@@ -229,7 +229,7 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
 fn source(s: &mut Section<'_>) -> Source {
     let method = s.text("method").unwrap_or_else(|| "GET".to_owned());
     if method != "GET" && method != "POST" {
-        s.problem("method", format!("`{method}` is not supported; GET or POST"));
+        s.problem("method", format!("`{method}` is not supported; use GET or POST"));
     }
     let headers = s.typed("headers", "a table of strings", |v| {
         v.as_table()?
@@ -239,7 +239,7 @@ fn source(s: &mut Section<'_>) -> Source {
     });
     let requests_per_second = s.number("requests_per_second");
     if requests_per_second.is_some_and(|r| !(r > 0.0 && r <= 1e6)) {
-        s.problem("requests_per_second", "must be above 0 and at most 1000000");
+        s.problem("requests_per_second", "must be greater than 0 and at most 1000000");
     }
     Source {
         url: s.required_text("url"),
@@ -272,13 +272,13 @@ fn auth(s: &mut Section<'_>) -> Auth {
             (false, Some(query)) => Auth::ApiKeyInQuery { query, key_file: s.required_text("key_file") },
             (_, query) => {
                 if query.is_some() {
-                    s.problem("query", "give either `header` or `query`, not both");
+                    s.problem("query", "set either `header` or `query`, not both");
                 }
                 Auth::ApiKey { header: s.required_text("header"), key_file: s.required_text("key_file") }
             }
         },
         Some(other) => {
-            s.problem("kind", format!("unknown `{other}`; one of none, bearer, basic, api_key"));
+            s.problem("kind", format!("unknown value `{other}`; use one of none, bearer, basic, api_key"));
             Auth::None
         }
     }
@@ -296,7 +296,8 @@ fn pagination(s: &mut Section<'_>) -> Pagination {
             (true, more) => Pagination::LastRecord { pointer: s.required_pointer("last_record"), more },
             (false, more) => {
                 if more.is_some() {
-                    s.problem("more", "goes with `last_record` only: a page without next cursor has no more");
+                    let text = "is only valid with `last_record`: an absent cursor already ends the interval";
+                    s.problem("more", text);
                 }
                 Pagination::Cursor { pointer: s.required_pointer("pointer") }
             }
@@ -306,7 +307,9 @@ fn pagination(s: &mut Section<'_>) -> Pagination {
         Some(other) => {
             s.problem(
                 "kind",
-                format!("unknown `{other}`; one of none, page, offset, cursor, link_header, next_url"),
+                format!(
+                    "unknown value `{other}`; use one of none, page, offset, cursor, link_header, next_url"
+                ),
             );
             Pagination::None
         }
@@ -330,7 +333,12 @@ fn event(s: &mut Section<'_>) -> EventMapping {
         (time, None | Some("ms")) => time,
         (EventTime::Pointer(pointer), Some("s")) => EventTime::Seconds(pointer),
         (time, Some(other)) => {
-            s.problem("time_unit", format!("`{other}`: \"s\" or \"ms\", where event.time is a JSON pointer"));
+            s.problem(
+                "time_unit",
+                format!(
+                    "`{other}`: must be \"s\" or \"ms\"; \"s\" also requires event.time to be a JSON pointer"
+                ),
+            );
             time
         }
     };
@@ -343,7 +351,7 @@ fn column(s: &mut Section<'_>) -> Column {
     let cql_type = CqlType::ALL.into_iter().find(|t| t.name() == type_name);
     if cql_type.is_none() {
         let all = CqlType::ALL.map(CqlType::name).join(", ");
-        s.problems.push(format!("column `{name}`: unknown CQL type `{type_name}`; one of {all}"));
+        s.problems.push(format!("column `{name}`: unknown CQL type `{type_name}`; use one of {all}"));
     }
     Column {
         cql_type: cql_type.unwrap_or(CqlType::Text),
@@ -357,7 +365,8 @@ fn store(s: &mut Section<'_>) -> Store {
     let name = s.text("bucket").unwrap_or_else(|| Bucket::Hour.name().to_owned());
     let bucket = Bucket::ALL.into_iter().find(|b| b.name() == name);
     if bucket.is_none() {
-        s.problem("bucket", format!("unknown `{name}`; one of {}", Bucket::ALL.map(Bucket::name).join(", ")));
+        let all = Bucket::ALL.map(Bucket::name).join(", ");
+        s.problem("bucket", format!("unknown value `{name}`; use one of {all}"));
     }
     let ttl = s.text("ttl");
     let ttl_ms = match ttl.as_deref() {
@@ -380,7 +389,7 @@ fn windows(s: &mut Section<'_>, default_lateness: i64) -> Windows {
     let lateness_ms = s.duration("lateness", default_lateness, 0..=31 * DAY);
     let group_by = s.sections("group_by", group_by);
     if group_by.len() > MAX_GROUP_BY {
-        s.problem("group_by", format!("{} columns; at most {MAX_GROUP_BY}", group_by.len()));
+        s.problem("group_by", format!("{} columns are too many; use at most {MAX_GROUP_BY}", group_by.len()));
     }
     Windows { pane_ms, lateness_ms, group_by, measures: s.strings("measures").unwrap_or_default() }
 }
@@ -390,10 +399,10 @@ fn group_by(s: &mut Section<'_>) -> GroupBy {
     let groups = match (s.strings("values"), s.number("step")) {
         (Some(values), None) => {
             if values.is_empty() || values.len() > MAX_GROUPS {
-                s.problem("values", format!("{} values; from 1 to {MAX_GROUPS}", values.len()));
+                s.problem("values", format!("has {} values; use 1 to {MAX_GROUPS}", values.len()));
             }
             if values.iter().collect::<BTreeSet<_>>().len() != values.len() {
-                s.problem("values", "a value stands twice");
+                s.problem("values", "a value is listed twice");
             }
             Groups::Values(values)
         }
@@ -401,12 +410,12 @@ fn group_by(s: &mut Section<'_>) -> GroupBy {
             let most = u32::try_from(MAX_GROUPS).unwrap_or(u32::MAX);
             let count = u16::try_from(s.small("count", most, 1..=most)).unwrap_or(1);
             if !(step.is_finite() && step > 0.0) {
-                s.problem("step", format!("{step} must be above 0"));
+                s.problem("step", format!("{step} must be greater than 0"));
             }
             Groups::Step { from: s.number("from").unwrap_or(0.0), step, count }
         }
         _ => {
-            s.problem("values", "give either `values` (a list) or `step` (a number)");
+            s.problem("values", "set either `values` (a list) or `step` (a number)");
             Groups::Values(vec![])
         }
     };

@@ -1,19 +1,20 @@
-//! What a stream file must fulfil across keys: names, placeholders, windows that divide buckets, a TTL that outlives the
-//! log. Each rule's message names the way out.
+//! Rules of a stream file that involve several keys: valid names and placeholders, panes that divide buckets, rows that
+//! outlive the log. Each message names a remedy.
 
-use super::parse::in_words;
+use super::parse::format_ms;
 use super::secrets::{has_user, looks_secret, redacted, secret_parameters};
 use super::{Definition, EventTime, Groups, MAX_CATCH_UP_INTERVALS, Pagination, Schedule};
 use crate::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
 use std::collections::BTreeSet;
 
-/// Lateness when the file names none: ten minutes.
+/// Default of `windows.lateness`: ten minutes.
 const DEFAULT_LATENESS_MS: i64 = 600_000;
-/// How far intervals are caught up when the file does not say: a week, so that nothing is lost over a weekend.
+/// Default of `stream.catch_up_limit`: a week, so that an outage over a weekend loses nothing.
 const DEFAULT_CATCH_UP_LIMIT_MS: i64 = 7 * 86_400_000;
-/// An event may come this many schedule intervals late and still be on time.
+/// The allowed lateness must cover at least this many schedule intervals.
 const LATENESS_INTERVALS: i64 = 3;
-/// Rows outlive the log by this much at least (two days), so that a copy is recognised as long as it can be read again.
+/// Rows must outlive the log by at least this time (two days), so that every duplicate that can still be read is
+/// recognized.
 pub const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
 const PLACEHOLDERS: [&str; 9] = [
     "interval.start",
@@ -28,7 +29,8 @@ const PLACEHOLDERS: [&str; 9] = [
 ];
 const MAX_COLUMNS: usize = 128;
 
-/// The nominal length of an interval; a cron expression's is only known to its planner and counts as a minute here.
+/// The nominal length of an interval. Only the planner can evaluate a cron expression, so its intervals count as one
+/// minute here.
 fn interval_ms(schedule: &Schedule) -> i64 {
     match schedule {
         Schedule::Every(ms) => *ms,
@@ -62,7 +64,8 @@ fn check_names(d: &Definition, problems: &mut Vec<String>) {
     let name = &d.stream.name;
     if !name.is_empty() && !is_identifier(name, 40) {
         problems.push(format!(
-            "`stream.name`: `{name}` must be lower-case letters, digits and _, start with a letter, at most 40 long"
+            "`stream.name`: `{name}` must consist of lowercase letters, digits and _, start with a letter, and have \
+             at most 40 characters"
         ));
     }
     if d.columns.is_empty() || d.columns.len() > MAX_COLUMNS {
@@ -73,11 +76,12 @@ fn check_names(d: &Definition, problems: &mut Vec<String>) {
         let name = &column.name;
         if !is_identifier(name, 48) {
             problems.push(format!(
-                "column `{name}`: must be lower-case letters, digits and _, start with a letter"
+                "column `{name}`: must consist of lowercase letters, digits and _, start with a letter, and have at \
+                 most 48 characters"
             ));
         }
         if RESERVED_COLUMNS.contains(&name.as_str()) {
-            problems.push(format!("column `{name}`: the pipeline's own column; choose another name"));
+            problems.push(format!("column `{name}`: the pipeline reserves this name; choose another one"));
         }
         if !seen.insert(name) {
             problems.push(format!("column `{name}`: declared twice"));
@@ -89,9 +93,9 @@ fn check_catch_up(d: &Definition, problems: &mut Vec<String>) {
     let (limit_ms, interval_ms) = (d.stream.catch_up_limit_ms, interval_ms(&d.stream.schedule));
     if limit_ms / interval_ms > MAX_CATCH_UP_INTERVALS {
         problems.push(format!(
-            "`stream.catch_up_limit`: {} holds more than {MAX_CATCH_UP_INTERVALS} intervals; at most {}",
-            in_words(limit_ms),
-            in_words(MAX_CATCH_UP_INTERVALS * interval_ms)
+            "`stream.catch_up_limit`: {} contains more than {MAX_CATCH_UP_INTERVALS} intervals; use at most {}",
+            format_ms(limit_ms),
+            format_ms(MAX_CATCH_UP_INTERVALS * interval_ms)
         ));
     }
 }
@@ -102,7 +106,7 @@ fn check_source(d: &Definition, problems: &mut Vec<String>) {
         let name = placeholder.split('}').next().unwrap_or(placeholder);
         if !PLACEHOLDERS.contains(&name) {
             problems.push(format!(
-                "`source.url`: unknown placeholder `{{{name}}}`; one of {}",
+                "`source.url`: unknown placeholder `{{{name}}}`; use one of {}",
                 PLACEHOLDERS.map(|p| format!("{{{p}}}")).join(", ")
             ));
         }
@@ -121,16 +125,17 @@ fn check_source(d: &Definition, problems: &mut Vec<String>) {
         Pagination::None | Pagination::LinkHeader | Pagination::NextUrl { .. } => return,
     };
     if !url.is_empty() && !url.contains(needed) {
-        problems
-            .push(format!("`source.url`: pagination kind `{kind}` needs the placeholder `{needed}` in it"));
+        problems.push(format!(
+            "`source.url`: pagination kind `{kind}` requires the placeholder `{needed}` in the URL"
+        ));
     }
 }
 
-/// Secrets stand in files of their own: a definition is copied, shown and committed.
+/// Secrets must be in separate files, because a definition is copied, shown and committed.
 fn check_secrets(d: &Definition, problems: &mut Vec<String>) {
     if has_user(&d.source.url) {
         problems.push(
-            "`source.url`: user and password do not belong into it; put the password into a file and write \
+            "`source.url`: must not contain a user or a password; put the password into a file and write \
              auth = { kind = \"basic\", user = \"…\", password_file = \"…\" }"
                 .to_owned(),
         );
@@ -154,29 +159,29 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
     let bucket_ms = d.store.bucket.millis();
     if bucket_ms % w.pane_ms != 0 {
         problems.push(format!(
-            "`windows.pane`: {} does not divide the bucket {}; a pane's rows must lie in one bucket",
-            in_words(w.pane_ms),
+            "`windows.pane`: {} does not divide the bucket {}; all rows of a pane must be in one bucket",
+            format_ms(w.pane_ms),
             d.store.bucket.name()
         ));
     }
     let least = LATENESS_INTERVALS * interval_ms(&d.stream.schedule);
     if w.lateness_ms < least && d.event.time == EventTime::Interval {
         problems.push(format!(
-            "`windows.lateness`: {} is less than {LATENESS_INTERVALS} schedule intervals; at least {}",
-            in_words(w.lateness_ms),
-            in_words(least)
+            "`windows.lateness`: {} is less than {LATENESS_INTERVALS} schedule intervals; use at least {}",
+            format_ms(w.lateness_ms),
+            format_ms(least)
         ));
     }
     let mut seen = BTreeSet::new();
     for group in &w.group_by {
         let name = &group.column;
         if !seen.insert(name) {
-            problems.push(format!("`windows.group_by`: column `{name}` stands twice"));
+            problems.push(format!("`windows.group_by`: column `{name}` is listed twice"));
         }
         match (d.columns.iter().find(|c| c.name == *name), &group.groups) {
-            (None, _) => problems.push(format!("`windows.group_by`: no column `{name}` is declared")),
+            (None, _) => problems.push(format!("`windows.group_by`: column `{name}` is not declared")),
             (Some(c), Groups::Step { .. }) if !c.cql_type.is_numeric() => problems.push(format!(
-                "`windows.group_by`: `step` needs a numeric column, but `{name}` is {}",
+                "`windows.group_by`: `step` requires a numeric column, but `{name}` is {}",
                 c.cql_type.name()
             )),
             _ => {}
@@ -185,12 +190,12 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
     let mut measured = BTreeSet::new();
     for name in &w.measures {
         if !measured.insert(name) {
-            problems.push(format!("`windows.measures`: column `{name}` stands twice"));
+            problems.push(format!("`windows.measures`: column `{name}` is listed twice"));
         }
         match d.columns.iter().find(|c| c.name == *name) {
-            None => problems.push(format!("`windows.measures`: no column `{name}` is declared")),
+            None => problems.push(format!("`windows.measures`: column `{name}` is not declared")),
             Some(c) if !c.cql_type.is_numeric() => problems.push(format!(
-                "`windows.measures`: column `{name}` is {}; measures are int, bigint or double",
+                "`windows.measures`: column `{name}` is {}; a measure must be int, bigint or double",
                 c.cql_type.name()
             )),
             Some(_) => {}
@@ -204,9 +209,9 @@ fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
     let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms;
     if d.store.ttl_seconds != 0 && d.store.ttl_seconds.saturating_mul(1000) < least {
         problems.push(format!(
-            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up; \"0\" or at least {}",
-            in_words(d.store.ttl_seconds.saturating_mul(1000)),
-            in_words(least)
+            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up; use \"0\" or at least {}",
+            format_ms(d.store.ttl_seconds.saturating_mul(1000)),
+            format_ms(least)
         ));
     }
 }
@@ -228,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shipped_definitions_have_no_mistake() {
+    fn the_shipped_definitions_are_valid() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../streams");
         let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect();
         assert!(files.len() >= 5);
@@ -241,34 +246,37 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_named_with_its_key_and_the_way_out() {
-        check(("every = ", "evry = "), "`stream.schedule.evry`: unknown key; one of cron, every");
+    fn every_mistake_is_reported_with_its_key_and_a_remedy() {
+        check(("every = ", "evry = "), "`stream.schedule.evry`: unknown key; use one of cron, every");
         check(
             ("every = \"1m\"", "every = \"1 fortnight\""),
-            "`stream.schedule.every`: `1 fortnight` is no duration",
+            "`stream.schedule.every`: `1 fortnight` is not a duration",
         );
-        check(("type = \"text\"", "type = \"number\""), "unknown CQL type `number`; one of text, int");
-        check(("kind = \"page\"", "kind = \"pages\""), "unknown `pages`; one of none, page");
+        check(("type = \"text\"", "type = \"number\""), "unknown CQL type `number`; use one of text, int");
+        check(("kind = \"page\"", "kind = \"pages\""), "unknown value `pages`; use one of none, page");
         check(
             ("kind = \"page\"", "kind = \"cursor\", last_record = \"id\""),
-            "`id` is no JSON pointer; write `/id`",
+            "`id` is not a JSON pointer; write `/id`",
         );
-        check(("kind = \"page\"", "kind = \"cursor\", more = \"/m\""), "more`: goes with `last_record` only");
+        check(
+            ("kind = \"page\"", "kind = \"cursor\", more = \"/m\""),
+            "more`: is only valid with `last_record`",
+        );
         check(("time = \"interval\"", "time = \"interval\"\ntime_unit = \"s\""), "`event.time_unit`: `s`: ");
         check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
         check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
         check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
         check(
             ("catch_up = 10", "catch_up_limit = \"36d\""),
-            "`stream.catch_up_limit`: 1month 5days 13h 26m 24s holds more than 50000 intervals; at most 1month 4days",
+            "`stream.catch_up_limit`: 1month 5days 13h 26m 24s contains more than 50000 intervals; use at most 1month 4days",
         );
         check(("ttl = \"365d\"", "ttl = \"3d\""), "shorter than topic retention");
-        check(("name = \"email\"", "name = \"event_id\""), "the pipeline's own column");
-        check(("measures = [\"age\"]", "measures = [\"email\"]"), "measures are int, bigint or double");
+        check(("name = \"email\"", "name = \"event_id\""), "the pipeline reserves this name");
+        check(("measures = [\"age\"]", "measures = [\"email\"]"), "a measure must be int, bigint or double");
     }
 
     #[test]
-    fn every_kind_of_pagination_and_credentials_is_read() {
+    fn every_kind_of_pagination_and_authentication_is_parsed() {
         let source = |change: (&str, &str)| {
             assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
             Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().source
@@ -315,7 +323,7 @@ mod tests {
                 "allow_private = true",
                 "allow_private = true\nauth = { kind = \"api_key\", header = \"a\", query = \"b\", key_file = \"c\" }",
             ),
-            "`source.auth.query`: give either `header` or `query`, not both",
+            "`source.auth.query`: set either `header` or `query`, not both",
         );
         check(
             ("allow_private = true", "allow_private = true\nauth = { kind = \"bearer\" }"),
@@ -324,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_in_a_definition_is_refused_with_the_way_out_and_not_repeated() {
+    fn a_secret_in_a_definition_is_refused_with_a_remedy_and_never_repeated() {
         let check = |change: (&str, &str), expected: &str| {
             let found = mistakes(&GOOD.replace(change.0, change.1));
             assert!(found.iter().any(|p| p.contains(expected)), "{expected} is not in {found:#?}");
@@ -341,27 +349,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_said_about_outages_lasts_over_a_night_and_a_weekend() {
+    fn the_defaults_cover_an_outage_of_a_night_and_of_a_weekend() {
         let stream = |change: (&str, &str)| {
             assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
             Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().stream
         };
         let shipped = stream(("catch_up = 10", "catch_up = 10"));
         let Schedule::Every(interval_ms) = shipped.schedule else { panic!("{shipped:?}") };
-        assert!(shipped.catch_up_limit_ms / interval_ms >= 4320, "three days of its intervals");
+        assert!(shipped.catch_up_limit_ms / interval_ms >= 4320, "catch-up must cover three days");
         assert!(
             shipped.retry.deadline_ms >= 8 * 3_600_000 && shipped.retry.attempts.is_none(),
             "{shipped:?}"
         );
-        assert_eq!(shipped.catch_up, 10, "a first start does not fetch all that");
+        assert_eq!(shipped.catch_up, 10, "the first start must not fetch the whole catch-up limit");
         let often = stream(("every = \"1m\"", "every = \"1s\""));
-        assert_eq!(often.catch_up_limit_ms, 50_000_000, "as many intervals as can be planned");
+        assert_eq!(often.catch_up_limit_ms, 50_000_000, "the limit is MAX_CATCH_UP_INTERVALS intervals");
         let few = stream(("backoff = \"1s\"", "backoff = \"1s\", attempts = 5"));
         assert_eq!(few.retry.attempts, Some(5));
     }
 
     #[test]
-    fn all_mistakes_come_in_one_run() {
+    fn one_error_lists_all_mistakes() {
         let found =
             mistakes("[stream]\nname = \"A\"\ntypo = 1\n[event]\ntime = \"now\"\n[store]\nbucket = \"2h\"");
         for part in

@@ -1,8 +1,8 @@
-//! What of a source's URL may be shown, and which parts of a definition look like secrets. Pure.
+//! Redacts URLs for logs and errors, and detects parts of a definition that look like secrets. Pure.
 
 use std::borrow::Cow;
 
-/// Names of parameters and headers that carry credentials, in lower case and without `-` and `_`.
+/// Names of parameters and headers that contain credentials, in lower case and without `-` and `_`.
 const SECRET_NAMES: [&str; 21] = [
     "accesskey",
     "apikey",
@@ -26,10 +26,11 @@ const SECRET_NAMES: [&str; 21] = [
     "sig",
     "subscriptionkey",
 ];
-/// Ends of such names, as in `access_token`.
-const SECRET_ENDS: [&str; 5] = ["apikey", "password", "secret", "signature", "token"];
+/// Suffixes of such names, as in `access_token`.
+const SECRET_SUFFIXES: [&str; 5] = ["apikey", "password", "secret", "signature", "token"];
 
-/// A URL, or what was meant to be one, without user, password, fragment and the values of its query.
+/// Removes the user, the password, the fragment and the values of the query parameters from a URL. The text need not be
+/// a valid URL.
 pub fn redacted(url: &str) -> String {
     let url = url.split('#').next().unwrap_or_default();
     let (base, query) = url.split_once('?').map_or((url, None), |(base, query)| (base, Some(query)));
@@ -51,13 +52,13 @@ pub fn redacted(url: &str) -> String {
     shown
 }
 
-/// Whether a URL names a user or a password.
+/// Whether a URL contains a user or a password.
 pub(super) fn has_user(url: &str) -> bool {
     let authority = url.split_once("//").map_or(url, |(_, rest)| rest).split(['/', '?', '#']).next();
     authority.is_some_and(|authority| authority.contains('@'))
 }
 
-/// The parameters of a URL template that look like credentials and whose value stands in it.
+/// The names of the parameters of a URL template that look like credentials and whose value contains literal text.
 pub(super) fn secret_parameters(template: &str) -> Vec<String> {
     let query = template.split('#').next().and_then(|url| url.split_once('?')).map_or("", |(_, query)| query);
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
@@ -65,11 +66,11 @@ pub(super) fn secret_parameters(template: &str) -> Vec<String> {
     secrets.map(|(name, _)| decoded(name).into_owned()).collect()
 }
 
-/// Whether a parameter or header of that name carries credentials.
+/// Whether a parameter or header with this name contains credentials.
 pub(super) fn looks_secret(name: &str) -> bool {
     let plain: String = name.to_lowercase().chars().filter(char::is_ascii_alphanumeric).collect();
     let plain = plain.strip_prefix('x').filter(|rest| rest.len() > 2).unwrap_or(&plain);
-    SECRET_NAMES.contains(&plain) || SECRET_ENDS.iter().any(|end| plain.ends_with(end))
+    SECRET_NAMES.contains(&plain) || SECRET_SUFFIXES.iter().any(|suffix| plain.ends_with(suffix))
 }
 
 fn decoded(name: &str) -> Cow<'_, str> {
@@ -77,14 +78,14 @@ fn decoded(name: &str) -> Cow<'_, str> {
     pairs.next().map_or(Cow::Borrowed(name), |(name, _)| name)
 }
 
-/// Whether anything is left of a value without its placeholders.
+/// Whether a value contains text outside of placeholders.
 fn has_literal(value: &str) -> bool {
     let mut rest = value;
     while let Some((before, after)) = rest.split_once('{') {
         if !before.is_empty() {
             return true;
         }
-        rest = after.split_once('}').map_or("", |(_, behind)| behind);
+        rest = after.split_once('}').map_or("", |(_, rest)| rest);
     }
     !rest.is_empty()
 }
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_is_shown_without_user_values_and_fragment() {
+    fn a_redacted_url_has_no_user_no_values_and_no_fragment() {
         let check = |url: &str, expected: &str| assert_eq!(redacted(url), expected, "{url}");
         check("https://h:8080/v1/items", "https://h:8080/v1/items");
         check("https://ada:s3cret@h/v1?a=1&key=s3cret", "https://h/v1?a=…&key=…");
@@ -106,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_telling_names_are_secrets_unless_they_are_filled_in() {
+    fn literal_values_of_credential_parameters_are_secrets() {
         let check = |query: &str, expected: &[&str]| {
             assert_eq!(secret_parameters(&format!("https://h/x?{query}")), expected, "{query}");
         };
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn users_are_found_in_the_authority_alone() {
+    fn a_user_is_only_detected_in_the_authority() {
         for (url, expected) in [
             ("https://a:b@h/", true),
             ("https://a@h", true),

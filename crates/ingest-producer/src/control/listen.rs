@@ -1,5 +1,5 @@
-//! Reads the control topic. No position is ever committed: each assignment begins at the topic's first record, and the log
-//! says which commands are dealt with.
+//! Reads the control topic. Offsets are never committed. Each assignment starts at the first record of the topic, and
+//! the control log tells which commands are already handled.
 
 use super::Control;
 use crate::ledger::{Ledger, LedgerError};
@@ -13,25 +13,25 @@ use rdkafka::error::RDKafkaErrorCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often running commands of other processes are looked after.
-const LOOK: Duration = Duration::from_secs(1);
-/// Pause before a server that failed is asked again.
+/// Interval at which running commands of other processes are checked.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause before a failed request is retried.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How long the group waits for a member that was killed.
+/// Session timeout of the consumer group: how long it waits for a killed member.
 const SESSION_MS: &str = "6000";
 
-/// Where commands come from.
+/// The source of commands.
 #[derive(Debug, Clone)]
 pub struct Source {
-    /// Bootstrap servers.
+    /// Kafka bootstrap servers.
     pub brokers: String,
     /// The control topic.
     pub topic: String,
-    /// The stream; part of the group's name.
+    /// Name of the stream, which is part of the group id.
     pub stream: String,
 }
 
-/// Carries commands out until shutdown.
+/// Executes commands until shutdown.
 pub async fn listen(
     mut control: Control,
     source: Source,
@@ -49,7 +49,7 @@ pub async fn listen(
         .set("partition.assignment.strategy", "cooperative-sticky")
         .set("session.timeout.ms", SESSION_MS)
         .set("heartbeat.interval.ms", "1000")
-        // People's commands are few and short.
+        // Commands are few and small.
         .set("queued.max.messages.kbytes", "1024");
     let topic = source.topic.clone();
     let subscribed = move || {
@@ -60,20 +60,20 @@ pub async fn listen(
     let consumers = Replaced::new(move || {
         subscribed().map_err(|e: rdkafka::error::KafkaError| KafkaError::Client(e.to_string()))
     })
-    .context("control topic")?;
-    let mut looks = tokio::time::interval(LOOK);
+    .context("cannot create a consumer of the control topic")?;
+    let mut checks = tokio::time::interval(CHECK_INTERVAL);
     loop {
-        let consumer = consumers.get().context("control topic")?;
+        let consumer = consumers.get().context("cannot create a consumer of the control topic")?;
         let received = tokio::select! {
             () = shutdown.begun() => break,
-            _ = looks.tick() => {
-                control.look_after().await;
+            _ = checks.tick() => {
+                control.interrupt_orphaned().await;
                 continue;
             }
             message = consumer.recv() => match message {
                 Ok(m) => control::read(m.payload().unwrap_or_default(), m.offset(), m.timestamp().to_millis().unwrap_or(0)),
                 Err(error) => {
-                    tracing::debug!(%error, topic = source.topic, "control topic");
+                    tracing::debug!(%error, topic = source.topic, "reading the control topic failed; retrying");
                     if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
                         consumers.doubt(&error);
                     }
@@ -84,10 +84,12 @@ pub async fn listen(
         };
         while let Err(error) = control.handle(&received).await {
             match error {
-                LedgerError::Unavailable(_) => tracing::debug!(%error, "control log"),
-                // Another command may fare better.
+                LedgerError::Unavailable(_) => {
+                    tracing::debug!(%error, "the control log is unavailable; retrying")
+                }
+                // The next command may still succeed.
                 LedgerError::Refused(_) => {
-                    tracing::error!(%error, id = received.key.id, "a command cannot be recorded, and is not begun");
+                    tracing::error!(%error, id = received.key.id, "a command cannot be recorded and is skipped");
                     break;
                 }
             }
@@ -101,7 +103,7 @@ pub async fn listen(
     Ok(())
 }
 
-/// A stream that no producer has planned yet can be neither paused nor backfilled.
+/// Waits until a producer has planned the stream. Before that, it can be neither paused nor backfilled.
 async fn wait_for_schedule(ledger: &dyn Ledger, shutdown: &Shutdown) {
     while !shutdown.has_begun() {
         if ledger.stream_state().await.is_ok_and(|state| state.schedules.is_some()) {

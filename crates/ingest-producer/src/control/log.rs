@@ -1,5 +1,5 @@
-//! `control_log`: what became of each command. A trait, so that tests keep it in memory; in Cassandra every write is a
-//! lightweight transaction.
+//! `control_log`: the state and outcome of each command. In Cassandra, every write is a lightweight transaction. Tests
+//! keep the log in memory.
 
 use crate::error::shortened;
 use crate::ledger::LedgerError;
@@ -14,60 +14,60 @@ use scylla::value::CqlTimestamp;
 use serde::Serialize;
 use std::sync::Arc;
 
-/// A row.
+/// A row of `control_log`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
-    /// Which command.
+    /// Key of the command.
     pub key: LogKey,
-    /// Its name.
+    /// Name of the command.
     pub command: String,
-    /// Its arguments as JSON, or the beginning of what cannot be read.
+    /// Arguments as JSON, or the start of the record if it cannot be parsed.
     pub arguments: String,
-    /// Where it stands.
+    /// Current state.
     pub state: CommandState,
-    /// In words: what was done, or why not.
+    /// Text for operators: the result, or why the command failed.
     pub outcome: String,
-    /// The process that has it.
+    /// The process that handles the command.
     pub handled_by: String,
-    /// Its last sign of life, Unix milliseconds.
+    /// When that process last renewed the row, in Unix milliseconds.
     pub handled_at_ms: i64,
 }
 
 /// A change of state.
 #[derive(Debug, Clone)]
 pub struct Change<'a> {
-    /// State it must be in.
+    /// The expected current state.
     pub from: CommandState,
-    /// Owner it must have.
+    /// The expected owner.
     pub owner: &'a str,
-    /// State it gets.
+    /// The new state.
     pub to: CommandState,
-    /// Words it gets.
+    /// The new outcome.
     pub outcome: &'a str,
-    /// Now.
+    /// The current time in Unix milliseconds.
     pub now_ms: i64,
 }
 
 /// The control log of one stream.
 #[async_trait]
 pub trait ControlLog: Send + Sync {
-    /// Writes the row of a command that has none; the row there is, where there is one.
-    async fn begin(&self, entry: &Entry) -> Result<Option<Entry>, LedgerError>;
+    /// Inserts the row of a command. Returns the existing row if there is one.
+    async fn insert(&self, entry: &Entry) -> Result<Option<Entry>, LedgerError>;
 
-    /// One row, read so that no compare and set that has been answered is missed.
+    /// Reads one row with serial consistency, so that every completed compare-and-set is visible.
     async fn get(&self, key: &LogKey) -> Result<Option<Entry>, LedgerError>;
 
-    /// A sign of life of a running command; false: it is no longer the owner's.
+    /// Renews the row of a running command. Returns `false` if `owner` no longer owns it.
     async fn renew(&self, key: &LogKey, owner: &str, now_ms: i64) -> Result<bool, LedgerError>;
 
-    /// Changes a row that is as `change` says; false: it is not.
+    /// Applies a change. Returns `false` if the row does not have the expected state and owner.
     async fn change(&self, key: &LogKey, change: &Change<'_>) -> Result<bool, LedgerError>;
 
-    /// The rows of the day that begins at `day_ms`, newest first, at most `limit`.
+    /// Up to `limit` rows of the day that starts at `day_ms`, newest first.
     async fn of_day(&self, day_ms: i64, limit: u32) -> Result<Vec<Entry>, LedgerError>;
 }
 
-/// In Cassandra.
+/// The control log in Cassandra.
 #[derive(Debug)]
 pub struct CassandraControlLog {
     session: Arc<Session>,
@@ -111,7 +111,7 @@ impl Row {
 }
 
 impl CassandraControlLog {
-    /// Prepares its statements; a missing table is named with the way out.
+    /// Prepares all statements. The error names a missing table and how to create it.
     pub async fn new(
         session: Arc<Session>,
         keyspace: &str,
@@ -146,7 +146,7 @@ impl CassandraControlLog {
 
 #[async_trait]
 impl ControlLog for CassandraControlLog {
-    async fn begin(&self, e: &Entry) -> Result<Option<Entry>, LedgerError> {
+    async fn insert(&self, e: &Entry) -> Result<Option<Entry>, LedgerError> {
         let (stream, day, issued_at, id) = self.at(&e.key);
         let outcome = shortened(&e.outcome);
         let values = (
@@ -197,31 +197,31 @@ impl ControlLog for CassandraControlLog {
     }
 }
 
-/// A row for `--json`.
+/// A row as printed by `--json`.
 #[derive(Debug, Serialize)]
-pub struct Shown<'a> {
-    /// The command's id.
+pub struct EntryView<'a> {
+    /// Id of the command.
     pub id: &'a str,
     /// When it was issued, RFC 3339.
     pub issued_at: String,
-    /// Its name.
+    /// Name of the command.
     pub command: &'a str,
-    /// Its arguments as JSON text.
+    /// Arguments as JSON text.
     pub arguments: &'a str,
-    /// Where it stands.
+    /// Current state.
     pub state: CommandState,
-    /// In words.
+    /// The result, or why the command failed.
     pub outcome: &'a str,
-    /// The process that has or had it.
+    /// The process that handles or handled the command.
     pub handled_by: &'a str,
-    /// Its last sign of life, RFC 3339.
+    /// When that process last renewed the row, RFC 3339.
     pub handled_at: String,
 }
 
 impl Entry {
-    /// For people and programs.
-    pub fn shown(&self) -> Shown<'_> {
-        Shown {
+    /// Converts the row for output.
+    pub fn view(&self) -> EntryView<'_> {
+        EntryView {
             id: &self.key.id,
             issued_at: crate::runs::time(self.key.issued_at_ms),
             command: &self.command,

@@ -1,7 +1,7 @@
-//! `control …`: sends a command and, where asked to, waits for what becomes of it; lists what became of others.
+//! `control`: sends a command and optionally waits for its outcome, or lists recent commands.
 
 use super::log::{ControlLog, Entry};
-use crate::Done;
+use crate::CommandOutput;
 use crate::config::{ControlArgs, ControlCommand};
 use anyhow::Context;
 use comfy_table::Table;
@@ -14,14 +14,14 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use std::time::Duration;
 
 const DAY_MS: i64 = 86_400_000;
-/// How long Kafka may take for one command.
+/// How long to wait for Kafka to acknowledge a command.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
-/// How often the log is asked for an outcome.
-const ASK: Duration = Duration::from_millis(200);
-/// How long after its expiry a command may still get its row.
+/// Poll interval while waiting for an outcome in the log.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// How long after its expiry the row of a command may still appear.
 const GRACE_MS: i64 = 5000;
 
-/// What to send; `None`: nothing, the log is to be shown.
+/// The action to send, or `None` for `control log`, which sends nothing.
 fn action(command: &ControlCommand) -> Option<Action> {
     Some(match command {
         ControlCommand::Produce { messages } => Action::Produce { messages: *messages },
@@ -43,14 +43,14 @@ fn action(command: &ControlCommand) -> Option<Action> {
     })
 }
 
-/// Carries out `control`.
+/// Executes `control`.
 pub async fn control(
     common: &CommonArgs,
     stream: &str,
     log: &dyn ControlLog,
     args: &ControlArgs,
     shutdown: &Shutdown,
-) -> anyhow::Result<Done> {
+) -> anyhow::Result<CommandOutput> {
     let now_ms = crate::now_ms();
     let Some(action) = action(&args.command) else { return show(log, args, now_ms).await };
     let issued_by = format!("cli@{}", common.instance_name());
@@ -58,14 +58,18 @@ pub async fn control(
     let command = Command::new(stream, &issued_by, now_ms, lifetime_ms, action);
     send(common, &command).await?;
     if !args.wait {
-        return Ok(Done::text(format!(
+        return Ok(CommandOutput::text(format!(
             "{} {} sent; `control log` shows its outcome",
             command.action.name(),
             command.id
         )));
     }
     let Some(entry) = outcome(log, &command, shutdown).await? else {
-        let ended = if shutdown.has_begun() { "stopped waiting" } else { "no producer took it in time" };
+        let ended = if shutdown.has_begun() {
+            "stopped waiting"
+        } else {
+            "no producer accepted it before it expired"
+        };
         anyhow::bail!(
             "{} {}: {ended}; is `ingest-producer run` running for stream `{stream}`?",
             command.action.name(),
@@ -73,29 +77,29 @@ pub async fn control(
         );
     };
     let text = if args.json {
-        serde_json::to_string_pretty(&entry.shown())?
+        serde_json::to_string_pretty(&entry.view())?
     } else {
         format!("{} {}: {}: {}", entry.command, entry.key.id, entry.state.name(), entry.outcome)
     };
-    Ok(Done { text, code: u8::from(entry.state != CommandState::Done) })
+    Ok(CommandOutput { text, code: u8::from(entry.state != CommandState::Done) })
 }
 
 async fn send(common: &CommonArgs, command: &Command) -> anyhow::Result<()> {
     let producer: FutureProducer = producer_config(&common.kafka_brokers, "ingest-producer-control")
         .set("message.timeout.ms", SEND_DEADLINE.as_millis().to_string())
         .create()
-        .context("kafka client")?;
+        .context("cannot create the kafka client")?;
     let value = serde_json::to_vec(command)?;
     let record = FutureRecord::to(&common.control_topic).key(&command.stream).payload(&value);
     let sent = producer.send(record, SEND_DEADLINE).await;
     sent.map_err(|(error, _)| error).with_context(|| {
         let (brokers, topic) = (&common.kafka_brokers, &common.control_topic);
-        format!("kafka at {brokers}, topic `{topic}` (made by `stream-processor init`)")
+        format!("sending to kafka at {brokers}, topic `{topic}` (created by `stream-processor init`)")
     })?;
     Ok(())
 }
 
-/// The row once it is final; `None`: nobody took the command before it expired, or waiting was stopped.
+/// Waits for the final row of a command. Returns `None` if the command expired without a row, or on shutdown.
 async fn outcome(
     log: &dyn ControlLog,
     command: &Command,
@@ -111,29 +115,29 @@ async fn outcome(
         }
         tokio::select! {
             () = shutdown.begun() => return Ok(None),
-            () = tokio::time::sleep(ASK) => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
     }
 }
 
-/// The commands of today and yesterday, newest first.
-async fn show(log: &dyn ControlLog, args: &ControlArgs, now_ms: i64) -> anyhow::Result<Done> {
+/// Lists the commands of today and yesterday, newest first.
+async fn show(log: &dyn ControlLog, args: &ControlArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let limit = if let ControlCommand::Log { limit } = args.command { limit } else { 0 };
     let today_ms = common::event::floor_to(now_ms, DAY_MS);
     let mut entries = log.of_day(today_ms, limit).await?;
     entries.extend(log.of_day(today_ms - DAY_MS, limit).await?);
     entries.truncate(limit as usize);
     if args.json {
-        let rows: Vec<_> = entries.iter().map(Entry::shown).collect();
-        return Ok(Done::text(serde_json::to_string_pretty(&rows)?));
+        let rows: Vec<_> = entries.iter().map(Entry::view).collect();
+        return Ok(CommandOutput::text(serde_json::to_string_pretty(&rows)?));
     }
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
     table.set_header(["issued", "id", "command", "arguments", "state", "outcome"]);
     for entry in &entries {
-        let shown = entry.shown();
-        let words = [shown.id, shown.command, shown.arguments, entry.state.name(), shown.outcome];
-        table.add_row(std::iter::once(shown.issued_at.as_str()).chain(words));
+        let view = entry.view();
+        let cells = [view.id, view.command, view.arguments, entry.state.name(), view.outcome];
+        table.add_row(std::iter::once(view.issued_at.as_str()).chain(cells));
     }
-    Ok(Done::text(format!("{table}\n{} commands", entries.len())))
+    Ok(CommandOutput::text(format!("{table}\n{} commands", entries.len())))
 }

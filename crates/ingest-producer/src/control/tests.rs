@@ -1,4 +1,5 @@
-//! Commands on fakes: a log in memory that fails on request, and work that goes on until it is told to end.
+//! Tests of commands on fakes: a log in memory that fails on request, and work that runs until it is stopped or
+//! released.
 
 use super::*;
 use async_trait::async_trait;
@@ -10,16 +11,16 @@ use tokio::sync::Notify;
 
 const NOW: i64 = 1_767_225_600_000;
 
-/// The log in memory, with the same compare and set.
+/// The log in memory, with the same compare-and-set semantics.
 #[derive(Default)]
 struct MemoryLog {
     rows: Mutex<BTreeMap<(i64, String), Entry>>,
-    /// Calls that fail before one works again.
+    /// Number of next calls that fail.
     outage: AtomicU32,
 }
 
 impl MemoryLog {
-    fn ask(&self) -> Result<(), LedgerError> {
+    fn call(&self) -> Result<(), LedgerError> {
         let left = self.outage.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         left.map_or(Ok(()), |_| Err(LedgerError::Unavailable("outage".to_owned())))
     }
@@ -31,8 +32,8 @@ impl MemoryLog {
 
 #[async_trait]
 impl ControlLog for MemoryLog {
-    async fn begin(&self, entry: &Entry) -> Result<Option<Entry>, LedgerError> {
-        self.ask()?;
+    async fn insert(&self, entry: &Entry) -> Result<Option<Entry>, LedgerError> {
+        self.call()?;
         let mut rows = self.rows.lock().unwrap();
         let key = (entry.key.issued_at_ms, entry.key.id.clone());
         let found = rows.get(&key).cloned();
@@ -41,12 +42,12 @@ impl ControlLog for MemoryLog {
     }
 
     async fn get(&self, key: &LogKey) -> Result<Option<Entry>, LedgerError> {
-        self.ask()?;
+        self.call()?;
         Ok(self.rows.lock().unwrap().get(&(key.issued_at_ms, key.id.clone())).cloned())
     }
 
     async fn renew(&self, key: &LogKey, owner: &str, now_ms: i64) -> Result<bool, LedgerError> {
-        self.ask()?;
+        self.call()?;
         let mut rows = self.rows.lock().unwrap();
         let row = rows.get_mut(&(key.issued_at_ms, key.id.clone())).unwrap();
         let own = row.state == CommandState::Running && row.handled_by == owner;
@@ -57,16 +58,16 @@ impl ControlLog for MemoryLog {
     }
 
     async fn change(&self, key: &LogKey, change: &log::Change<'_>) -> Result<bool, LedgerError> {
-        self.ask()?;
+        self.call()?;
         let mut rows = self.rows.lock().unwrap();
         let row = rows.get_mut(&(key.issued_at_ms, key.id.clone())).unwrap();
-        let fits = row.state == change.from && row.handled_by == change.owner;
-        if fits {
+        let matches = row.state == change.from && row.handled_by == change.owner;
+        if matches {
             row.state = change.to;
             row.outcome = change.outcome.to_owned();
             row.handled_at_ms = change.now_ms;
         }
-        Ok(fits)
+        Ok(matches)
     }
 
     async fn of_day(&self, _: i64, _: u32) -> Result<Vec<Entry>, LedgerError> {
@@ -74,10 +75,10 @@ impl ControlLog for MemoryLog {
     }
 }
 
-/// Counts what was begun; loads go on until they are stopped or released.
+/// Counts started actions. Loads run until they are stopped or released.
 #[derive(Default)]
 struct FakeWork {
-    begun: AtomicU32,
+    started: AtomicU32,
     paused: AtomicU32,
     release: Notify,
 }
@@ -85,11 +86,11 @@ struct FakeWork {
 #[async_trait]
 impl Work for FakeWork {
     async fn carry_out(&self, action: &Action, stop: &Shutdown) -> Result<String, String> {
-        self.begun.fetch_add(1, Ordering::SeqCst);
+        self.started.fetch_add(1, Ordering::SeqCst);
         match action {
             Action::Pause => self.paused.store(1, Ordering::SeqCst),
             Action::Resume => self.paused.store(0, Ordering::SeqCst),
-            Action::Clear { .. } => return Err("the ledger refuses".to_owned()),
+            Action::Clear { .. } => return Err("the ledger rejected a request".to_owned()),
             _ => tokio::select! {
                 () = stop.begun() => return Ok("12 messages before the stop".to_owned()),
                 () = self.release.notified() => {}
@@ -112,7 +113,7 @@ impl World {
 
     fn producer(&self, owner: &str) -> Control {
         let now = self.now.clone();
-        Control::new(Desk {
+        Control::new(CommandContext {
             stream: "users".to_owned(),
             owner: owner.to_owned(),
             log: self.log.clone(),
@@ -122,17 +123,17 @@ impl World {
         })
     }
 
-    fn begun(&self) -> u32 {
-        self.work.begun.load(Ordering::SeqCst)
+    fn started_count(&self) -> u32 {
+        self.work.started.load(Ordering::SeqCst)
     }
 
-    /// Lets tasks go on until so many commands have begun in all.
-    async fn begins(&self, count: u32) {
+    /// Lets tasks run and checks the total number of started commands.
+    async fn expect_started(&self, count: u32) {
         tokio::time::sleep(Duration::from_millis(1)).await;
-        assert_eq!(self.begun(), count);
+        assert_eq!(self.started_count(), count);
     }
 
-    /// Lets tasks go on until the command's row is in that state, and gives its words.
+    /// Lets tasks run until the command is in `state`, and returns its outcome.
     async fn outcome(&self, command: &Received, state: CommandState) -> String {
         for _ in 0..200 {
             let row = self.log.row(&command.key);
@@ -158,7 +159,7 @@ fn spike() -> Received {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_command_is_done_once_however_often_it_is_read() {
+async fn a_command_runs_once_however_often_it_is_read() {
     let world = World::new();
     let (mut first, pause, spike) = (world.producer("a/1"), sent(Action::Pause), spike());
     for _ in 0..3 {
@@ -168,42 +169,42 @@ async fn a_command_is_done_once_however_often_it_is_read() {
     world.work.release.notify_one();
     assert_eq!(world.outcome(&spike, CommandState::Done).await, "did it");
     assert_eq!(world.outcome(&pause, CommandState::Done).await, "did it");
-    // The producer's next life reads the topic again.
+    // The restarted producer reads the topic again.
     let mut second = world.producer("a/2");
     second.handle(&pause).await.unwrap();
     second.handle(&spike).await.unwrap();
-    assert_eq!(world.begun(), 2);
+    assert_eq!(world.started_count(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_command_whose_producer_was_killed_is_interrupted_and_never_begun_again() {
+async fn a_command_of_a_killed_producer_is_interrupted_and_never_restarted() {
     let world = World::new();
     let (mut first, spike) = (world.producer("a/1"), spike());
     first.handle(&spike).await.unwrap();
-    world.begins(1).await;
-    // Killed: its row stays as it is.
+    world.expect_started(1).await;
+    // Killed: the row stays `running`.
     first.jobs.iter().for_each(|job| job.task.abort());
     drop(first);
     let mut second = world.producer("a/2");
     second.handle(&spike).await.unwrap();
     let another = self::spike();
     second.handle(&another).await.unwrap();
-    assert!(world.outcome(&another, CommandState::Refused).await.contains("of this kind goes on"));
-    second.look_after().await;
-    assert_eq!(world.log.row(&spike.key).state, CommandState::Running, "not yet silent");
+    assert!(world.outcome(&another, CommandState::Refused).await.contains("of the same kind is running"));
+    second.interrupt_orphaned().await;
+    assert_eq!(world.log.row(&spike.key).state, CommandState::Running, "its producer may still be alive");
     world.now.fetch_add(SILENCE_MS, Ordering::SeqCst);
-    second.look_after().await;
+    second.interrupt_orphaned().await;
     assert_eq!(
         world.outcome(&spike, CommandState::Interrupted).await,
-        "its producer a/1 ended before it did"
+        "its producer a/1 stopped before the command ended"
     );
     let third = self::spike();
     second.handle(&third).await.unwrap();
-    world.begins(2).await;
+    world.expect_started(2).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_load_goes_on_at_a_time_and_can_be_cancelled() {
+async fn one_load_runs_at_a_time_and_can_be_cancelled() {
     let world = World::new();
     let mut control = world.producer("a/1");
     let (first, second, produce) = (spike(), spike(), sent(Action::Produce { messages: 5 }));
@@ -212,22 +213,22 @@ async fn one_load_goes_on_at_a_time_and_can_be_cancelled() {
         control.handle(refused).await.unwrap();
         assert!(world.outcome(refused, CommandState::Refused).await.contains(&first.key.id));
     }
-    let stranger = sent(Action::Cancel { id: Some(second.key.id.clone()) });
-    control.handle(&stranger).await.unwrap();
-    assert!(world.outcome(&stranger, CommandState::Failed).await.ends_with("does not go on"));
+    let unrelated = sent(Action::Cancel { id: Some(second.key.id.clone()) });
+    control.handle(&unrelated).await.unwrap();
+    assert!(world.outcome(&unrelated, CommandState::Failed).await.ends_with("is not running"));
     let cancel = sent(Action::Cancel { id: Some(first.key.id.clone()) });
     control.handle(&cancel).await.unwrap();
     assert_eq!(world.outcome(&cancel, CommandState::Done).await, "1 command cancelled");
     tokio::time::sleep(RENEW).await;
     assert_eq!(world.outcome(&first, CommandState::Cancelled).await, "12 messages before the stop");
     let next = spike();
-    control.look_after().await;
+    control.interrupt_orphaned().await;
     control.handle(&next).await.unwrap();
-    world.begins(2).await;
+    world.expect_started(2).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_done_is_refused_with_its_reason_and_blocks_nothing() {
+async fn an_invalid_command_is_refused_with_a_reason_and_blocks_no_other() {
     let world = World::new();
     let mut control = world.producer("a/1");
     let garbage = common::control::read(b"\xff{", 3, NOW);
@@ -241,20 +242,21 @@ async fn what_cannot_be_done_is_refused_with_its_reason_and_blocks_nothing() {
     for each in [&garbage, &expired, &too_much, &elsewhere, &broken, &good, &again] {
         control.handle(each).await.unwrap();
     }
-    assert!(world.outcome(&garbage, CommandState::Refused).await.starts_with("no JSON"));
+    assert!(world.outcome(&garbage, CommandState::Refused).await.starts_with("not valid JSON"));
     assert!(world.outcome(&expired, CommandState::Refused).await.starts_with("expired 5000 ms"));
-    assert!(
-        world.outcome(&too_much, CommandState::Refused).await.contains("out of bounds; from 1 to 100000")
-    );
-    assert_eq!(world.outcome(&broken, CommandState::Failed).await, "the ledger refuses");
+    assert!(world.outcome(&too_much, CommandState::Refused).await.contains("from 1 to 100000"));
+    assert_eq!(world.outcome(&broken, CommandState::Failed).await, "the ledger rejected a request");
     assert_eq!(world.outcome(&good, CommandState::Done).await, "did it");
-    assert_eq!(world.outcome(&again, CommandState::Refused).await, "its id was used before");
-    assert_eq!(world.log.rows.lock().unwrap().len(), 6, "the other stream's command is its producer's");
-    assert_eq!(world.begun(), 2);
+    assert_eq!(
+        world.outcome(&again, CommandState::Refused).await,
+        "its id was already used by another command"
+    );
+    assert_eq!(world.log.rows.lock().unwrap().len(), 6, "the command of the other stream is ignored");
+    assert_eq!(world.started_count(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_of_the_log_delays_commands_and_doubles_none() {
+async fn an_outage_of_the_log_delays_commands_and_repeats_none() {
     let world = World::new();
     let mut control = world.producer("a/1");
     let pause = sent(Action::Pause);
@@ -264,7 +266,7 @@ async fn an_outage_of_the_log_delays_commands_and_doubles_none() {
         while control.handle(&command).await.is_err() {}
         assert_eq!(world.outcome(&command, CommandState::Done).await, "did it");
     }
-    // The row was written, but the answer was lost: the same process asks again.
+    // The row was inserted, but the response was lost: the same process tries again.
     let entry = Entry {
         key: pause.key.clone(),
         command: "pause".to_owned(),
@@ -274,14 +276,14 @@ async fn an_outage_of_the_log_delays_commands_and_doubles_none() {
         handled_by: "a/1".to_owned(),
         handled_at_ms: NOW,
     };
-    world.log.begin(&entry).await.unwrap();
+    world.log.insert(&entry).await.unwrap();
     control.handle(&pause).await.unwrap();
     assert_eq!(world.outcome(&pause, CommandState::Done).await, "did it");
-    assert_eq!(world.begun(), 7);
+    assert_eq!(world.started_count(), 7);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stopped_producer_says_what_it_interrupts() {
+async fn a_stopped_producer_records_what_it_interrupts() {
     let world = World::new();
     let mut control = world.producer("a/1");
     let spike = spike();

@@ -1,4 +1,5 @@
-//! What each command does, by the same means as the command line: `stress`, `backfill`, `runs clear`, and the ledger's pause.
+//! Executes the actions of commands with the same code as the command line: `stress`, `backfill`, `runs clear`, and
+//! the pause flag of the ledger.
 
 use crate::config::{BackfillArgs, SpanArgs, StressArgs};
 use crate::run::Runner;
@@ -8,20 +9,20 @@ use common::control::Action;
 use common::shutdown::Shutdown;
 use std::sync::Arc;
 
-/// Does the work of commands: for real, or a fake.
+/// Executes the actions of commands. Tests use a fake.
 #[async_trait]
 pub trait Work: Send + Sync {
-    /// Carries it out until done or `stop` begins; what was done in words, or why it was not.
+    /// Executes an action until it is done or `stop` starts. Returns a description of the result, or of the error.
     async fn carry_out(&self, action: &Action, stop: &Shutdown) -> Result<String, String>;
 }
 
-/// The real work.
+/// The implementation of the producer.
 pub struct Worker {
-    /// Runs backfills; knows stream and ledger.
+    /// Runs backfills, and holds the definition and the ledger.
     pub runner: Arc<Runner>,
-    /// Bootstrap servers that loads go to.
+    /// Kafka bootstrap servers for loads.
     pub brokers: String,
-    /// Topic that loads go to.
+    /// Topic for loads.
     pub topic: String,
 }
 
@@ -50,7 +51,7 @@ impl Work for Worker {
             }
             Action::Pause => self.pause(true).await,
             Action::Resume => self.pause(false).await,
-            Action::Cancel { .. } => Err("cancel has no work of its own".to_owned()),
+            Action::Cancel { .. } => Err("cancel is handled by the control listener".to_owned()),
         }
     }
 }
@@ -86,7 +87,7 @@ impl Worker {
         let done = if paused { "paused" } else { "resumed" };
         match self.runner.ledger.set_paused(paused).await {
             Ok(true) => Ok(done.to_owned()),
-            Ok(false) => Err("the stream has no schedule yet: no producer has planned it".to_owned()),
+            Ok(false) => Err("the stream has no schedule yet; start `ingest-producer run`".to_owned()),
             Err(e) => Err(e.to_string()),
         }
     }

@@ -1,8 +1,8 @@
-//! The run ledger in Cassandra: `ingest_runs`, `ingest_attempts`, `stream_state`, with lightweight transactions and nothing
-//! else.
+//! The run ledger in Cassandra: tables `ingest_runs`, `ingest_attempts` and `stream_state`. All writes are lightweight
+//! transactions.
 
 use super::rows::{AttemptRow, DAY_MS, NewRun, RunRow, day, ms, set_if};
-use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, taken_up};
+use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, claim_values};
 use crate::error::shortened;
 use crate::planner::Run;
 use async_trait::async_trait;
@@ -18,8 +18,8 @@ use scylla::value::{CqlTimestamp, CqlValue, MaybeUnset, Row};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a read is tried again, and the first pause; each further one is twice as long.
-const READ_AGAIN: usize = 4;
+/// Maximum retries of a read, and the first backoff, which doubles with each retry.
+const READ_RETRIES: usize = 4;
 const READ_PAUSE: Duration = Duration::from_millis(100);
 const RUN_COLUMNS: &str = "interval_start, interval_end, state, run_type, run_id, attempt, owner, epoch, lease_until, \
                            pages, records, acked, bytes, error, started_at, finished_at, retry_at";
@@ -61,21 +61,21 @@ pub(crate) fn failed(error: &scylla::errors::ExecutionError) -> LedgerError {
 }
 
 pub(crate) fn unreadable(error: impl std::fmt::Display) -> LedgerError {
-    LedgerError::Refused(format!("a row cannot be read: {error}"))
+    LedgerError::Refused(format!("a row is invalid: {error}"))
 }
 
-/// Whether a compare and set was carried out.
+/// Whether a compare-and-set was applied.
 pub(crate) fn applied(result: QueryResult) -> Result<bool, LedgerError> {
     let rows = result.into_rows_result().map_err(unreadable)?;
     let row: Row = rows.first_row().map_err(unreadable)?;
     Ok(matches!(row.columns.first(), Some(Some(CqlValue::Boolean(true)))))
 }
 
-/// Prepares a statement; where it cannot be, the way out is named.
+/// Prepares a statement. The error suggests how to create a missing table.
 pub(crate) async fn prepare(session: &Session, cql: String) -> Result<PreparedStatement, LedgerError> {
     session.prepare(cql.as_str()).await.map_err(|e| {
-        let words = shortened(&e.to_string());
-        LedgerError::Refused(format!("{words}; are the tables there? `stream-processor init` makes them"))
+        let cause = shortened(&e.to_string());
+        LedgerError::Refused(format!("{cause}; do the tables exist? `stream-processor init` creates them"))
     })
 }
 
@@ -100,7 +100,7 @@ impl Statements {
             .await?,
             touch: prepare(format!("UPDATE {k}.stream_state SET updated_at = ? WHERE stream = ? IF EXISTS")).await?,
             pause: prepare(format!("UPDATE {k}.stream_state SET paused = ? WHERE stream = ? IF EXISTS")).await?,
-            // Of all states `succeeded` is the last in the alphabet. What is filtered is a part of one partition.
+            // `succeeded` is the last state in alphabetical order. The filter applies within one partition.
             unfinished: prepare(format!("{runs} AND state < 'succeeded' ALLOW FILTERING")).await?,
             runs: prepare(runs).await?,
             insert: prepare(format!(
@@ -138,7 +138,7 @@ impl Statements {
 }
 
 impl CassandraLedger {
-    /// Prepares all statements; a missing table is named with the way out.
+    /// Prepares all statements. The error names a missing table and how to create it.
     pub async fn new(
         session: Arc<Session>,
         keyspace: &str,
@@ -156,19 +156,19 @@ impl CassandraLedger {
         self.session.execute_unpaged(statement, values).await.map_err(|e| failed(&e))
     }
 
-    /// A read. Other owners' compare and set may be in its way for a moment: it is tried again.
+    /// Executes a read. It is retried, because it may contend with the compare-and-set of other owners.
     async fn rows(
         &self,
         statement: &PreparedStatement,
         values: impl SerializeRow,
     ) -> Result<QueryRowsResult, LedgerError> {
-        let pauses = ExponentialBuilder::default().with_min_delay(READ_PAUSE).with_max_times(READ_AGAIN);
+        let pauses = ExponentialBuilder::default().with_min_delay(READ_PAUSE).with_max_times(READ_RETRIES);
         let read = (|| self.execute(statement, &values)).retry(pauses);
         let answer = read.when(|e| matches!(e, LedgerError::Unavailable(_))).await?;
         answer.into_rows_result().map_err(unreadable)
     }
 
-    /// The runs of a span by `statement`, day by day.
+    /// Reads the runs of a time range with `statement`, one day (partition) at a time.
     async fn span(
         &self,
         statement: &PreparedStatement,
@@ -240,7 +240,7 @@ impl Ledger for CassandraLedger {
         seen: Option<&Run>,
         lease: &Lease,
     ) -> Result<Option<Claim>, LedgerError> {
-        let (attempt, epoch, first_started_ms) = taken_up(seen, run_type, lease.now_ms);
+        let (attempt, epoch, first_started_ms) = claim_values(seen, run_type, lease.now_ms);
         let until = CqlTimestamp(lease.until_ms);
         let won = match seen {
             None => {
@@ -265,7 +265,7 @@ impl Ledger for CassandraLedger {
                 applied(self.execute(&self.statements.claim, values).await?)?
             }
         };
-        // An earlier try of ours may have been carried out without an answer.
+        // Our earlier attempt to claim may have been applied without a response.
         if !won && self.run(interval.start_ms).await?.is_none_or(|run| run.run_id != lease.run_id) {
             return Ok(None);
         }

@@ -1,13 +1,13 @@
-//! The run ledger in memory, for tests: the same compare and set, and failures on request.
+//! The run ledger in memory, for tests. It has the same compare-and-set semantics and fails on request.
 
-use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, taken_up};
+use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, claim_values};
 use crate::planner::Run;
 use async_trait::async_trait;
 use common::run_ledger::{Interval, RunState, RunType};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-/// Shared by all producers of a test.
+/// A ledger that all producers of a test share.
 #[derive(Debug, Default)]
 pub(crate) struct MemoryLedger {
     inner: Mutex<Inner>,
@@ -18,7 +18,7 @@ struct Inner {
     state: StreamState,
     runs: BTreeMap<i64, Run>,
     attempts: BTreeMap<(i64, i32), Attempt>,
-    /// Calls that fail before one works again.
+    /// Number of next calls that fail.
     outage: u32,
 }
 
@@ -51,7 +51,7 @@ impl MemoryLedger {
     }
 }
 
-/// A run of which nothing is known yet.
+/// A run without attempts.
 fn empty(interval: Interval) -> Run {
     Run {
         run_type: RunType::Scheduled,
@@ -113,10 +113,10 @@ impl Ledger for MemoryLedger {
         lease: &Lease,
     ) -> Result<Option<Claim>, LedgerError> {
         self.with(|i| {
-            let (attempt, epoch, first_started_ms) = taken_up(seen, run_type, lease.now_ms);
+            let (attempt, epoch, first_started_ms) = claim_values(seen, run_type, lease.now_ms);
             let stored = i.runs.get(&interval.start_ms);
             let unchanged = stored.map(|run| run.epoch) == seen.map(|run| run.epoch);
-            // An earlier try of the same claim may have been carried out without an answer.
+            // An earlier call with the same claim may have been applied without a response.
             if !unchanged && stored.is_none_or(|run| run.run_id != lease.run_id) {
                 return None;
             }
@@ -217,6 +217,6 @@ impl Ledger for MemoryLedger {
 }
 
 #[tokio::test]
-async fn the_memory_ledger_passes_the_suite_of_every_ledger() {
+async fn the_memory_ledger_passes_the_ledger_suite() {
     super::suite::all(async |_| Arc::new(MemoryLedger::default()) as Arc<dyn Ledger>).await;
 }

@@ -1,4 +1,4 @@
-//! Rows of the run ledger's tables, as they are read and written.
+//! The rows of the run ledger's tables.
 
 use super::cassandra::unreadable;
 use super::{Attempt, Counts, LedgerError};
@@ -124,7 +124,7 @@ impl AttemptRow {
 }
 
 impl NewRun<'_> {
-    /// The first row of a run that nobody has attempted.
+    /// The row of a run without attempts.
     pub(super) fn of(stream: &str, interval: Interval, now_ms: i64) -> NewRun<'_> {
         let now = CqlTimestamp(now_ms);
         NewRun {

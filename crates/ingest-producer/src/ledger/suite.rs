@@ -1,5 +1,5 @@
-//! What every run ledger must do, whoever keeps it: run over the memory ledger by the unit tests and over Cassandra by
-//! `./test e2e` (`tests/ledger.rs`). Paths begin with the crate's name, so that both can compile it.
+//! The test suite that every run ledger must pass. The unit tests run it on the memory ledger, and `./test e2e` runs
+//! it on Cassandra (`tests/ledger.rs`). Paths start with the crate name, so that both can compile it.
 
 use common::run_ledger::{Interval, RunState, RunType};
 use ingest_producer::ledger::{
@@ -8,28 +8,28 @@ use ingest_producer::ledger::{
 use ingest_producer::planner::Run;
 use std::sync::Arc;
 
-/// The last minute of a month: the day and the month change with the next interval.
+/// Start of the last minute of a month. The next interval is on another day and in another month.
 const T0: i64 = 1_772_323_140_000;
 const MINUTE: i64 = 60_000;
 const LEASE_MS: i64 = 30_000;
-/// Producers that race for one interval.
+/// Number of producers that race for one interval.
 const RACERS: usize = 8;
 
-/// Runs everything; `make` gives an empty ledger of a stream with that name.
+/// Runs all tests. `make` creates an empty ledger for the stream with the given name.
 pub async fn all(make: impl AsyncFn(&str) -> Arc<dyn Ledger>) {
-    a_claim_gives_the_lease_to_one(&*make("claim").await).await;
-    a_lease_that_was_taken_writes_nothing(&*make("fence").await).await;
+    only_one_claim_gets_the_lease(&*make("claim").await).await;
+    the_owner_of_a_lost_lease_changes_nothing(&*make("fence").await).await;
     a_run_retries_and_succeeds(&*make("retry").await).await;
-    a_run_that_is_over_starts_over(&*make("over").await).await;
-    a_failed_run_that_is_tried_again_by_itself_goes_on(&*make("goes_on").await).await;
-    unfinished_runs_are_found_by_themselves(&*make("unfinished").await).await;
-    idle_time_does_not_count(&*make("idle").await).await;
-    notes_change_nothing_that_is_there(&*make("note").await).await;
-    the_first_record_of_an_attempt_stays(&*make("record").await).await;
-    overruling_is_fenced_and_takes_the_lease(&*make("overrule").await).await;
-    schedules_change_by_compare_and_set_and_a_pause_stays(&*make("state").await).await;
+    a_backfill_of_a_failed_run_starts_over(&*make("over").await).await;
+    the_automatic_retry_of_a_failed_run_does_not_start_over(&*make("goes_on").await).await;
+    unfinished_runs_are_found_without_the_succeeded_ones(&*make("unfinished").await).await;
+    time_without_a_producer_does_not_count(&*make("idle").await).await;
+    a_note_does_not_change_an_existing_row(&*make("note").await).await;
+    the_first_record_of_an_attempt_is_kept(&*make("record").await).await;
+    overruling_is_fenced_and_revokes_the_lease(&*make("overrule").await).await;
+    schedules_change_by_compare_and_set_and_keep_the_pause(&*make("state").await).await;
     runs_are_found_across_days_and_months_in_order(&*make("span").await).await;
-    of_racing_producers_one_wins(make("race").await).await;
+    one_of_several_racing_producers_wins(make("race").await).await;
 }
 
 fn interval(n: i64) -> Interval {
@@ -53,7 +53,7 @@ async fn row(ledger: &dyn Ledger) -> Run {
     ledger.run(T0).await.unwrap().expect("a row")
 }
 
-/// The row of a run as a claim leaves it.
+/// The row of a run after a claim.
 fn running(claim: &Claim, lease: &Lease) -> Run {
     Run {
         interval: claim.interval,
@@ -80,32 +80,36 @@ fn ending(state: RunState, error: &str, now_ms: i64) -> Ending {
     Ending { state, counts, error: error.to_owned(), now_ms, retry_at_ms: now_ms + 5000 }
 }
 
-async fn a_claim_gives_the_lease_to_one(ledger: &dyn Ledger) {
+async fn only_one_claim_gets_the_lease(ledger: &dyn Ledger) {
     assert_eq!(ledger.run(T0).await.unwrap(), None);
     let first = lease("first", T0 + MINUTE);
-    let won = claim(ledger, None, &first).await.expect("nobody has it");
+    let won = claim(ledger, None, &first).await.expect("the lease is free");
     assert_eq!(
         (won.attempt, won.epoch, won.first_started_ms, won.started_ms),
         (1, 1, T0 + MINUTE, T0 + MINUTE)
     );
     assert_eq!(row(ledger).await, running(&won, &first));
-    assert_eq!(claim(ledger, None, &lease("second", T0 + MINUTE)).await, None, "it has a row");
-    assert_eq!(claim(ledger, None, &first).await, Some(won), "an answer that was lost: the same claim again");
+    assert_eq!(claim(ledger, None, &lease("second", T0 + MINUTE)).await, None, "the run already has a row");
+    assert_eq!(
+        claim(ledger, None, &first).await,
+        Some(won),
+        "repeating a claim whose response was lost returns the same claim"
+    );
 }
 
-async fn a_lease_that_was_taken_writes_nothing(ledger: &dyn Ledger) {
+async fn the_owner_of_a_lost_lease_changes_nothing(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     assert!(ledger.renew(&first, now + 2 * LEASE_MS).await.unwrap());
     let seen = row(ledger).await;
     assert_eq!(seen.lease_until_ms, now + 2 * LEASE_MS);
     let second_lease = lease("second", now + 2 * LEASE_MS);
-    let second = claim(ledger, Some(&seen), &second_lease).await.expect("the lease has run out");
+    let second = claim(ledger, Some(&seen), &second_lease).await.expect("the lease has expired");
     assert_eq!((second.attempt, second.epoch), (2, 2));
     assert_eq!(
         claim(ledger, Some(&seen), &lease("third", now + 2 * LEASE_MS)).await,
         None,
-        "seen too long ago"
+        "the row has changed since it was read"
     );
     assert!(!ledger.renew(&first, i64::MAX / 2).await.unwrap());
     assert!(!ledger.finish(&first, &ending(RunState::Failed, "too late", now)).await.unwrap());
@@ -117,7 +121,7 @@ async fn a_run_retries_and_succeeds(ledger: &dyn Ledger) {
     let first_lease = lease("first", now);
     let first = claim(ledger, None, &first_lease).await.unwrap();
     assert!(ledger.finish(&first, &ending(RunState::Retrying, "500", now + 7)).await.unwrap());
-    let counted = Run {
+    let retrying = Run {
         state: RunState::Retrying,
         error: "500".to_owned(),
         pages: 2,
@@ -128,9 +132,9 @@ async fn a_run_retries_and_succeeds(ledger: &dyn Ledger) {
         retry_at_ms: now + 5007,
         ..running(&first, &first_lease)
     };
-    assert_eq!(row(ledger).await, counted);
+    assert_eq!(row(ledger).await, retrying);
     let second_lease = lease("second", now + 5007);
-    let second = claim(ledger, Some(&counted), &second_lease).await.unwrap();
+    let second = claim(ledger, Some(&retrying), &second_lease).await.unwrap();
     assert_eq!((second.attempt, second.first_started_ms), (2, now));
     assert!(ledger.finish(&second, &ending(RunState::Succeeded, "", now + 6000)).await.unwrap());
     let over = row(ledger).await;
@@ -138,34 +142,39 @@ async fn a_run_retries_and_succeeds(ledger: &dyn Ledger) {
     assert_eq!((over.attempt, over.records, over.acked), (2, 30, 29));
 }
 
-async fn a_run_that_is_over_starts_over(ledger: &dyn Ledger) {
+async fn a_backfill_of_a_failed_run_starts_over(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     ledger.finish(&first, &ending(RunState::Failed, "404", now)).await.unwrap();
     let over = row(ledger).await;
     let again = lease("again", now + 86_400_000);
-    let taken = ledger.claim(interval(0), RunType::Backfill, Some(&over), &again).await.unwrap().unwrap();
+    let reclaimed = ledger.claim(interval(0), RunType::Backfill, Some(&over), &again).await.unwrap().unwrap();
     assert_eq!(
-        (taken.attempt, taken.first_started_ms),
+        (reclaimed.attempt, reclaimed.first_started_ms),
         (3, again.now_ms),
-        "number 2 says that it was cleared"
+        "number 2 is the record that the run was cleared"
     );
     let row = row(ledger).await;
     assert_eq!((row.run_type, row.state), (RunType::Backfill, RunState::Running));
 }
 
-async fn a_failed_run_that_is_tried_again_by_itself_goes_on(ledger: &dyn Ledger) {
+async fn the_automatic_retry_of_a_failed_run_does_not_start_over(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     ledger.finish(&first, &ending(RunState::Failed, "404", now)).await.unwrap();
     let failed = row(ledger).await;
     assert_eq!((failed.retry_at_ms, failed.finished_at_ms), (now + 5000, now));
     let again = lease("again", now + 6000);
-    let taken = ledger.claim(interval(0), RunType::CatchUp, Some(&failed), &again).await.unwrap().unwrap();
-    assert_eq!((taken.attempt, taken.first_started_ms), (2, now + 1000), "a second late");
+    let reclaimed =
+        ledger.claim(interval(0), RunType::CatchUp, Some(&failed), &again).await.unwrap().unwrap();
+    assert_eq!(
+        (reclaimed.attempt, reclaimed.first_started_ms),
+        (2, now + 1000),
+        "the start moves forward by the second that the retry was late"
+    );
 }
 
-async fn unfinished_runs_are_found_by_themselves(ledger: &dyn Ledger) {
+async fn unfinished_runs_are_found_without_the_succeeded_ones(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let states = [RunState::Succeeded, RunState::Retrying, RunState::Failed];
     for (n, state) in (0..).zip(states) {
@@ -189,20 +198,20 @@ async fn unfinished_runs_are_found_by_themselves(ledger: &dyn Ledger) {
     assert_eq!(ledger.unfinished(T0 + 4 * MINUTE, T0 + 5 * MINUTE).await.unwrap().len(), 1);
 }
 
-async fn idle_time_does_not_count(ledger: &dyn Ledger) {
+async fn time_without_a_producer_does_not_count(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     ledger.finish(&first, &ending(RunState::Retrying, "500", now)).await.unwrap();
     let seen = row(ledger).await;
     let hours_later = seen.retry_at_ms + 7_200_000;
     let second = claim(ledger, Some(&seen), &lease("second", hours_later)).await.unwrap();
-    assert_eq!(second.first_started_ms, now + 7_200_000, "nobody was there for two hours");
+    assert_eq!(second.first_started_ms, now + 7_200_000, "two hours without a producer do not count");
     let seen = row(ledger).await;
     let third = claim(ledger, Some(&seen), &lease("third", seen.lease_until_ms + 1000)).await.unwrap();
-    assert_eq!(third.first_started_ms, now + 7_201_000, "a lease that ran out was work");
+    assert_eq!(third.first_started_ms, now + 7_201_000, "the time until the lease expired counts");
 }
 
-async fn notes_change_nothing_that_is_there(ledger: &dyn Ledger) {
+async fn a_note_does_not_change_an_existing_row(ledger: &dyn Ledger) {
     let note = |state, cause: &str| Note {
         interval: interval(0),
         state,
@@ -231,8 +240,8 @@ async fn notes_change_nothing_that_is_there(ledger: &dyn Ledger) {
         error: String::new(),
     };
     assert_eq!(noted, expected);
-    let taken = claim(ledger, Some(&noted), &lease("first", T0 + 90_000)).await.unwrap();
-    assert_eq!((taken.attempt, taken.epoch, taken.first_started_ms), (1, 2, T0 + 90_000));
+    let reclaimed = claim(ledger, Some(&noted), &lease("first", T0 + 90_000)).await.unwrap();
+    assert_eq!((reclaimed.attempt, reclaimed.epoch, reclaimed.first_started_ms), (1, 2, T0 + 90_000));
     ledger.note(&Note { interval: interval(1), ..note(RunState::Failed, "missed") }, T0 + 2).await.unwrap();
     let missed = ledger.run(T0 + MINUTE).await.unwrap().unwrap();
     assert_eq!(
@@ -241,7 +250,7 @@ async fn notes_change_nothing_that_is_there(ledger: &dyn Ledger) {
     );
 }
 
-async fn the_first_record_of_an_attempt_stays(ledger: &dyn Ledger) {
+async fn the_first_record_of_an_attempt_is_kept(ledger: &dyn Ledger) {
     let attempt = |number, outcome: &str| Attempt {
         interval: interval(0),
         number,
@@ -269,7 +278,7 @@ async fn the_first_record_of_an_attempt_stays(ledger: &dyn Ledger) {
     assert_eq!(ledger.attempts(T0 + MINUTE).await.unwrap(), []);
 }
 
-async fn overruling_is_fenced_and_takes_the_lease(ledger: &dyn Ledger) {
+async fn overruling_is_fenced_and_revokes_the_lease(ledger: &dyn Ledger) {
     let now = T0 + MINUTE;
     let first = claim(ledger, None, &lease("first", now)).await.unwrap();
     let seen = row(ledger).await;
@@ -283,12 +292,12 @@ async fn overruling_is_fenced_and_takes_the_lease(ledger: &dyn Ledger) {
     assert_eq!((given_up.error.as_str(), given_up.finished_at_ms), ("by hand", now + 4));
 }
 
-async fn schedules_change_by_compare_and_set_and_a_pause_stays(ledger: &dyn Ledger) {
-    assert!(!ledger.set_paused(true).await.unwrap(), "no producer has planned it yet");
+async fn schedules_change_by_compare_and_set_and_keep_the_pause(ledger: &dyn Ledger) {
+    assert!(!ledger.set_paused(true).await.unwrap(), "no producer has planned the stream yet");
     assert!(ledger.set_schedules(None, "[1]", 5).await.unwrap());
-    assert!(!ledger.set_schedules(None, "[2]", 6).await.unwrap(), "another one was first");
+    assert!(!ledger.set_schedules(None, "[2]", 6).await.unwrap(), "another producer was first");
     assert!(ledger.set_paused(true).await.unwrap());
-    assert!(!ledger.set_schedules(Some("[0]"), "[2]", 7).await.unwrap(), "not what is there");
+    assert!(!ledger.set_schedules(Some("[0]"), "[2]", 7).await.unwrap(), "the stored schedules differ");
     assert!(ledger.set_schedules(Some("[1]"), "[3]", 8).await.unwrap());
     let state = ledger.stream_state().await.unwrap();
     assert_eq!((state.paused, state.schedules.as_deref(), state.updated_at_ms), (true, Some("[3]"), 8));
@@ -309,12 +318,12 @@ async fn runs_are_found_across_days_and_months_in_order(ledger: &dyn Ledger) {
         runs.iter().map(|run| (run.interval.start_ms - T0) / MINUTE).collect()
     };
     assert_eq!(found(-1440, 1442).await, [-1440, -1, 0, 1, 1441]);
-    assert_eq!(found(0, 1).await, [0], "from is included, to is not");
+    assert_eq!(found(0, 1).await, [0], "`from` is inclusive, `to` is exclusive");
     assert_eq!(found(1, 1441).await, [1]);
     assert_eq!(found(5, 5).await, [] as [i64; 0]);
 }
 
-async fn of_racing_producers_one_wins(ledger: Arc<dyn Ledger>) {
+async fn one_of_several_racing_producers_wins(ledger: Arc<dyn Ledger>) {
     let mut seen = None;
     for round in 0..5 {
         let racing = (0..RACERS).map(|racer| {
@@ -324,7 +333,7 @@ async fn of_racing_producers_one_wins(ledger: Arc<dyn Ledger>) {
                 loop {
                     match ledger.claim(interval(0), RunType::Scheduled, seen.as_ref(), &lease).await {
                         Ok(claimed) => return claimed,
-                        // Too many at once: the outcome is unknown, the same claim is asked for again.
+                        // With this contention the result is unknown, so the same claim is repeated.
                         Err(LedgerError::Unavailable(_)) => {}
                         Err(e) => panic!("{e}"),
                     }

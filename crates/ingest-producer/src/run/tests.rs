@@ -1,4 +1,4 @@
-//! Runs and the whole loop on fakes that fail on a seeded schedule.
+//! Tests of runs and of the service loop on fakes that fail on a seeded schedule.
 
 mod outages;
 mod records;
@@ -19,14 +19,14 @@ use url::Url;
 
 const MINUTE: i64 = 60_000;
 const T0: i64 = 1_767_225_600_000;
-/// Records of each page.
+/// Number of records per page.
 const PAGE: usize = 20;
 
-/// SplitMix64: the same failures for the same seed.
+/// SplitMix64, which yields the same failures for the same seed.
 #[derive(Debug)]
-struct Luck(AtomicU64);
+struct SeededRandom(AtomicU64);
 
-impl Luck {
+impl SeededRandom {
     fn draw(&self, below: u64) -> u64 {
         let mut z = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::SeqCst);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -35,17 +35,17 @@ impl Luck {
     }
 }
 
-/// Two pages an interval, ids fixed by seed and page; one of `fail_one_in` requests fails.
+/// Returns two pages per interval with ids determined by seed and page. One of `fail_one_in` requests fails.
 struct FakeSource {
-    luck: Arc<Luck>,
+    random: Arc<SeededRandom>,
     fail_one_in: u64,
 }
 
 #[async_trait]
 impl FetchPage for FakeSource {
     async fn fetch(&self, url: &Url) -> Result<Page, AttemptError> {
-        if self.fail_one_in > 0 && self.luck.draw(self.fail_one_in) == 0 {
-            let mut error = AttemptError::retryable("the source answers 500");
+        if self.fail_one_in > 0 && self.random.draw(self.fail_one_in) == 0 {
+            let mut error = AttemptError::retryable("the source returned 500");
             error.http_status = Some(500);
             return Err(error);
         }
@@ -62,9 +62,9 @@ fn page(body: &str) -> Page {
     Page { body: body.as_bytes().to_vec(), link: None, bytes: 100 }
 }
 
-/// Keeps what was acknowledged, by (id, time); one of `fail_one_in` records is not delivered.
+/// Counts acknowledged records by (id, time). One of `fail_one_in` records is not delivered.
 struct FakeKafka {
-    luck: Arc<Luck>,
+    random: Arc<SeededRandom>,
     fail_one_in: AtomicU64,
     delivered: Mutex<BTreeMap<(String, i64), usize>>,
     refused: Mutex<Vec<String>>,
@@ -83,7 +83,7 @@ impl Publish for FakeKafka {
         for record in records {
             acks.sent();
             let one_in = self.fail_one_in.load(Ordering::SeqCst);
-            if one_in > 0 && self.luck.draw(one_in) == 0 {
+            if one_in > 0 && self.random.draw(one_in) == 0 {
                 acks.settled(Err("timed out".to_owned()));
                 continue;
             }
@@ -100,7 +100,7 @@ impl Publish for FakeKafka {
     }
 }
 
-/// A topic that is as it was registered, until it is not.
+/// A topic that matches its registration until the flag is set.
 #[derive(Default)]
 struct FakeTopic(std::sync::atomic::AtomicBool);
 
@@ -119,7 +119,7 @@ struct World {
     ledger: Arc<MemoryLedger>,
     kafka: Arc<FakeKafka>,
     now: Arc<AtomicI64>,
-    luck: Arc<Luck>,
+    random: Arc<SeededRandom>,
     source_fails: u64,
     schedule: Schedule,
     catch_up_limit_ms: i64,
@@ -127,10 +127,10 @@ struct World {
 
 impl World {
     fn new(seed: u64, source_fails: u64, kafka_fails: u64) -> World {
-        let luck = Arc::new(Luck(AtomicU64::new(seed)));
+        let random = Arc::new(SeededRandom(AtomicU64::new(seed)));
         let fail_one_in = AtomicU64::new(kafka_fails);
         let kafka = FakeKafka {
-            luck: luck.clone(),
+            random: random.clone(),
             fail_one_in,
             delivered: Mutex::default(),
             refused: Mutex::default(),
@@ -141,7 +141,7 @@ impl World {
             ledger: Arc::new(MemoryLedger::default()),
             kafka: Arc::new(kafka),
             now: Arc::new(AtomicI64::new(T0)),
-            luck,
+            random,
             source_fails,
             schedule: Schedule::Every(MINUTE),
             catch_up_limit_ms: 0,
@@ -163,7 +163,7 @@ impl World {
             extractor: Extractor::new(&definition),
             definition,
             ledger: self.ledger.clone(),
-            source: Arc::new(FakeSource { luck: self.luck.clone(), fail_one_in: self.source_fails }),
+            source: Arc::new(FakeSource { random: self.random.clone(), fail_one_in: self.source_fails }),
             publisher: self.kafka.clone(),
             topic: self.topic.clone(),
             metrics: Metrics::new().unwrap(),
@@ -181,7 +181,8 @@ impl World {
         self.now.fetch_add(ms, Ordering::SeqCst);
     }
 
-    /// The promise: every interval succeeded once, all its records delivered with the same ids and times each time.
+    /// Checks the guarantee: every interval has succeeded, and all records were delivered with the same ids and times
+    /// in each attempt.
     fn check(&self, seed: u64) {
         let runs = self.ledger.all();
         let mut at = runs[0].interval.start_ms;
@@ -215,11 +216,11 @@ async fn a_first_start_catches_up_and_every_record_is_acknowledged() {
     assert_eq!(
         times.iter().filter(|t| (T0 - MINUTE..T0).contains(t)).count(),
         2 * PAGE,
-        "times lie in their interval"
+        "event times are within their interval"
     );
 }
 
-/// Ticks until a planning finds nothing to do, with a restart on the way; how many ended well, how many were missed.
+/// Ticks until a planning finds nothing to do, with one restart. Returns the numbers of succeeded and missed intervals.
 async fn settle(world: &World) -> (usize, usize) {
     let mut service = world.service("b");
     let mut ticks = 0;
@@ -250,13 +251,13 @@ fn weekly_and_monthly() -> [Schedule; 2] {
 }
 
 #[tokio::test]
-async fn weeks_and_months_are_caught_up_as_far_as_the_limit() {
+async fn weekly_and_monthly_schedules_catch_up_to_the_limit() {
     for schedule in weekly_and_monthly() {
         assert_eq!(settle(&World::with_schedule(&schedule)).await, (10, 0), "{schedule:?}");
     }
 }
 
-/// The first producer is killed in the middle of a run; nobody is there for so many days.
+/// Kills the first producer during a run. No producer runs for the next `days`.
 async fn check_outage(schedule: Schedule, days: i64, expected: (usize, usize)) {
     let world = World::with_schedule(&schedule);
     assert_eq!(settle(&world).await, (10, 0));
@@ -269,8 +270,9 @@ async fn check_outage(schedule: Schedule, days: i64, expected: (usize, usize)) {
 }
 
 #[tokio::test]
-async fn after_an_outage_of_any_length_each_interval_is_run_or_noted_as_missed() {
-    // Ten before, the killed one, the last ten; the rest is missed, further back than the look-back too.
+async fn after_an_outage_of_any_length_each_interval_is_run_or_recorded_as_missed() {
+    // Ten intervals before the outage, the killed one and the last ten succeed. The rest is missed, even beyond the
+    // look back.
     check_outage(Schedule::Every(MINUTE), 40, (21, 40 * 1440 - 10)).await;
     check_outage(Schedule::Every(60 * MINUTE), 40, (21, 40 * 24 - 10)).await;
     let [weekly, monthly] = weekly_and_monthly();
@@ -281,35 +283,39 @@ async fn after_an_outage_of_any_length_each_interval_is_run_or_noted_as_missed()
 }
 
 #[tokio::test]
-async fn a_failed_attempt_is_recorded_and_followed_by_another() {
+async fn a_failed_attempt_is_recorded_and_retried() {
     let world = World::new(3, 1, 0);
     let runner = world.runner("a");
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
     assert_eq!(runner.clone().attempt(claim, CancellationToken::new()).await, Ended::Retrying);
     let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
-    assert_eq!((run.state, run.error.as_str()), (RunState::Retrying, "the source answers 500"));
-    assert!((T0 + 500..=T0 + 1000).contains(&run.retry_at_ms), "a jittered second: {}", run.retry_at_ms - T0);
+    assert_eq!((run.state, run.error.as_str()), (RunState::Retrying, "the source returned 500"));
+    assert!(
+        (T0 + 500..=T0 + 1000).contains(&run.retry_at_ms),
+        "the jittered backoff of one second: {}",
+        run.retry_at_ms - T0
+    );
     let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
     assert_eq!((attempts[0].outcome.as_str(), attempts[0].http_status), (OUTCOME_FAILED, Some(500)));
 }
 
 #[tokio::test]
-async fn a_run_whose_lease_was_taken_changes_nothing() {
+async fn an_attempt_that_lost_its_lease_changes_nothing() {
     let world = World::new(5, 0, 0);
     let (first, second) = (world.runner("a"), world.runner("b"));
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = first.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
     assert!(
         second.claim(interval, RunType::Scheduled, None).await.unwrap().is_none(),
-        "it has a row already"
+        "the interval already has a row"
     );
     world.pass(31_000);
     let seen = world.ledger.run(interval.start_ms).await.unwrap();
-    let taken = second.claim(interval, RunType::Scheduled, seen.as_ref()).await.unwrap().unwrap();
+    let reclaimed = second.claim(interval, RunType::Scheduled, seen.as_ref()).await.unwrap().unwrap();
     assert_eq!(first.clone().attempt(claim, CancellationToken::new()).await, Ended::Lost);
     assert_eq!(world.ledger.run(interval.start_ms).await.unwrap().unwrap().state, RunState::Running);
-    assert_eq!(second.attempt(taken, CancellationToken::new()).await, Ended::Succeeded);
+    assert_eq!(second.attempt(reclaimed, CancellationToken::new()).await, Ended::Succeeded);
     let outcomes: Vec<String> =
         world.ledger.attempts(interval.start_ms).await.unwrap().into_iter().map(|a| a.outcome).collect();
     assert_eq!(outcomes, [OUTCOME_LOST, OUTCOME_SUCCEEDED]);
@@ -317,13 +323,13 @@ async fn a_run_whose_lease_was_taken_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_stop_leaves_the_interval_due() {
+async fn an_interrupted_interval_is_due_immediately() {
     let world = World::new(7, 0, 0);
     let runner = world.runner("a");
     let stop = CancellationToken::new();
     stop.cancel();
     let runner = Arc::into_inner(runner).unwrap();
-    let runner = Arc::new(Runner { source: Arc::new(Never), ..runner });
+    let runner = Arc::new(Runner { source: Arc::new(SilentSource), ..runner });
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
     assert_eq!(runner.attempt(claim, stop).await, Ended::Interrupted);
@@ -331,28 +337,28 @@ async fn a_stop_leaves_the_interval_due() {
     assert_eq!((run.state, run.retry_at_ms), (RunState::Retrying, T0));
 }
 
-/// A source that never answers.
-struct Never;
+/// A source that never responds.
+struct SilentSource;
 
 #[async_trait]
-impl FetchPage for Never {
+impl FetchPage for SilentSource {
     async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
         std::future::pending().await
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_attempt_that_takes_too_long_is_cut_off_and_followed_by_another() {
+async fn an_attempt_that_exceeds_its_timeout_is_retried() {
     let world = World::new(9, 0, 0);
     let runner = Arc::into_inner(world.runner("a")).unwrap();
-    let mut runner = Runner { source: Arc::new(Never), ..runner };
+    let mut runner = Runner { source: Arc::new(SilentSource), ..runner };
     runner.definition.stream.retry.attempt_timeout_ms = 90_000;
     let runner = Arc::new(runner);
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
-    let begun = tokio::time::Instant::now();
+    let started = tokio::time::Instant::now();
     assert_eq!(runner.attempt(claim, CancellationToken::new()).await, Ended::Retrying);
-    assert_eq!(begun.elapsed().as_secs(), 90);
+    assert_eq!(started.elapsed().as_secs(), 90);
     let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
     let cause =
         "not done within 90 s: 0 pages, 0 records, 0 acknowledged; raise stream.retry.attempt_timeout";
@@ -362,27 +368,27 @@ async fn an_attempt_that_takes_too_long_is_cut_off_and_followed_by_another() {
     assert!(attempts[0].cause.starts_with(cause), "{attempts:?}");
 }
 
-/// A source that is broken in a way that nobody thought of.
-struct Panics;
+/// A source whose client has a bug.
+struct PanickingSource;
 
 #[async_trait]
-impl FetchPage for Panics {
+impl FetchPage for PanickingSource {
     async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
-        panic!("a fault of the program");
+        panic!("a bug");
     }
 }
 
 #[tokio::test]
-async fn an_attempt_that_panics_is_recorded_and_its_interval_is_due_again() {
+async fn an_attempt_that_panics_is_recorded_and_retried() {
     let world = World::new(17, 0, 0);
     let healthy = world.runner("a");
     let broken = Arc::into_inner(world.runner("a")).unwrap();
-    let broken = Runner { source: Arc::new(Panics), metrics: healthy.metrics.clone(), ..broken };
+    let broken = Runner { source: Arc::new(PanickingSource), metrics: healthy.metrics.clone(), ..broken };
     let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
     let claim = healthy.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
     assert_eq!(Arc::new(broken).attempt(claim, CancellationToken::new()).await, Ended::Retrying);
     let run = world.ledger.run(interval.start_ms).await.unwrap().unwrap();
-    assert_eq!(run.error, "the attempt panicked: a fault of the program");
+    assert_eq!(run.error, "the attempt panicked: a bug");
     let attempts = world.ledger.attempts(interval.start_ms).await.unwrap();
     assert_eq!((attempts[0].outcome.as_str(), &attempts[0].cause), (OUTCOME_FAILED, &run.error));
     let active = healthy.metrics.registry.gather().into_iter().find(|f| f.name() == "ingest_runs_active");
@@ -392,7 +398,7 @@ async fn an_attempt_that_panics_is_recorded_and_its_interval_is_due_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_that_is_over_and_run_again_has_all_its_attempts_again() {
+async fn a_restarted_run_has_its_full_number_of_attempts_again() {
     let world = World::new(11, 1, 0);
     let mut runner = Arc::into_inner(world.runner("a")).unwrap();
     runner.definition.stream.retry.attempts = Some(2);
@@ -412,26 +418,26 @@ async fn a_run_that_is_over_and_run_again_has_all_its_attempts_again() {
     assert_eq!(outcomes, [(1, failed), (2, failed), (3, cleared), (4, failed), (5, failed)]);
 }
 
-/// Two producers whose sources, Kafka and ledger fail by seed, and that die at any moment.
+/// Two producers whose source, Kafka and ledger fail at random and that are killed at random, by seed.
 #[tokio::test(start_paused = true)]
-async fn whatever_fails_every_interval_is_finished_and_no_record_lost() {
+async fn every_interval_is_finished_and_no_record_is_lost_despite_failures() {
     for seed in 0..40 {
         let mut world = World::new(seed, 4, 60);
         let mut services = [Some(world.service("a")), Some(world.service("b"))];
         for _ in 0..60 {
-            world.pass(world.luck.draw(40_000) as i64);
-            let who = world.luck.draw(2) as usize;
-            match world.luck.draw(8) {
-                // Killed: its tasks end wherever they are, its leases stay.
+            world.pass(world.random.draw(40_000) as i64);
+            let who = world.random.draw(2) as usize;
+            match world.random.draw(8) {
+                // Killed: its tasks are aborted at any point, and its leases remain.
                 0 => drop(services[who].take()),
-                1 => world.ledger.fail_next(world.luck.draw(6) as u32),
+                1 => world.ledger.fail_next(world.random.draw(6) as u32),
                 _ => {}
             }
             let name = ["a", "b"][who];
             let service = services[who].get_or_insert_with(|| world.service(name));
-            // An outage of the ledger ends the tick; the next one goes on.
+            // An outage of the ledger ends the tick. The next tick continues.
             let _ = service.tick().await;
-            for _ in 0..world.luck.draw(30) {
+            for _ in 0..world.random.draw(30) {
                 tokio::task::yield_now().await;
             }
         }

@@ -1,5 +1,5 @@
-//! Asks the source for a page, with every bound and guard: timeouts, body size before and after decompression, rate limit,
-//! no redirects, no private addresses unless the definition allows them.
+//! Fetches pages from the source. Timeouts, a rate limit and size limits before and after decompression apply.
+//! Redirects are not followed, and private addresses are rejected unless the definition allows them.
 
 use super::scan;
 use crate::error::AttemptError;
@@ -19,24 +19,24 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use url::{Host, Url, form_urlencoded};
 
-/// Longest pause taken from `Retry-After`: a day.
+/// Maximum pause accepted from `Retry-After`: one day.
 const MAX_RETRY_AFTER_MS: i64 = 86_400_000;
 
 /// A fetched page.
 #[derive(Debug, Clone)]
 pub struct Page {
-    /// Its JSON text, unpacked and whole.
+    /// Complete JSON text, decompressed.
     pub body: Vec<u8>,
-    /// Its `Link` header.
+    /// The `Link` header, if present.
     pub link: Option<String>,
-    /// Bytes received, as they came over the network.
+    /// Body bytes received over the network, before decompression.
     pub bytes: u64,
 }
 
-/// Where pages come from: the source itself, or a fake.
+/// Fetches pages. Implemented for HTTP and by fakes in tests.
 #[async_trait]
 pub trait FetchPage: Send + Sync {
-    /// One page; one request, no retries.
+    /// Fetches one page with a single request, without retries.
     async fn fetch(&self, url: &Url) -> Result<Page, AttemptError>;
 }
 
@@ -47,40 +47,41 @@ pub struct SourceClient {
     method: Method,
     headers: HeaderMap,
     basic: Option<(String, String)>,
-    /// Parameter and key that every request's query gets.
+    /// Query parameter and API key that are added to every request.
     key: Option<(String, String)>,
     allow_private: bool,
     page_bytes: u64,
     request_timeout: Duration,
-    /// Pause between two requests, and when the next may begin.
+    /// Interval between two requests, and when the next one may start. `None` if the rate is not limited.
     pace: Option<(Duration, Mutex<Instant>)>,
 }
 
-/// A client that cannot be made.
+/// The client cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// A header or secret that HTTP cannot carry.
+    /// A header name, header value or secret is invalid in HTTP.
     #[error("source: header `{0}`: name or value is not allowed in HTTP")]
     Header(String),
-    /// A secret file.
+    /// A secret file cannot be read.
     #[error(transparent)]
     Secret(#[from] common::config::ConfigError),
-    /// The HTTP library's words.
+    /// The HTTP library failed.
     #[error("source: http client: {0}")]
     Client(String),
 }
 
 impl SourceClient {
-    /// From a definition's `[source]`; reads its secret file.
+    /// Creates the client from `[source]` of a definition and reads its secret file.
     pub fn new(source: &Source) -> Result<SourceClient, ClientError> {
-        // Another part of the process may have chosen a provider: any will do.
+        // Fails if another part of the process has installed a provider, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let milliseconds = |ms: i64| Duration::from_millis(ms.unsigned_abs());
         let mut builder = reqwest::Client::builder()
             .connect_timeout(milliseconds(source.limits.connect_timeout_ms))
             .timeout(milliseconds(source.limits.request_timeout_ms))
             .redirect(reqwest::redirect::Policy::none())
-            // A proxy would resolve names itself, past the guard; decompression here is bounded, the library's is not.
+            // A proxy would resolve names itself and bypass the address check. The library's decompression has no size
+            // limit.
             .no_proxy()
             .no_gzip()
             .user_agent(concat!("ingest-producer/", env!("CARGO_PKG_VERSION")));
@@ -135,7 +136,8 @@ impl SourceClient {
         Err(AttemptError::fatal(PrivateAddress { host: address.to_string() }.to_string()))
     }
 
-    /// The URL that is asked: with the key, which may also stand in a URL that the source named as the next one.
+    /// Adds the API key to a URL. It replaces a key that the URL already contains, as in a next-page URL from the
+    /// source.
     fn with_key(&self, url: &Url) -> Url {
         let mut url = url.clone();
         if let Some((parameter, key)) = &self.key {
@@ -163,12 +165,12 @@ impl SourceClient {
         }
         if error.is_timeout() && !error.is_connect() {
             let limit = self.request_timeout.as_secs_f64();
-            return AttemptError::retryable(format!("the source gave no complete answer within {limit} s"));
+            return AttemptError::retryable(format!("the source sent no complete response within {limit} s"));
         }
         AttemptError::retryable(format!("the source cannot be read: {}", chain(&error)))
     }
 
-    /// The body as sent, refused as soon as it exceeds the limit.
+    /// Reads the body and fails as soon as it exceeds the size limit.
     async fn read(&self, mut response: Response) -> Result<Vec<u8>, AttemptError> {
         let limit = self.page_bytes;
         if response.content_length().is_some_and(|length| length > limit) {
@@ -202,7 +204,7 @@ impl FetchPage for SourceClient {
             error
         };
         if !status.is_success() {
-            return Err(refused(status, response.headers()));
+            return Err(status_error(status, response.headers()));
         }
         let text =
             |name: HeaderName| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
@@ -211,27 +213,30 @@ impl FetchPage for SourceClient {
         let bytes = body.len() as u64;
         let limit = self.page_bytes;
         let unpacked = tokio::task::spawn_blocking(move || unpack(body, encoding.as_deref(), limit)).await;
-        let unpacked = unpacked.map_err(|e| AttemptError::retryable(format!("reading the page: {e}")))?;
+        let unpacked =
+            unpacked.map_err(|e| AttemptError::retryable(format!("reading the page panicked: {e}")))?;
         Ok(Page { body: unpacked.map_err(with_status)?, link, bytes })
     }
 }
 
-/// The page's text: unpacked, within the limit, and not cut.
+/// Decompresses the body and checks that the text is within the size limit and not truncated.
 fn unpack(body: Vec<u8>, encoding: Option<&str>, limit: u64) -> Result<Vec<u8>, AttemptError> {
     let text = match encoding {
         None | Some("identity" | "") => body,
         Some("gzip" | "x-gzip") => {
             let mut text = Vec::new();
             let read = MultiGzDecoder::new(body.as_slice()).take(limit + 1).read_to_end(&mut text);
-            read.map_err(|e| AttemptError::retryable(format!("the page is broken gzip: {e}")))?;
+            read.map_err(|e| AttemptError::retryable(format!("the page is not valid gzip: {e}")))?;
             text
         }
         Some(other) => {
-            return Err(AttemptError::fatal(format!("content-encoding `{other}` was not asked for")));
+            return Err(AttemptError::fatal(format!(
+                "the source used content-encoding `{other}`; only gzip is supported"
+            )));
         }
     };
     if text.len() as u64 > limit {
-        return Err(too_large(limit, " unpacked"));
+        return Err(too_large(limit, " after decompression"));
     }
     scan::check(&text)
         .map_err(|e| AttemptError::retryable(format!("the page of {} bytes is {e}", text.len())))?;
@@ -242,21 +247,21 @@ fn too_large(limit: u64, how: &str) -> AttemptError {
     AttemptError::fatal(format!("the page is larger than {limit} bytes{how}; raise source.limits.page_bytes"))
 }
 
-/// An answer that is no page: what it means for another attempt.
-fn refused(status: StatusCode, headers: &HeaderMap) -> AttemptError {
+/// Maps an unsuccessful response to an error that says whether a retry may succeed.
+fn status_error(status: StatusCode, headers: &HeaderMap) -> AttemptError {
     let header = |name: HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
     let mut error = if status.is_redirection() {
-        let to = redacted(header(header::LOCATION).unwrap_or("nowhere"));
-        AttemptError::fatal(format!("{status}: redirects are not followed; {to} may be meant for source.url"))
+        let to = redacted(header(header::LOCATION).unwrap_or("(no location)"));
+        AttemptError::fatal(format!("{status}: redirects are not followed; {to} may be the right source.url"))
     } else if status.is_server_error()
         || matches!(
             status,
             StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
         )
     {
-        AttemptError::retryable(format!("the source answers {status}"))
+        AttemptError::retryable(format!("the source returned {status}"))
     } else {
-        AttemptError::fatal(format!("the source answers {status}"))
+        AttemptError::fatal(format!("the source returned {status}"))
     };
     error.http_status = Some(status.as_u16());
     error.retry_after_ms = header(header::RETRY_AFTER)
@@ -264,7 +269,7 @@ fn refused(status: StatusCode, headers: &HeaderMap) -> AttemptError {
     error
 }
 
-/// `Retry-After` in seconds or as a date, at most a day.
+/// Parses `Retry-After`, in seconds or as a date, as a pause of at most [`MAX_RETRY_AFTER_MS`].
 fn retry_after_ms(text: &str, now_ms: i64) -> Option<i64> {
     let ms = match text.trim().parse::<i64>() {
         Ok(seconds) => seconds.checked_mul(1000)?,
@@ -289,7 +294,7 @@ fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
         add(name, value.clone(), false)?;
     }
     match &source.auth {
-        // Basic is the library's: it encodes user and password.
+        // The library encodes user and password for basic authentication.
         Auth::None | Auth::Basic { .. } | Auth::ApiKeyInQuery { .. } => {}
         Auth::Bearer { token_file } => {
             add("authorization", format!("Bearer {}", read_secret(Path::new(token_file))?), true)?;
@@ -299,7 +304,7 @@ fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
     Ok(headers)
 }
 
-/// The words of an error and of all its causes.
+/// Formats an error with all of its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -312,12 +317,13 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("{host} is a private address; set source.allow_private = true if it is meant")]
+#[error("{host} is a private address; set source.allow_private = true to allow it")]
 struct PrivateAddress {
     host: String,
 }
 
-/// Resolves names to public addresses only, so that neither a name nor a name that changes its address leads inside.
+/// Resolves names to public addresses only. Checking each resolution also covers names whose address changes (DNS
+/// rebinding).
 #[derive(Debug)]
 struct PublicResolver;
 
@@ -334,7 +340,7 @@ impl Resolve for PublicResolver {
     }
 }
 
-/// Whether an address lies within a machine or network, or is of no use to a public one.
+/// Whether an address is not publicly routable, such as private, local and reserved addresses.
 fn is_private(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => is_private_v4(v4),
@@ -371,11 +377,12 @@ fn is_private_v6(a: Ipv6Addr) -> bool {
         || s[..2] == [0x2001, 0xdb8]
         || (s[0] == 0x3fff && s[1] < 0x1000)
         || s[0] == 0x5f00
-        // Protocol assignments (RFC 2928), Teredo among them: it leads to hosts behind a NAT.
+        // Protocol assignments (RFC 2928), including Teredo, which reaches hosts behind a NAT.
         || (s[0] == 0x2001 && s[1] < 0x200)
-        // Local NAT64 (RFC 8215): only its network knows where that leads.
+        // Local NAT64 (RFC 8215), whose targets depend on the local network.
         || s[..3] == [0x64, 0xff9b, 1]
-        // An IPv4 address within: mapped, compatible (RFC 4291), translated (RFC 2765), NAT64 (RFC 6052), 6to4 (RFC 3056).
+        // Embedded IPv4 addresses: mapped, compatible (RFC 4291), translated (RFC 2765), NAT64 (RFC 6052), 6to4 (RFC
+        // 3056).
         || a.to_ipv4_mapped().is_some_and(is_private_v4)
         || (s[..6] == [0; 6] && is_private_v4(v4(s[6], s[7])))
         || (s[..6] == [0, 0, 0, 0, 0xffff, 0] && is_private_v4(v4(s[6], s[7])))

@@ -1,4 +1,4 @@
-//! The client against a server that answers badly in every way.
+//! Tests of the client against a server with all kinds of invalid responses.
 
 use super::*;
 use crate::error::Kind;
@@ -29,10 +29,10 @@ async fn fetch(answer: ResponseTemplate) -> Result<Page, AttemptError> {
     SourceClient::new(&source(|_| {})).unwrap().fetch(&server.uri().parse().unwrap()).await
 }
 
-async fn check(answer: ResponseTemplate, kind: Kind, words: &str) -> AttemptError {
-    let error = fetch(answer).await.expect_err(words);
+async fn check(answer: ResponseTemplate, kind: Kind, expected: &str) -> AttemptError {
+    let error = fetch(answer).await.expect_err(expected);
     assert_eq!(error.kind, kind, "{error}");
-    assert!(error.cause.contains(words), "`{words}` is not in `{error}`");
+    assert!(error.cause.contains(expected), "`{expected}` is not in `{error}`");
     error
 }
 
@@ -51,7 +51,7 @@ fn packed(body: Vec<u8>) -> ResponseTemplate {
 }
 
 #[tokio::test]
-async fn a_page_comes_with_its_link_and_size() {
+async fn a_page_has_its_link_header_and_size() {
     let page = fetch(status(200).insert_header("link", "</2>; rel=next").set_body_string("{\"a\": 1}"))
         .await
         .unwrap();
@@ -64,30 +64,31 @@ async fn a_page_comes_with_its_link_and_size() {
 }
 
 #[tokio::test]
-async fn answers_that_may_change_are_retried_and_others_are_not() {
+async fn only_errors_that_may_pass_are_retryable() {
     check(status(500), Kind::Retryable, "500").await;
     check(status(503), Kind::Retryable, "503").await;
     check(status(408), Kind::Retryable, "408").await;
     check(status(404), Kind::Fatal, "404").await;
     check(status(401), Kind::Fatal, "401").await;
-    let cut = "the page of 13 bytes is no JSON at byte 13: it ends within brackets";
+    let cut = "the page of 13 bytes is not valid JSON at byte 13: the text ends inside brackets";
     check(status(200).set_body_string("{\"results\": ["), Kind::Retryable, cut).await;
-    check(status(200).set_body_string("Bad Gateway"), Kind::Retryable, "no JSON at byte 0").await;
-    check(status(200).set_body_string("[".repeat(5000)), Kind::Retryable, "it ends within brackets").await;
+    check(status(200).set_body_string("Bad Gateway"), Kind::Retryable, "not valid JSON at byte 0").await;
+    check(status(200).set_body_string("[".repeat(5000)), Kind::Retryable, "the text ends inside brackets")
+        .await;
     let slow = status(200).set_body_string("[]").set_delay(Duration::from_secs(5));
-    check(slow, Kind::Retryable, "no complete answer within 0.4 s").await;
+    check(slow, Kind::Retryable, "no complete response within 0.4 s").await;
     let mut broken = gzip(&[b'x'; 500]);
     broken.truncate(20);
-    check(packed(broken), Kind::Retryable, "broken gzip").await;
+    check(packed(broken), Kind::Retryable, "not valid gzip").await;
 }
 
 #[tokio::test]
-async fn retry_after_is_taken_as_seconds_and_as_a_date() {
+async fn retry_after_may_be_seconds_or_a_date() {
     let error = check(status(429).insert_header("retry-after", "7"), Kind::Retryable, "429").await;
     assert_eq!((error.retry_after_ms, error.http_status), (Some(7000), Some(429)));
     let now_ms = 1_445_412_470_000;
     assert_eq!(retry_after_ms("Wed, 21 Oct 2015 07:28:00 GMT", now_ms), Some(10_000));
-    assert_eq!(retry_after_ms("Wed, 21 Oct 2015 07:27:00 GMT", now_ms), Some(0), "a date that has passed");
+    assert_eq!(retry_after_ms("Wed, 21 Oct 2015 07:27:00 GMT", now_ms), Some(0), "a date in the past");
     assert_eq!(retry_after_ms("99999999", now_ms), Some(MAX_RETRY_AFTER_MS));
     assert_eq!(retry_after_ms("soon", now_ms), None);
 }
@@ -97,10 +98,10 @@ async fn bodies_are_bounded_before_and_after_decompression() {
     check(status(200).set_body_bytes(vec![b' '; 10_001]), Kind::Fatal, "larger than 10000 bytes; raise")
         .await;
     let bomb = gzip(&vec![b' '; 5_000_000]);
-    assert!(bomb.len() < 10_000, "the bomb is small before it goes off");
-    check(packed(bomb), Kind::Fatal, "larger than 10000 bytes unpacked").await;
+    assert!(bomb.len() < 10_000, "the compressed body is below the limit");
+    check(packed(bomb), Kind::Fatal, "larger than 10000 bytes after decompression").await;
     let brotli = status(200).insert_header("content-encoding", "br").set_body_string("x");
-    check(brotli, Kind::Fatal, "`br` was not asked for").await;
+    check(brotli, Kind::Fatal, "content-encoding `br`; only gzip is supported").await;
 }
 
 #[tokio::test]
@@ -110,7 +111,7 @@ async fn a_redirect_is_not_followed() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_not_there_may_come_back() {
+async fn a_refused_connection_is_retryable() {
     let client = SourceClient::new(&source(|_| {})).unwrap();
     let error = client.fetch(&"http://127.0.0.1:1/".parse().unwrap()).await.unwrap_err();
     assert_eq!(error.kind, Kind::Retryable);
@@ -118,7 +119,7 @@ async fn a_server_that_is_not_there_may_come_back() {
 }
 
 #[tokio::test]
-async fn private_addresses_are_refused_as_literals_and_as_names() {
+async fn private_addresses_are_rejected_as_literals_and_as_names() {
     let client = SourceClient::new(&source(|s| s.allow_private = false)).unwrap();
     let inside = [
         "127.0.0.1",
@@ -168,7 +169,7 @@ fn public_addresses_are_not_private() {
 }
 
 #[tokio::test]
-async fn requests_identify_themselves_as_the_definition_says() {
+async fn requests_are_authenticated_as_the_definition_specifies() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("secret").display().to_string();
     std::fs::write(&file, "open sesame\n").unwrap();
@@ -196,7 +197,7 @@ async fn requests_identify_themselves_as_the_definition_says() {
 }
 
 #[tokio::test]
-async fn a_key_goes_into_the_query_of_every_request_and_into_no_message() {
+async fn the_api_key_is_in_the_query_of_every_request_and_in_no_message() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "s3cret &\n").unwrap();
     let key_file = file.path().display().to_string();
@@ -207,7 +208,7 @@ async fn a_key_goes_into_the_query_of_every_request_and_into_no_message() {
     let server = MockServer::start().await;
     let with_key = Mock::given(query_param("key", "s3cret &")).and(query_param("a[gte]", "1 2"));
     with_key.respond_with(status(200).set_body_string("[]")).mount(&server).await;
-    // The second URL is a next page's, as a source names it that repeats what it was asked.
+    // The second URL is that of a next page from a source that repeats the query it received.
     for query in ["a[gte]=1%202", "key=s3cret+%26&a[gte]=1%202"] {
         client.fetch(&format!("{}/?{query}", server.uri()).parse().unwrap()).await.expect(query);
     }
@@ -222,7 +223,7 @@ async fn a_key_goes_into_the_query_of_every_request_and_into_no_message() {
 }
 
 #[tokio::test]
-async fn requests_keep_the_rate() {
+async fn requests_respect_the_rate_limit() {
     let server = serve(status(200).set_body_string("[]")).await;
     let client = SourceClient::new(&source(|s| s.requests_per_second = Some(50.0))).unwrap();
     let started = Instant::now();

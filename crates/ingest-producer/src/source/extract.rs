@@ -1,8 +1,8 @@
-//! A source's record → what it becomes in Kafka: an event with id, time, key and the flat JSON object of the declared columns.
-//! Values are copied as text, so that every digit of a number reaches the processor. Pure.
+//! Turns a record of the source into a Kafka record: an event with an id, a time, a key and a flat JSON object of the
+//! declared columns. Values are copied as text, so that every digit of a number reaches the processor. Pure.
 //!
-//! A record that cannot become an event is not dropped and does not hold up its page: it goes to Kafka as it came, with the
-//! reason, and the processor keeps it as a dead letter.
+//! A record that cannot become an event neither is dropped nor fails its page. It is produced to Kafka unchanged, with
+//! the reason, and the processor writes it to the dead letters.
 
 use super::scan::{self, NotJson};
 use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
@@ -10,16 +10,17 @@ use common::run_ledger::Interval;
 use common::stream::{Definition, EventMapping, EventTime};
 use serde_json::value::RawValue;
 
-/// Longest id or key taken from a record.
+/// Maximum length of an id or key in bytes.
 const MAX_ID_BYTES: usize = 1024;
-/// Longest Kafka value: below `common::kafka::MAX_MESSAGE_BYTES`, which counts key and headers too.
+/// Maximum size of a Kafka value in bytes. It is below `common::kafka::MAX_MESSAGE_BYTES`, which includes key and
+/// headers.
 const MAX_VALUE_BYTES: usize = (4 << 20) - (64 << 10);
-/// How much of a record that exceeds it is kept.
+/// How many bytes of a larger record are kept.
 const MAX_EXCERPT_BYTES: usize = 64 << 10;
-/// Most characters of a value that a reason repeats.
+/// Maximum length of a value quoted in a reason, in characters.
 const MAX_SHOWN: usize = 64;
 
-/// An event as it goes to Kafka, but for the headers of its run.
+/// An event to produce to Kafka, without the headers of its run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// `ce_id`.
@@ -32,23 +33,23 @@ pub struct Event {
     pub value: Vec<u8>,
 }
 
-/// A record that cannot become an event.
+/// A record that cannot become an event, to be produced to Kafka for the dead letters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Refused {
-    /// What is wrong with it.
+    /// Why it cannot become an event.
     pub reason: String,
-    /// Kafka key: the id that its place in the interval gives it.
+    /// Kafka key: the id derived from the position of the record in its interval.
     pub key: String,
-    /// Kafka value: the record as the source gave it; only its beginning where it is too large for Kafka.
+    /// Kafka value: the unchanged record, or its first 64 KiB if it is too large for Kafka.
     pub value: Vec<u8>,
 }
 
-/// What a record becomes in Kafka.
+/// A record to produce to Kafka.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outgoing {
-    /// An event.
+    /// A record that is an event.
     Event(Event),
-    /// A dead letter.
+    /// A record that will be a dead letter.
     Refused(Refused),
 }
 
@@ -70,26 +71,26 @@ impl Outgoing {
     }
 }
 
-/// A body without records.
+/// The body of a page has no array of records.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum RecordsError {
-    /// Nothing stands at the pointer.
-    #[error("source.records: nothing stands at `{0}` in the source's answer")]
+    /// No value is at the pointer.
+    #[error("source.records: the response of the source has no value at `{0}`")]
     Missing(String),
-    /// Something else than an array does.
-    #[error("source.records: `{pointer}` is {found} in the source's answer, not an array")]
-    NoArray {
+    /// The value at the pointer is not an array.
+    #[error("source.records: `{pointer}` is {found} in the response of the source, not an array")]
+    NotAnArray {
         /// The definition's pointer.
         pointer: String,
-        /// JSON kind.
+        /// Type of the value.
         found: &'static str,
     },
-    /// The way to it cannot be read.
+    /// The body is not valid JSON up to the value at the pointer.
     #[error(transparent)]
     NotJson(#[from] NotJson),
 }
 
-/// The records of a page one after the other, each as its text.
+/// Iterates over the records of a page, each as JSON text.
 pub fn records<'a>(
     body: &'a [u8],
     pointer: &str,
@@ -97,11 +98,11 @@ pub fn records<'a>(
     let at = scan::locate(body, pointer)?.ok_or_else(|| RecordsError::Missing(pointer.to_owned()))?;
     match body.get(at) {
         Some(b'[') => Ok(scan::elements(body, at).map(|element| element.map(|element| element.text))),
-        other => Err(RecordsError::NoArray { pointer: pointer.to_owned(), found: kind(other) }),
+        other => Err(RecordsError::NotAnArray { pointer: pointer.to_owned(), found: kind(other) }),
     }
 }
 
-/// In words, by the first byte of a value.
+/// Describes the type of a JSON value by its first byte, for error messages.
 pub(super) fn kind(first: Option<&u8>) -> &'static str {
     match first {
         None => "nothing",
@@ -114,7 +115,7 @@ pub(super) fn kind(first: Option<&u8>) -> &'static str {
     }
 }
 
-/// Makes events of one stream's records.
+/// Turns the records of one stream into events.
 #[derive(Debug)]
 pub struct Extractor {
     stream: String,
@@ -124,7 +125,7 @@ pub struct Extractor {
 }
 
 impl Extractor {
-    /// Of a definition.
+    /// Creates the extractor of a stream definition.
     pub fn new(definition: &Definition) -> Extractor {
         let mapping = definition.event.clone();
         let time = match &mapping.time {
@@ -142,7 +143,7 @@ impl Extractor {
         }
     }
 
-    /// What record `index` (in the order of pages and records) of an interval becomes.
+    /// Converts a record. `index` is its position in the interval, counted over all pages from 0.
     pub fn outgoing(&self, interval: Interval, index: u64, record: &[u8]) -> Outgoing {
         self.event(interval, index, record).map_or_else(
             |reason| {
@@ -159,9 +160,9 @@ impl Extractor {
 
     fn event(&self, interval: Interval, index: u64, record: &[u8]) -> Result<Event, String> {
         if let Err(e) = serde_json::from_slice::<&RawValue>(record) {
-            return Err(format!("the record is no JSON: {e}"));
+            return Err(format!("the record is not valid JSON: {e}"));
         }
-        let found = self.pointers.read(record).map_err(|e| format!("the record is no JSON: {e}"))?;
+        let found = self.pointers.read(record).map_err(|e| format!("the record is not valid JSON: {e}"))?;
         let at = |pointer: &str| self.pointers.slot(pointer).and_then(|slot| found[slot]);
         let id = match &self.mapping.id {
             Some(pointer) => identity("event.id", pointer, at(pointer))?,
@@ -181,7 +182,7 @@ impl Extractor {
         Ok(Event { id, time_ms, key, value: self.flat(&found)? })
     }
 
-    /// `{column: value}` of the declared columns that are present, in the definition's order.
+    /// The object `{column: value}` of the declared columns that are present, in the order of the definition.
     fn flat(&self, found: &[Option<&[u8]>]) -> Result<Vec<u8>, String> {
         let mut object = Vec::with_capacity(32 * self.columns.len());
         object.push(b'{');
@@ -190,13 +191,13 @@ impl Extractor {
             if object.len() > 1 {
                 object.push(b',');
             }
-            // Column names are identifiers: nothing in them needs escaping.
+            // Column names are identifiers and need no escaping.
             object.push(b'"');
             object.extend_from_slice(name.as_bytes());
             object.extend_from_slice(b"\":");
             if object.len() + value.len() >= MAX_VALUE_BYTES {
                 return Err(format!(
-                    "the record's columns exceed {MAX_VALUE_BYTES} bytes, which Kafka cannot take"
+                    "the columns of the record exceed the limit of {MAX_VALUE_BYTES} bytes for a Kafka value"
                 ));
             }
             object.extend_from_slice(value);
@@ -206,16 +207,16 @@ impl Extractor {
     }
 }
 
-/// Pointers that are read in one pass over a record.
+/// A set of pointers that are resolved in one pass over a record.
 #[derive(Debug)]
 struct Pointers {
     root: Node,
     names: Vec<String>,
-    /// Where the value of each pointer is put, in the order in which they were given; equal ones share a slot.
+    /// The slot of each pointer, in the order of creation. Equal pointers share a slot.
     slots: Vec<usize>,
 }
 
-/// A token of pointers.
+/// A node of the trie of pointer tokens.
 #[derive(Debug, Default)]
 struct Node {
     slot: Option<usize>,
@@ -224,23 +225,23 @@ struct Node {
 
 impl Pointers {
     fn new<'p>(pointers: impl Iterator<Item = &'p str>) -> Pointers {
-        let mut made = Pointers { root: Node::default(), names: Vec::new(), slots: Vec::new() };
+        let mut set = Pointers { root: Node::default(), names: Vec::new(), slots: Vec::new() };
         for pointer in pointers {
-            let node = scan::tokens(pointer).fold(&mut made.root, Node::child);
+            let node = scan::tokens(pointer).fold(&mut set.root, Node::child);
             let slot = *node.slot.get_or_insert_with(|| {
-                made.names.push(pointer.to_owned());
-                made.names.len() - 1
+                set.names.push(pointer.to_owned());
+                set.names.len() - 1
             });
-            made.slots.push(slot);
+            set.slots.push(slot);
         }
-        made
+        set
     }
 
     fn slot(&self, pointer: &str) -> Option<usize> {
         self.names.iter().position(|name| name == pointer)
     }
 
-    /// What stands at each slot.
+    /// The JSON text of the value of each slot.
     fn read<'a>(&self, record: &'a [u8]) -> Result<Vec<Option<&'a [u8]>>, NotJson> {
         let mut found = vec![None; self.names.len()];
         self.root.read(record, &mut found)?;
@@ -285,31 +286,32 @@ impl Node {
     }
 }
 
-/// The text that identifies a record, or why there is none. A float is refused: what prints it decides about its digits.
+/// The text that identifies a record, or why the value cannot. Floats are rejected, because their digits depend on how
+/// the source prints them.
 fn identity(key: &str, pointer: &str, raw: Option<&[u8]>) -> Result<String, String> {
-    let raw = raw.ok_or_else(|| format!("{key}: nothing stands at `{pointer}`"))?;
+    let raw = raw.ok_or_else(|| format!("{key}: no value at `{pointer}`"))?;
     let text = match raw.first() {
         Some(b'"') => string(raw).map_err(|e| format!("{key}: {} at `{pointer}`: {e}", shown(raw)))?,
         Some(b'-' | b'0'..=b'9') if raw.iter().any(|b| matches!(b, b'.' | b'e' | b'E')) => {
             return Err(format!(
-                "{key}: {} at `{pointer}` is a float; a string or an integer identifies",
+                "{key}: {} at `{pointer}` is a float; it must be a string or an integer",
                 shown(raw)
             ));
         }
         Some(b'-' | b'0'..=b'9') => String::from_utf8_lossy(raw).into_owned(),
         other => {
-            return Err(format!("{key}: `{pointer}` is {}; a string or an integer identifies", kind(other)));
+            return Err(format!("{key}: `{pointer}` is {}; it must be a string or an integer", kind(other)));
         }
     };
     match text.len() {
         1..=MAX_ID_BYTES => Ok(text),
-        bytes => Err(format!("{key}: `{pointer}` has {bytes} bytes; from 1 to {MAX_ID_BYTES}")),
+        bytes => Err(format!("{key}: `{pointer}` has {bytes} bytes; it must have from 1 to {MAX_ID_BYTES}")),
     }
 }
 
-/// RFC 3339 text or Unix time in units of `unit_ms`, within the years 1970 to 9999.
+/// Parses RFC 3339 text or a Unix time in units of `unit_ms`, within the years 1970 to 9999.
 fn time(pointer: &str, raw: Option<&[u8]>, unit_ms: i64) -> Result<i64, String> {
-    let raw = raw.ok_or_else(|| format!("event.time: nothing stands at `{pointer}`"))?;
+    let raw = raw.ok_or_else(|| format!("event.time: no value at `{pointer}`"))?;
     let ms = match raw.first() {
         Some(b'"') => string(raw)
             .ok()
@@ -321,7 +323,7 @@ fn time(pointer: &str, raw: Option<&[u8]>, unit_ms: i64) -> Result<i64, String> 
     ms.filter(|ms| (MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(ms)).ok_or_else(|| {
         let unit = if unit_ms == 1 { "milliseconds" } else { "seconds" };
         format!(
-            "event.time: {} at `{pointer}` is no RFC 3339 time and no Unix {unit} from 1970 to 9999",
+            "event.time: {} at `{pointer}` must be an RFC 3339 time or Unix {unit} in the years 1970 to 9999",
             shown(raw)
         )
     })
@@ -352,7 +354,7 @@ mod tests {
         Definition::parse("orders", include_str!("../../../../streams/orders.toml")).unwrap()
     }
 
-    /// As randomuser.me answers, shortened to what is read.
+    /// A person as randomuser.me returns it, reduced to the fields that are read.
     fn person() -> Value {
         json!({
             "gender": "female",
@@ -419,8 +421,8 @@ mod tests {
         assert!(!names.iter().any(|n| ["gender", "city", "country"].contains(&n.as_str())), "{names:?}");
     }
 
-    /// An order whose id, time and amount are written so.
-    fn written(id: &str, placed_at: &str, amount: &str) -> String {
+    /// An order with the given JSON text for id, time and amount.
+    fn order_text(id: &str, placed_at: &str, amount: &str) -> String {
         format!(r#"{{"order": {{"id": {id}, "placed_at": {placed_at}, "total": {{"amount": {amount}}}}}}}"#)
     }
 
@@ -431,7 +433,7 @@ mod tests {
         for (id, amount) in
             [("738529527931269425", "0.30000000000000004"), ("12345678901234567890124", "1e400")]
         {
-            let Outgoing::Event(event) = outgoing(&orders(), 0, &written(id, TIME, amount)) else {
+            let Outgoing::Event(event) = outgoing(&orders(), 0, &order_text(id, TIME, amount)) else {
                 panic!("{id}")
             };
             assert_eq!((event.id.as_str(), event.key.as_str()), (id, id));
@@ -440,41 +442,44 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_cannot_become_an_event_is_kept_as_it_came_with_its_reason() {
-        let check = |record: &str, words: &str| {
+    fn a_record_that_cannot_become_an_event_is_kept_unchanged_with_its_reason() {
+        let check = |record: &str, expected: &str| {
             let found = refused(&orders(), record);
-            assert!(found.reason.contains(words), "`{words}` is not in `{}`", found.reason);
+            assert!(found.reason.contains(expected), "`{expected}` is not in `{}`", found.reason);
             assert_eq!(
                 (found.value, found.key),
                 (record.into(), derived_event_id("orders", MINUTE.start_ms, 3).to_string())
             );
         };
         check(
-            &written("null", TIME, "1"),
-            "event.id: `/order/id` is null; a string or an integer identifies",
+            &order_text("null", TIME, "1"),
+            "event.id: `/order/id` is null; it must be a string or an integer",
         );
-        check(&written("1.0", TIME, "1"), "event.id: `1.0` at `/order/id` is a float");
-        check(&written("1e3", TIME, "1"), "event.id: `1e3` at `/order/id` is a float");
-        check(&written("\"\"", TIME, "1"), "event.id: `/order/id` has 0 bytes; from 1 to 1024");
-        check(&written("\"\\ud83d\"", TIME, "1"), "event.id: `\"\\ud83d\"` at `/order/id`: ");
+        check(&order_text("1.0", TIME, "1"), "event.id: `1.0` at `/order/id` is a float");
+        check(&order_text("1e3", TIME, "1"), "event.id: `1e3` at `/order/id` is a float");
         check(
-            &written("1", "\"yesterday\"", "1"),
-            "event.time: `\"yesterday\"` at `/order/placed_at` is no RFC 3339 time",
+            &order_text("\"\"", TIME, "1"),
+            "event.id: `/order/id` has 0 bytes; it must have from 1 to 1024",
         );
-        check(&written("1", "null", "1"), "event.time: `null` at");
-        check(&written("1", TIME, "NaN"), "the record is no JSON: expected value at line 1");
-        check(&written("1", TIME, "01"), "the record is no JSON: invalid number");
-        check(r#"{"order": {}, "a": 1,}"#, "the record is no JSON: key must be a string");
-        check("{}", "event.id: nothing stands at `/order/id`");
-        check("0", "event.id: nothing stands at");
+        check(&order_text("\"\\ud83d\"", TIME, "1"), "event.id: `\"\\ud83d\"` at `/order/id`: ");
+        check(
+            &order_text("1", "\"yesterday\"", "1"),
+            "event.time: `\"yesterday\"` at `/order/placed_at` must be an RFC 3339 time",
+        );
+        check(&order_text("1", "null", "1"), "event.time: `null` at");
+        check(&order_text("1", TIME, "NaN"), "the record is not valid JSON: expected value at line 1");
+        check(&order_text("1", TIME, "01"), "the record is not valid JSON: invalid number");
+        check(r#"{"order": {}, "a": 1,}"#, "the record is not valid JSON: key must be a string");
+        check("{}", "event.id: no value at `/order/id`");
+        check("0", "event.id: no value at");
     }
 
     #[test]
-    fn a_text_that_was_cut_within_a_character_costs_its_own_record_at_most() {
-        let record = written("1", TIME, "\"\\ud83d\"");
+    fn text_cut_within_a_character_affects_at_most_its_own_record() {
+        let record = order_text("1", TIME, "\"\\ud83d\"");
         assert!(
             matches!(outgoing(&orders(), 0, &record), Outgoing::Event(_)),
-            "the processor decides about columns"
+            "the processor validates columns"
         );
         let latin = Extractor::new(&orders()).outgoing(MINUTE, 0, b"{\"order\": {\"id\": \"\xe9\"}}");
         let Outgoing::Refused(refused) = latin else { panic!("{latin:?}") };
@@ -482,10 +487,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_for_kafka_is_kept_in_part() {
+    fn a_record_too_large_for_kafka_is_truncated() {
         let long = "x".repeat(MAX_VALUE_BYTES);
-        let found = refused(&orders(), &written("1", TIME, &format!("\"{long}\"")));
-        assert!(found.reason.contains("exceed 4128768 bytes"), "{}", found.reason);
+        let found = refused(&orders(), &order_text("1", TIME, &format!("\"{long}\"")));
+        assert!(found.reason.contains("limit of 4128768 bytes"), "{}", found.reason);
         assert_eq!(found.value.len(), MAX_EXCERPT_BYTES);
         let mut other = order();
         other["not_declared"] = long.into();
@@ -494,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_read_in_seconds_where_the_definition_says_so() {
+    fn times_are_parsed_in_the_unit_of_the_definition() {
         let mut definition = orders();
         definition.event.id = None;
         let mut at = |unit: fn(String) -> EventTime, value: Value| {
@@ -511,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_without_a_source_id_are_the_same_each_time() {
+    fn derived_ids_are_the_same_in_every_attempt() {
         let mut definition = users();
         definition.event.id = None;
         let id = |index| event(&definition, index, &person()).id;
@@ -520,12 +525,12 @@ mod tests {
     }
 
     #[test]
-    fn records_are_found_or_their_absence_is_named() {
+    fn the_records_of_a_page_are_found_or_the_error_names_the_pointer() {
         let pointer = "/results";
         let found = |body: &'static str| records(body.as_bytes(), pointer).map(Iterator::count);
         assert_eq!(found(r#"{"results": [1, 2]}"#), Ok(2));
         let error = |body| found(body).unwrap_err().to_string();
-        let missing = "source.records: nothing stands at `/results` in the source's answer";
+        let missing = "source.records: the response of the source has no value at `/results`";
         assert_eq!(error(r#"{"error": "x"}"#), missing);
         assert!(error(r#"{"results": {}}"#).contains("is an object"));
     }
@@ -536,19 +541,18 @@ mod tests {
     }
 
     proptest! {
-        /// Pointers are read in one pass as they would be one by one.
         #[test]
-        fn one_pass_finds_what_each_pointer_finds(value in any_record(), more in ".{0,5}") {
+        fn one_pass_resolves_every_pointer_as_a_separate_lookup_does(value in any_record(), more in ".{0,5}") {
             let record = json!([value, {more: {"": [1, value]}}]).to_string();
             let pointers = ["", "/0", "/0/login/uuid", "/1", "/0/login", "/2", "/1//1/login/uuid", "/0/dob/age"];
-            let made = Pointers::new(pointers.into_iter());
-            let found = made.read(record.as_bytes()).unwrap();
-            for (pointer, slot) in pointers.iter().zip(&made.slots) {
+            let set = Pointers::new(pointers.into_iter());
+            let found = set.read(record.as_bytes()).unwrap();
+            for (pointer, slot) in pointers.iter().zip(&set.slots) {
                 prop_assert_eq!(found[*slot], scan::find(record.as_bytes(), pointer).unwrap(), "{}", pointer);
             }
         }
 
-        /// The promise that a refetch rests on: another answer changes nothing about a record that is in both.
+        /// A refetch relies on this: if the response changes, the records in both responses keep their identity.
         #[test]
         fn identity_depends_on_the_record_alone(
             records in prop::collection::vec(any_record(), 1..20), removed in any::<prop::sample::Index>(),

@@ -1,73 +1,75 @@
-//! Where the next page of an interval is. Pure.
+//! Finds the next page of an interval. Pure.
 
 use super::extract::kind;
 use super::scan::{self, NotJson};
 use common::stream::Pagination;
 use std::collections::HashSet;
 
-/// Longest cursor or URL that a page may name.
+/// Maximum length of a cursor or URL of the next page, in bytes.
 const MAX_NEXT_BYTES: usize = 8 << 10;
 
-/// A place in the sequence of pages.
+/// A position in the sequence of pages.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Position {
-    /// The only page, or the first of those that name their next one.
+    /// The only page, or the first page if each page names the next one.
     Start,
-    /// By number.
+    /// By page number.
     Page(u64),
-    /// By records before it.
+    /// By the number of records before the page.
     Offset(u64),
-    /// By the last page's cursor; `None`: the first.
+    /// By the cursor from the previous page; `None` for the first page.
     Cursor(Option<String>),
 }
 
-/// What a fetched page says about the next one.
+/// What the next page is derived from.
 #[derive(Debug, Clone, Copy)]
 pub struct Fetched<'a> {
-    /// How many records it has.
+    /// Number of records in the page.
     pub records: u64,
-    /// The text of its last record.
+    /// Text of the last record; absent if the page has no records.
     pub last: Option<&'a [u8]>,
-    /// Its text.
+    /// Text of the page.
     pub body: &'a [u8],
-    /// Its `Link` header.
+    /// The `Link` header, if present.
     pub link: Option<&'a str>,
 }
 
-/// What comes after a page.
+/// What follows a page.
 #[derive(Debug, PartialEq)]
 pub enum Next {
-    /// Nothing.
+    /// The page was the last one.
     End,
-    /// That place.
+    /// The page at this position.
     At(Position),
-    /// The page that this text names; relative to the page it stood in.
+    /// The page at this URL, which may be relative to the current page.
     Named(String),
 }
 
-/// Pages that do not end.
+/// The next page cannot be determined, or the pages do not end.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum PaginationError {
-    /// The source names the same next page twice.
-    #[error("endless pagination: the source names the same next page again after {0} pages")]
+    /// The source named the same next page twice.
+    #[error("endless pagination: after {0} pages, the source named a page that it had named before")]
     Loop(u32),
     /// More pages than allowed.
-    #[error("more than {0} pages; raise source.limits.pages, or choose a shorter schedule")]
+    #[error(
+        "the interval has more than {0} pages; raise source.limits.pages, or shorten the schedule's intervals"
+    )]
     TooMany(u32),
-    /// What should name the next page does not.
-    #[error("pagination pointer {pointer}: {found} names no next page")]
-    NoName {
+    /// The value at the pagination pointer does not name a page.
+    #[error("pagination pointer {pointer}: {found} does not name a next page")]
+    NotANextPage {
         /// The definition's pointer.
         pointer: String,
-        /// The kind of what stands there; the value itself may hold a secret.
+        /// Type of the value. The value itself may be a secret.
         found: &'static str,
     },
-    /// The way to it cannot be read.
+    /// The body is not valid JSON up to the value at the pointer.
     #[error(transparent)]
     NotJson(#[from] NotJson),
 }
 
-/// Counts the pages of one interval and finds the next.
+/// Counts the pages of one interval and finds the next page.
 #[derive(Debug)]
 pub struct Pages<'a> {
     pagination: &'a Pagination,
@@ -75,17 +77,17 @@ pub struct Pages<'a> {
     limit: u32,
     read: u32,
     records: u64,
-    /// The places named so far; bounded by `limit`.
+    /// The positions named so far, at most `limit`.
     named: HashSet<Position>,
 }
 
 impl<'a> Pages<'a> {
-    /// At the beginning of an interval; `limit` pages at most.
+    /// Starts an interval that may have at most `limit` pages.
     pub fn new(pagination: &'a Pagination, page_size: u32, limit: u32) -> Pages<'a> {
         Pages { pagination, page_size, limit, read: 0, records: 0, named: HashSet::new() }
     }
 
-    /// Where the first page is.
+    /// Position of the first page.
     pub fn first(&self) -> Position {
         match self.pagination {
             Pagination::Page { first, .. } => Position::Page(u64::from(*first)),
@@ -100,7 +102,7 @@ impl<'a> Pages<'a> {
         self.read
     }
 
-    /// Notes a page and says what comes after it.
+    /// Counts a page and determines what follows it.
     pub fn after(&mut self, page: Fetched<'_>) -> Result<Next, PaginationError> {
         self.read += 1;
         self.records += page.records;
@@ -122,8 +124,8 @@ impl<'a> Pages<'a> {
                 (Some(_), Some(more)) if !self.has_more(page.body, more)? => Next::End,
                 (Some(last), _) => match self.named(last, pointer)? {
                     Some(cursor) => Next::At(Position::Cursor(Some(cursor))),
-                    // To end here would drop what is behind it.
-                    None => return Err(no_name(pointer, None)),
+                    // Ending here would silently drop the pages that follow.
+                    None => return Err(not_a_next_page(pointer, None)),
                 },
             },
             Pagination::NextUrl { pointer } => self.named(page.body, pointer)?.map_or(Next::End, Next::Named),
@@ -149,12 +151,12 @@ impl<'a> Pages<'a> {
             Some(b'n') => Ok(None),
             Some(b'"') => match serde_json::from_slice::<String>(raw) {
                 Ok(text) if text.len() <= MAX_NEXT_BYTES => Ok(Some(text).filter(|text| !text.is_empty())),
-                _ => Err(no_name(pointer, Some(raw))),
+                _ => Err(not_a_next_page(pointer, Some(raw))),
             },
             Some(b'-' | b'0'..=b'9') if raw.len() <= MAX_NEXT_BYTES => {
                 Ok(Some(String::from_utf8_lossy(raw).into_owned()))
             }
-            _ => Err(no_name(pointer, Some(raw))),
+            _ => Err(not_a_next_page(pointer, Some(raw))),
         }
     }
 
@@ -162,22 +164,25 @@ impl<'a> Pages<'a> {
         match scan::find(body, pointer)? {
             Some(b"true") => Ok(true),
             Some(b"false") => Ok(false),
-            other => Err(no_name(pointer, other)),
+            other => Err(not_a_next_page(pointer, other)),
         }
     }
 }
 
-fn no_name(pointer: &str, found: Option<&[u8]>) -> PaginationError {
-    PaginationError::NoName { pointer: pointer.to_owned(), found: kind(found.and_then(|raw| raw.first())) }
+fn not_a_next_page(pointer: &str, found: Option<&[u8]>) -> PaginationError {
+    PaginationError::NotANextPage {
+        pointer: pointer.to_owned(),
+        found: kind(found.and_then(|raw| raw.first())),
+    }
 }
 
 /// The target of `rel="next"` in an RFC 8288 `Link` header.
 fn next_link(header: &str) -> Option<String> {
     let mut rest = header;
     while let Some((_, after)) = rest.split_once('<') {
-        let (target, behind) = after.split_once('>')?;
-        // Parameters reach to the next `<`: a comma may stand in a quoted value.
-        let parameters = behind.split('<').next().unwrap_or_default();
+        let (target, tail) = after.split_once('>')?;
+        // Parameters extend to the next `<`, because a quoted value may contain a comma.
+        let parameters = tail.split('<').next().unwrap_or_default();
         let is_next = parameters.split(';').any(|parameter| {
             let (name, value) = parameter.split_once('=').unwrap_or_default();
             let relations = value.trim().trim_end_matches(',').trim().trim_matches('"');
@@ -187,7 +192,7 @@ fn next_link(header: &str) -> Option<String> {
         if is_next {
             return Some(target.to_owned());
         }
-        rest = behind;
+        rest = tail;
     }
     None
 }
@@ -200,7 +205,7 @@ mod tests {
         Fetched { records, last: None, body: body.as_bytes(), link: None }
     }
 
-    /// Walks through pages of `sizes` records and returns the places.
+    /// Visits pages with `sizes` records and returns their positions.
     fn walk(pagination: &Pagination, sizes: &[u64]) -> Result<Vec<Position>, PaginationError> {
         let mut pages = Pages::new(pagination, 10, 5);
         let mut places = vec![pages.first()];
@@ -214,14 +219,14 @@ mod tests {
     }
 
     #[test]
-    fn pages_and_offsets_count_up_to_a_short_page() {
+    fn page_numbers_and_offsets_increase_until_a_short_page() {
         let pages = |n: &[u64]| Ok(n.iter().map(|n| Position::Page(*n)).collect());
         assert_eq!(walk(&Pagination::Page { first: 1, pages: None }, &[10, 10, 3]), pages(&[1, 2, 3]));
         assert_eq!(walk(&Pagination::Page { first: 0, pages: Some(2) }, &[10, 10, 10]), pages(&[0, 1]));
         assert_eq!(
             walk(&Pagination::Page { first: 1, pages: Some(2) }, &[3, 10]),
             pages(&[1, 2]),
-            "pages are fixed"
+            "the number of pages is fixed"
         );
         let offsets = Ok([0, 10, 20].map(Position::Offset).to_vec());
         assert_eq!(walk(&Pagination::Offset, &[10, 10, 0]), offsets);
@@ -229,12 +234,12 @@ mod tests {
     }
 
     #[test]
-    fn more_pages_than_allowed_are_an_error_not_an_end() {
+    fn exceeding_the_page_limit_is_an_error() {
         assert_eq!(walk(&Pagination::Offset, &[10; 9]), Err(PaginationError::TooMany(5)));
     }
 
     #[test]
-    fn a_cursor_ends_where_it_is_absent_null_or_empty() {
+    fn an_absent_null_or_empty_cursor_ends_the_pages() {
         let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
         let after = |body: &str| Pages::new(&cursor, 10, 5).after(fetched(10, body));
         for body in ["{}", r#"{"next": null}"#, r#"{"next": ""}"#] {
@@ -244,7 +249,7 @@ mod tests {
         let number = Next::At(Position::Cursor(Some(big.to_owned())));
         assert_eq!(after(&format!("{{\"next\": {big}}}")), Ok(number));
         let error = after(r#"{"next": {"token": "s3cret"}}"#).unwrap_err();
-        assert_eq!(error.to_string(), "pagination pointer /next: an object names no next page");
+        assert_eq!(error.to_string(), "pagination pointer /next: an object does not name a next page");
     }
 
     #[test]
@@ -258,11 +263,11 @@ mod tests {
         assert_eq!(after(next), Ok(Next::Named("/v1/orders?after=17".to_owned())));
         assert_eq!(after("null"), Ok(Next::End));
         assert_eq!(after(next), Err(PaginationError::Loop(3)));
-        assert!(matches!(after("true"), Err(PaginationError::NoName { .. })));
+        assert!(matches!(after("true"), Err(PaginationError::NotANextPage { .. })));
     }
 
     #[test]
-    fn the_last_record_names_the_next_page_until_there_is_no_more() {
+    fn the_last_record_names_the_next_page_until_no_more_follow() {
         let last = |more: Option<&str>| Pagination::LastRecord {
             pointer: "/id".to_owned(),
             more: more.map(str::to_owned),
@@ -279,12 +284,12 @@ mod tests {
         assert_eq!(after(&more, None, r#"{"has_more": true}"#), Ok(Next::End));
         assert_eq!(after(&last(None), Some(r#"{"id": 7}"#), "{}"), at("7"));
         let nameless = Some(r#"{"id": null}"#);
-        assert!(matches!(after(&more, charge, "{}"), Err(PaginationError::NoName { .. })));
-        assert!(matches!(after(&last(None), nameless, "{}"), Err(PaginationError::NoName { .. })));
+        assert!(matches!(after(&more, charge, "{}"), Err(PaginationError::NotANextPage { .. })));
+        assert!(matches!(after(&last(None), nameless, "{}"), Err(PaginationError::NotANextPage { .. })));
     }
 
     #[test]
-    fn a_page_that_is_named_again_is_an_endless_pagination() {
+    fn naming_a_page_twice_is_an_endless_pagination() {
         let cursor = Pagination::Cursor { pointer: "/next".to_owned() };
         let mut pages = Pages::new(&cursor, 10, 50);
         for name in ["a", "b"] {
@@ -294,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_read_as_rfc_8288_has_them() {
+    fn link_headers_are_parsed_by_rfc_8288() {
         let next = |header| next_link(header);
         let github = r#"<https://h/?page=1>; rel="prev", <https://h/?page=3>; rel="next", <https://h/?page=9>; rel="last""#;
         assert_eq!(next(github).as_deref(), Some("https://h/?page=3"));

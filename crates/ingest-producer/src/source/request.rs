@@ -1,4 +1,4 @@
-//! A request's URL from the definition's template and the place in the interval. Pure.
+//! Builds the URL of a request from the template in the definition, the interval and the position of the page. Pure.
 
 use super::paginate::Position;
 use chrono::{DateTime, SecondsFormat};
@@ -6,31 +6,34 @@ use common::run_ledger::Interval;
 use common::stream::{Definition, redacted};
 use url::Url;
 
-/// A URL that cannot be built. URLs are shown as [`redacted`]: what is said here ends in the ledger and on the page.
+/// A URL that cannot be built. Messages contain URLs only as [`redacted`], because they end up in the ledger and in
+/// logs.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
-    /// The filled template is no URL.
-    #[error("source.url: `{url}` is no URL: {cause}")]
+    /// The URL is invalid.
+    #[error("source.url: `{url}` is not a valid URL: {cause}")]
     Url {
-        /// As filled.
+        /// The URL, with its placeholders filled.
         url: String,
-        /// The parser's words.
+        /// The parser's error.
         cause: String,
     },
-    /// A page names a next page elsewhere.
-    #[error("the next page {next} is on another server than {origin}; credentials would go there")]
+    /// A page names a next page on another server.
+    #[error(
+        "the next page {next} is on another server than {origin}; it is not fetched, to protect credentials"
+    )]
     OtherOrigin {
-        /// Where the page points.
+        /// URL of the next page.
         next: String,
-        /// Where the interval was fetched from.
+        /// Origin of the current page.
         origin: String,
     },
-    /// The replacement is no origin.
-    #[error("PIPELINE_SOURCE_ORIGIN: `{0}` must be scheme://host:port without user and path")]
+    /// The replacement origin is invalid.
+    #[error("PIPELINE_SOURCE_ORIGIN: `{0}` must be http(s)://host:port without user, path and query")]
     Origin(String),
 }
 
-/// Makes the URLs of one stream.
+/// Builds the URLs of one stream.
 #[derive(Debug, Clone)]
 pub struct Requests {
     template: String,
@@ -40,7 +43,7 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// From a definition; `origin` replaces scheme, host and port of its URL.
+    /// Creates the builder for a definition. `origin` replaces scheme, host and port of its URL.
     pub fn new(definition: &Definition, origin: Option<&str>) -> Result<Requests, RequestError> {
         let origin = origin.map(|text| {
             let url = Url::parse(text).ok().filter(|u| matches!(u.scheme(), "http" | "https"));
@@ -56,20 +59,20 @@ impl Requests {
         })
     }
 
-    /// The URL of one page.
+    /// The URL of the page at `position`.
     pub fn url(&self, interval: Interval, position: &Position) -> Result<Url, RequestError> {
         let text = self.fill(interval, position);
         let parsed = Url::parse(&text);
         let url = parsed.map_err(|e| RequestError::Url { url: redacted(&text), cause: e.to_string() })?;
-        Ok(self.moved(url))
+        Ok(self.replace_origin(url))
     }
 
-    /// The URL that a page names as the next one, relative or absolute; it must be on the same server.
+    /// The URL of the next page as the current page names it, relative or absolute. It must be on the same server.
     pub fn next(&self, current: &Url, next: &str) -> Result<Url, RequestError> {
         let found = current
             .join(next)
             .map_err(|e| RequestError::Url { url: redacted(next), cause: e.to_string() })?;
-        let url = self.moved(found);
+        let url = self.replace_origin(found);
         if url.origin() == current.origin() {
             return Ok(url);
         }
@@ -79,12 +82,12 @@ impl Requests {
         })
     }
 
-    /// What names the source in events: the URL up to its first placeholder, without the query.
+    /// The name of the source in events: the URL up to its first placeholder, without the query.
     pub fn name(&self) -> String {
         redacted(self.template.split(['?', '{']).next().unwrap_or_default())
     }
 
-    fn moved(&self, url: Url) -> Url {
+    fn replace_origin(&self, url: Url) -> Url {
         let Some(origin) = &self.origin else { return url };
         let mut moved = origin.clone();
         moved.set_path(url.path());
@@ -109,10 +112,10 @@ impl Requests {
             "page_size" => self.page_size.to_string(),
             "offset" => offset.clone().unwrap_or_default(),
             "cursor" => cursor.clone().unwrap_or_default(),
-            // The definition's check knows all placeholders.
+            // Unreachable: the definition's validation rejects unknown placeholders.
             other => format!("{{{other}}}"),
         };
-        // The first page has no cursor yet: many servers refuse an empty one, so its parameter is left out.
+        // The first page has no cursor. Many servers reject an empty one, so the parameter is omitted.
         let template = if matches!(position, Position::Cursor(None)) {
             without_parameter(&self.template, "{cursor}")
         } else {
@@ -121,16 +124,16 @@ impl Requests {
         let mut filled = String::with_capacity(template.len() + 64);
         let mut rest = template.as_str();
         while let Some((before, after)) = rest.split_once('{') {
-            let (name, behind) = after.split_once('}').unwrap_or((after, ""));
+            let (name, tail) = after.split_once('}').unwrap_or((after, ""));
             filled.push_str(before);
             encode(&value(name), &mut filled);
-            rest = behind;
+            rest = tail;
         }
         filled + rest
     }
 }
 
-/// A template without the query parameter whose whole value is `placeholder`.
+/// Removes the query parameter whose value is exactly `placeholder` from a template.
 fn without_parameter(template: &str, placeholder: &str) -> String {
     let Some((path, query)) = template.split_once('?') else { return template.to_owned() };
     let kept: Vec<&str> = query
@@ -140,13 +143,13 @@ fn without_parameter(template: &str, placeholder: &str) -> String {
     if kept.is_empty() { path.to_owned() } else { format!("{path}?{}", kept.join("&")) }
 }
 
-/// RFC 3339 in UTC, with milliseconds where there are any.
+/// RFC 3339 in UTC, with milliseconds unless they are 0.
 fn rfc3339(ms: i64) -> String {
     let form = if ms % 1000 == 0 { SecondsFormat::Secs } else { SecondsFormat::Millis };
     DateTime::from_timestamp_millis(ms).unwrap_or_default().to_rfc3339_opts(form, true)
 }
 
-/// Percent-encodes everything but RFC 3986's unreserved characters and `:`, which times are full of.
+/// Percent-encodes everything except the unreserved characters of RFC 3986 and `:`, which is common in times.
 fn encode(value: &str, into: &mut String) {
     for byte in value.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte) {
@@ -193,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn another_origin_takes_every_request() {
+    fn a_replacement_origin_receives_every_request() {
         let requests =
             requests("https://api.example.org/v1?p={page}", Some("http://127.0.0.1:8090")).unwrap();
         let first = requests.url(INTERVAL, &Position::Page(1)).unwrap();
@@ -204,14 +207,14 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_with_a_path_is_refused() {
+    fn an_invalid_origin_is_rejected() {
         for wrong in ["127.0.0.1:8090", "ftp://h", "http://h/path", "http://a:b@h", "nothing"] {
             assert!(matches!(requests("http://h/", Some(wrong)), Err(RequestError::Origin(_))), "{wrong}");
         }
     }
 
     #[test]
-    fn the_next_page_may_be_relative_but_not_elsewhere() {
+    fn the_next_page_may_be_relative_but_not_on_another_server() {
         let requests = requests("https://h/v1/items", None).unwrap();
         let first = requests.url(INTERVAL, &Position::Start).unwrap();
         assert_eq!(requests.next(&first, "/v1/items?p=2").unwrap().as_str(), "https://h/v1/items?p=2");

@@ -1,41 +1,42 @@
-//! Finds values in JSON text without building a tree: the array of records in a page, its elements one after the other, and
-//! what stands at a pointer. It checks no more than it needs to find where a value ends, so that a broken record costs that
-//! record and not its page; `extract.rs` parses each record strictly. Pure.
+//! Finds values in JSON text without building a tree: the array of records in a page, the elements of an array one by
+//! one, and the value at a pointer. It validates only what it needs to find the end of a value, so that an invalid
+//! record affects only itself and not its page. `extract.rs` parses each record strictly. Pure.
 
 use serde::de::IgnoredAny;
 use std::borrow::Cow;
 
-/// The text is not JSON as far as its values can be told apart.
+/// The text is not valid JSON, as far as the scanner validates it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no JSON at byte {at}: {what}")]
+#[error("not valid JSON at byte {at}: {what}")]
 pub struct NotJson {
-    /// Where, counted from the beginning of the text that was searched.
+    /// Byte offset from the start of the scanned text.
     pub at: usize,
-    /// What is wrong there.
+    /// The error at that offset.
     pub what: &'static str,
 }
 
-/// Checks that the text is one value and nothing else: that it was not cut and that its brackets match.
+/// Checks that the text is exactly one value: it is not truncated, its brackets match, and nothing follows.
 pub fn check(text: &[u8]) -> Result<(), NotJson> {
     let mut scanner = Scanner { text, at: 0 };
     let value = scanner.value()?;
-    // The words of a proxy look like a value from afar.
+    // To the scanner, the plain-text error of a proxy looks like a scalar.
     if !matches!(value[0], b'{' | b'[') && serde_json::from_slice::<IgnoredAny>(value).is_err() {
-        return Err(NotJson { at: scanner.at - value.len(), what: "no value begins so" });
+        return Err(NotJson { at: scanner.at - value.len(), what: "invalid start of a value" });
     }
     match scanner.peek() {
         None => Ok(()),
-        Some(_) => Err(scanner.error("something follows the value")),
+        Some(_) => Err(scanner.error("unexpected data after the value")),
     }
 }
 
-/// The text of the value at an RFC 6901 pointer; `None`: nothing stands there. Of two members of one name the last counts.
+/// The text of the value at an RFC 6901 pointer, or `None` if there is no value. If a member name repeats, the last
+/// one counts.
 pub fn find<'a>(text: &'a [u8], pointer: &str) -> Result<Option<&'a [u8]>, NotJson> {
     let at = locate(text, pointer)?;
     at.map(|at| Scanner { text, at }.value()).transpose()
 }
 
-/// Where the value at an RFC 6901 pointer begins; `None`: nothing stands there.
+/// The byte offset of the value at an RFC 6901 pointer, or `None` if there is no value.
 pub fn locate(text: &[u8], pointer: &str) -> Result<Option<usize>, NotJson> {
     let mut scanner = Scanner { text, at: 0 };
     scanner.peek();
@@ -70,12 +71,12 @@ fn step(text: &[u8], at: usize, token: &str) -> Result<Option<usize>, NotJson> {
     Ok(found)
 }
 
-/// The tokens of a pointer, unescaped.
+/// The unescaped tokens of a pointer.
 pub(super) fn tokens(pointer: &str) -> impl Iterator<Item = String> + '_ {
     pointer.split('/').skip(1).map(|token| token.replace("~1", "/").replace("~0", "~"))
 }
 
-/// An array index; RFC 6901 allows no sign and no leading zero.
+/// Parses an array index. RFC 6901 allows neither a sign nor a leading zero.
 pub(super) fn index(token: &str) -> Option<usize> {
     let plain = token.bytes().all(|b| b.is_ascii_digit()) && (token == "0" || !token.starts_with('0'));
     plain.then(|| token.parse().ok()).flatten()
@@ -84,45 +85,45 @@ pub(super) fn index(token: &str) -> Option<usize> {
 /// An element of an array.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Element<'a> {
-    /// Where it begins.
+    /// Byte offset of the element.
     pub at: usize,
-    /// Its text.
+    /// Text of the element.
     pub text: &'a [u8],
 }
 
 /// A member of an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member<'a> {
-    /// Its name, unescaped.
+    /// Unescaped name.
     pub name: Cow<'a, str>,
-    /// Where its value begins.
+    /// Byte offset of the value.
     pub at: usize,
-    /// Its value's text.
+    /// Text of the value.
     pub text: &'a [u8],
 }
 
-/// The elements of the array that begins at `at`, one after the other.
+/// Iterates over the elements of the array that starts at `at`.
 pub fn elements(text: &[u8], at: usize) -> impl Iterator<Item = Result<Element<'_>, NotJson>> {
     let mut items = Items::new(text, at);
     std::iter::from_fn(move || items.next_with(Scanner::element))
 }
 
-/// The members of the object that begins at `at`, one after the other.
+/// Iterates over the members of the object that starts at `at`.
 pub fn members(text: &[u8], at: usize) -> impl Iterator<Item = Result<Member<'_>, NotJson>> {
     let mut items = Items::new(text, at);
     std::iter::from_fn(move || items.next_with(Scanner::member))
 }
 
-/// What stands between the brackets of an array or object.
+/// Iterates over the items between the brackets of an array or object.
 struct Items<'a> {
     scanner: Scanner<'a>,
-    begun: bool,
+    started: bool,
     ended: bool,
 }
 
 impl<'a> Items<'a> {
     fn new(text: &'a [u8], at: usize) -> Items<'a> {
-        Items { scanner: Scanner { text, at: at + 1 }, begun: false, ended: false }
+        Items { scanner: Scanner { text, at: at + 1 }, started: false, ended: false }
     }
 
     fn next_with<T>(
@@ -133,7 +134,7 @@ impl<'a> Items<'a> {
             return None;
         }
         let scanner = &mut self.scanner;
-        let item = match (scanner.peek(), std::mem::replace(&mut self.begun, true)) {
+        let item = match (scanner.peek(), std::mem::replace(&mut self.started, true)) {
             (Some(b']' | b'}'), _) => {
                 self.ended = true;
                 return None;
@@ -143,7 +144,7 @@ impl<'a> Items<'a> {
                 scanner.at += 1;
                 read(scanner)
             }
-            (_, true) => Err(scanner.error("a comma is missing")),
+            (_, true) => Err(scanner.error("expected a comma")),
         };
         self.ended = item.is_err();
         Some(item)
@@ -160,7 +161,7 @@ impl<'a> Scanner<'a> {
         NotJson { at: self.at, what }
     }
 
-    /// The next byte that is no white space.
+    /// Skips white space and returns the next byte without consuming it.
     fn peek(&mut self) -> Option<u8> {
         while let Some(byte) = self.text.get(self.at) {
             if !matches!(byte, b' ' | b'\t' | b'\n' | b'\r') {
@@ -177,7 +178,7 @@ impl<'a> Scanner<'a> {
         match first {
             Some(b'"') => self.string()?,
             Some(b'{' | b'[') => self.container()?,
-            None | Some(b',' | b':' | b'}' | b']') => return Err(self.error("a value is missing")),
+            None | Some(b',' | b':' | b'}' | b']') => return Err(self.error("expected a value")),
             Some(_) => self.scalar(),
         }
         Ok(&self.text[from..self.at])
@@ -190,28 +191,28 @@ impl<'a> Scanner<'a> {
 
     fn member(&mut self) -> Result<Member<'a>, NotJson> {
         if self.peek() != Some(b'"') {
-            return Err(self.error("a member's name is missing"));
+            return Err(self.error("expected a member name"));
         }
         let from = self.at;
         self.string()?;
         let quoted = &self.text[from..self.at];
-        let name = name(quoted).ok_or(NotJson { at: from, what: "a member's name cannot be read" })?;
+        let name = name(quoted).ok_or(NotJson { at: from, what: "invalid member name" })?;
         if self.peek() != Some(b':') {
-            return Err(self.error("a colon is missing"));
+            return Err(self.error("expected a colon"));
         }
         self.at += 1;
         let Element { at, text } = self.element()?;
         Ok(Member { name, at, text })
     }
 
-    /// From an opening quote to behind the closing one.
+    /// Consumes a string, from its opening to its closing quote.
     fn string(&mut self) -> Result<(), NotJson> {
         self.at += 1;
         loop {
             let rest = self.text.get(self.at..).unwrap_or_default();
             let Some(next) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) else {
                 self.at = self.text.len();
-                return Err(self.error("it ends within a string"));
+                return Err(self.error("the text ends inside a string"));
             };
             let escaped = rest[next] == b'\\';
             self.at += next + 1 + usize::from(escaped);
@@ -221,7 +222,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// From an opening bracket to behind its closing one.
+    /// Consumes an array or object, from its opening to its closing bracket.
     fn container(&mut self) -> Result<(), NotJson> {
         let mut open = Vec::new();
         while let Some(byte) = self.text.get(self.at) {
@@ -233,7 +234,7 @@ impl<'a> Scanner<'a> {
                 b'{' => open.push(b'}'),
                 b'[' => open.push(b']'),
                 b'}' | b']' if open.pop() != Some(*byte) => {
-                    return Err(self.error("a bracket closes another kind"));
+                    return Err(self.error("mismatched closing bracket"));
                 }
                 _ => {}
             }
@@ -242,7 +243,7 @@ impl<'a> Scanner<'a> {
                 return Ok(());
             }
         }
-        Err(self.error("it ends within brackets"))
+        Err(self.error("the text ends inside brackets"))
     }
 
     fn scalar(&mut self) {
@@ -254,7 +255,7 @@ impl<'a> Scanner<'a> {
     }
 }
 
-/// A member's name without its quotes; `None`: an escape or its UTF-8 is broken.
+/// The unescaped member name, or `None` if an escape or the UTF-8 is invalid.
 fn name(quoted: &[u8]) -> Option<Cow<'_, str>> {
     let inner = &quoted[1..quoted.len() - 1];
     if inner.contains(&b'\\') {
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn pointers_lead_to_the_text_of_a_value() {
+    fn a_pointer_resolves_to_the_text_of_its_value() {
         let text = r#" {"a": {"b/c": [1, {"~d": "x\"]"}], "": 1e400}, "a\u0062": -0.10, "n": null} "#;
         check_find(text, "", Some(text.trim()));
         check_find(text, "/a/b~1c/0", Some("1"));
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_element_is_an_element_of_its_own() {
+    fn an_invalid_element_is_returned_as_an_element() {
         check_elements("[]", &[]);
         check_elements("[ 1 ,\"a,b\",[2,3], {} ]", &["1", "\"a,b\"", "[2,3]", "{}"]);
         check_elements(r#"[{"v":NaN},{"v":1.5}]"#, &[r#"{"v":NaN}"#, r#"{"v":1.5}"#]);
@@ -309,34 +310,34 @@ mod tests {
         );
     }
 
-    fn check_refused(text: &str, at: usize, what: &'static str) {
+    fn check_rejected(text: &str, at: usize, what: &'static str) {
         assert_eq!(check(text.as_bytes()), Err(NotJson { at, what }), "{text}");
     }
 
     #[test]
-    fn a_text_that_was_cut_or_is_no_json_is_refused_where_it_breaks() {
-        check_refused("", 0, "a value is missing");
-        check_refused(r#"{"a": [1, 2"#, 11, "it ends within brackets");
-        check_refused(r#"{"a": "b"#, 8, "it ends within a string");
-        check_refused(r#"["\"#, 3, "it ends within a string");
-        check_refused("[1}", 2, "a bracket closes another kind");
-        check_refused("[1] [2]", 4, "something follows the value");
-        check_refused("<html><body>", 0, "no value begins so");
-        check_refused(" bad gateway", 1, "no value begins so");
+    fn truncated_or_invalid_text_is_rejected_at_the_offset_of_the_error() {
+        check_rejected("", 0, "expected a value");
+        check_rejected(r#"{"a": [1, 2"#, 11, "the text ends inside brackets");
+        check_rejected(r#"{"a": "b"#, 8, "the text ends inside a string");
+        check_rejected(r#"["\"#, 3, "the text ends inside a string");
+        check_rejected("[1}", 2, "mismatched closing bracket");
+        check_rejected("[1] [2]", 4, "unexpected data after the value");
+        check_rejected("<html><body>", 0, "invalid start of a value");
+        check_rejected(" bad gateway", 1, "invalid start of a value");
     }
 
     #[test]
-    fn what_separates_elements_must_be_there() {
-        assert_eq!(texts("[1 2]"), [Ok("1"), Err(NotJson { at: 3, what: "a comma is missing" })]);
-        assert_eq!(texts("[1,]"), [Ok("1"), Err(NotJson { at: 3, what: "a value is missing" })]);
+    fn elements_must_be_separated_by_commas() {
+        assert_eq!(texts("[1 2]"), [Ok("1"), Err(NotJson { at: 3, what: "expected a comma" })]);
+        assert_eq!(texts("[1,]"), [Ok("1"), Err(NotJson { at: 3, what: "expected a value" })]);
     }
 
     #[test]
-    fn elements_are_read_one_at_a_time() {
-        // Whatever stands behind an element is not looked at before it is asked for.
+    fn elements_are_scanned_on_demand() {
+        // The text after an element is not scanned before the next element is requested.
         let mut elements = elements(b"[{\"a\":1}, ", 0);
         assert_eq!(elements.next(), Some(Ok(Element { at: 1, text: br#"{"a":1}"# })));
-        assert_eq!(elements.next(), Some(Err(NotJson { at: 10, what: "a value is missing" })));
+        assert_eq!(elements.next(), Some(Err(NotJson { at: 10, what: "expected a value" })));
         assert_eq!(elements.next(), None);
     }
 
@@ -375,7 +376,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_value_of_valid_json_is_found_as_a_tree_has_it(value in any_json(), pretty in any::<bool>()) {
+        fn every_value_of_valid_json_is_found_as_in_a_parsed_tree(value in any_json(), pretty in any::<bool>()) {
             let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
             let text = text.unwrap();
             prop_assert_eq!(check(text.as_bytes()), Ok(()));
@@ -389,7 +390,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_stop_the_scanner(bytes in prop::collection::vec(prop::sample::select(b"[]{}\",:\\ ax1\xff".to_vec()), 0..40)) {
+        fn arbitrary_bytes_neither_panic_nor_loop(bytes in prop::collection::vec(prop::sample::select(b"[]{}\",:\\ ax1\xff".to_vec()), 0..40)) {
             let _ = check(&bytes);
             let _ = find(&bytes, "/a/0");
             prop_assert!(elements(&bytes, 0).count() <= bytes.len() + 1);
@@ -397,7 +398,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_is_cut_off_is_noticed(value in any_json(), cut in any::<prop::sample::Index>()) {
+        fn every_truncation_is_detected(value in any_json(), cut in any::<prop::sample::Index>()) {
             let text = json!([value]).to_string();
             let cut = cut.index(text.len());
             prop_assert!(check(&text.as_bytes()[..cut]).is_err());

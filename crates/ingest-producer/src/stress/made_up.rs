@@ -1,13 +1,13 @@
-//! Made-up events in a definition's columns, cheap enough for hundreds of thousands a second: values are built once into a
-//! pool, ids and times are written into buffers that are used again.
+//! Synthetic events with the columns of a definition, cheap enough for hundreds of thousands of events per second.
+//! Values are built once into a pool, and ids and times are written into reused buffers.
 
 use chrono::{DateTime, SecondsFormat};
 use common::stream::{Column, CqlType, Definition, Groups};
 use serde_json::{Map, Value};
 
-/// Different values; more would not compress otherwise.
+/// Number of distinct values. More values would not change the compression ratio.
 const POOL: usize = 2048;
-/// How far back a repeated message lies at most.
+/// Maximum distance of a repeated message from its original, in messages.
 const RECENT: usize = 4096;
 
 const FIRST: &str =
@@ -19,7 +19,7 @@ const PLACES: &str = "Australia/Perth/AU|Brazil/Recife/BR|Canada/Halifax/CA|Swit
                       Ireland/Sligo/IE|India/Kochi/IN|Mexico/Oaxaca/MX|Netherlands/Utrecht/NL|Norway/Bergen/NO|\
                       New Zealand/Nelson/NZ|Serbia/Niš/RS|Turkey/Bursa/TR|Ukraine/Львів/UA|United States/Austin/US";
 
-/// Values to choose from.
+/// The pool of values.
 #[derive(Debug)]
 pub(super) struct Pool {
     values: Vec<Vec<u8>>,
@@ -27,22 +27,22 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(definition: &Definition, payload_bytes: Option<u32>) -> Pool {
-        let wanted = payload_bytes.map_or(0, |bytes| bytes as usize);
-        Pool { values: (0..POOL as u64).map(|n| value(definition, n, wanted)).collect() }
+        let min_bytes = payload_bytes.map_or(0, |bytes| bytes as usize);
+        Pool { values: (0..POOL as u64).map(|n| value(definition, n, min_bytes)).collect() }
     }
 
     pub(super) fn value(&self, index: u64) -> &[u8] {
-        // POOL is a power of two; consecutive messages differ.
+        // Consecutive messages differ.
         &self.values[index as usize % POOL]
     }
 
-    /// Mean size.
+    /// Mean size of a value in bytes.
     pub(super) fn value_bytes(&self) -> u64 {
         self.values.iter().map(|v| v.len() as u64).sum::<u64>() / POOL as u64
     }
 }
 
-fn value(definition: &Definition, n: u64, wanted: usize) -> Vec<u8> {
+fn value(definition: &Definition, n: u64, min_bytes: usize) -> Vec<u8> {
     let mut object: Map<String, Value> = definition
         .columns
         .iter()
@@ -50,16 +50,17 @@ fn value(definition: &Definition, n: u64, wanted: usize) -> Vec<u8> {
         .map(|(c, salt)| (c.name.clone(), cell(definition, c, n, salt)))
         .collect();
     let mut bytes = Value::Object(object.clone()).to_string().into_bytes();
-    // `,"padding":""` and the padding itself.
+    // Length of `,"padding":""`.
     const FRAME: usize = 13;
-    if bytes.len() + FRAME <= wanted {
-        object.insert("padding".to_owned(), "x".repeat(wanted - bytes.len() - FRAME).into());
+    if bytes.len() + FRAME <= min_bytes {
+        object.insert("padding".to_owned(), "x".repeat(min_bytes - bytes.len() - FRAME).into());
         bytes = Value::Object(object).to_string().into_bytes();
     }
     bytes
 }
 
-/// A plausible value: a declared group where there are some, else by the column's name, else by its type.
+/// A plausible value, chosen by the declared groups of the column if there are any, otherwise by its name, otherwise
+/// by its type.
 fn cell(definition: &Definition, column: &Column, n: u64, salt: u64) -> Value {
     let draw = mix(n.wrapping_mul(1000).wrapping_add(salt));
     let group = definition.windows.group_by.iter().find(|g| g.column == column.name);
@@ -73,7 +74,7 @@ fn cell(definition: &Definition, column: &Column, n: u64, salt: u64) -> Value {
         }
         _ => {}
     }
-    // One person's columns belong together: they share a draw.
+    // All columns of a person derive from the same draw, so that they are consistent.
     let person = mix(n);
     let place = || pick(PLACES, mix(person)).split('/');
     match (column.name.as_str(), column.cql_type) {
@@ -106,7 +107,7 @@ fn fraction(draw: u64) -> f64 {
     (draw >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// SplitMix64's finaliser: neighbours become unrelated.
+/// The finalizer of SplitMix64, which turns consecutive numbers into unrelated ones.
 fn mix(n: u64) -> u64 {
     let z = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -118,10 +119,10 @@ fn rfc3339(ms: i64) -> String {
     DateTime::from_timestamp_millis(ms).unwrap_or_default().to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
-/// Id and event time of one message as text, in buffers that are used again.
+/// Id and event time of a message as text, in reused buffers.
 #[derive(Debug)]
 pub(super) struct Identity {
-    /// Unlike that of any other run or sender.
+    /// Upper half of the ids, unique for each run and sender.
     high: u64,
     index: u64,
     id: [u8; 36],
@@ -135,10 +136,10 @@ impl Identity {
         Identity { high, index: 0, id: [0; 36], time_ms: -1, time: String::new() }
     }
 
-    /// The message with that number.
+    /// Switches to the message with number `index`.
     pub(super) fn set(&mut self, index: u64, time_ms: i64) {
         self.index = index;
-        // Version 8 is for such ids (RFC 9562): the builder sets its bits and nothing else.
+        // UUID version 8 (RFC 9562) is meant for custom ids. The builder sets only the version and variant bits.
         let bits = u128::from(self.high) << 64 | u128::from(mix(index));
         let id = uuid::Builder::from_custom_bytes(bits.to_be_bytes()).into_uuid();
         id.hyphenated().encode_lower(&mut self.id);
@@ -180,7 +181,7 @@ impl Repeats {
         Repeats { percent: u64::from(percent), recent: Vec::new() }
     }
 
-    /// The message to send as number `index`: itself, or one of the last [`RECENT`].
+    /// The message to send at position `index`: the message itself, or one of the last [`RECENT`].
     pub(super) fn choose(&mut self, index: u64, time_ms: i64) -> Number {
         let own = Number { index, time_ms };
         if self.percent == 0 {
@@ -199,7 +200,7 @@ impl Repeats {
     }
 }
 
-/// `number` in decimal digits.
+/// Formats `number` in decimal digits.
 pub(super) fn decimal(mut number: u64, buffer: &mut [u8; 20]) -> &[u8] {
     let mut at = buffer.len();
     loop {
@@ -226,14 +227,14 @@ mod tests {
     }
 
     #[test]
-    fn every_declared_column_is_filled_with_its_type() {
+    fn every_declared_column_has_a_value_of_its_type() {
         for definition in [users(), orders()] {
             let pool = Pool::new(&definition, None);
             for index in 0..POOL as u64 {
                 let value: Map<String, Value> = serde_json::from_slice(pool.value(index)).unwrap();
                 for column in &definition.columns {
                     let cell = &value[&column.name];
-                    let fits = match column.cql_type {
+                    let matches = match column.cql_type {
                         CqlType::Text => cell.is_string() || cell.is_number(),
                         CqlType::Int | CqlType::Bigint => cell.is_i64(),
                         CqlType::Double => cell.is_number(),
@@ -241,24 +242,24 @@ mod tests {
                         CqlType::Timestamp => DateTime::parse_from_rfc3339(cell.as_str().unwrap()).is_ok(),
                         CqlType::Uuid => uuid::Uuid::parse_str(cell.as_str().unwrap()).is_ok(),
                     };
-                    assert!(fits, "{}: {cell}", column.name);
+                    assert!(matches, "{}: {cell}", column.name);
                 }
             }
         }
     }
 
     #[test]
-    fn values_are_filled_up_to_the_size_asked_for() {
+    fn values_are_padded_to_the_requested_size() {
         let pool = Pool::new(&users(), Some(600));
         assert!((0..50).all(|n| pool.value(n).len() == 600));
         assert!(
             Pool::new(&users(), Some(10)).value_bytes() > 150,
-            "shorter than the columns is not possible"
+            "a value is never shorter than its columns"
         );
     }
 
     #[test]
-    fn ids_are_valid_and_never_the_same() {
+    fn ids_are_valid_and_unique() {
         let (mut first, mut second) = (Identity::new(0), Identity::new(1));
         let mut seen = HashSet::new();
         for index in 0..2000 {
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn repeated_messages_are_as_many_as_asked_for_and_the_same_as_before() {
+    fn the_requested_share_of_messages_repeats_earlier_ones_unchanged() {
         let mut repeats = Repeats::new(10);
         let mut seen = std::collections::HashMap::new();
         let mut repeated = 0;
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_written_in_decimal() {
+    fn numbers_are_formatted_in_decimal() {
         for number in [0, 7, 10, 1_767_225_600_123_456, u64::MAX] {
             assert_eq!(decimal(number, &mut [0; 20]), number.to_string().as_bytes());
         }

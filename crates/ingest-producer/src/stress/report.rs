@@ -1,4 +1,4 @@
-//! What `stress` says while and after it runs.
+//! The progress bar and the report of `stress`.
 
 use super::StressContext;
 use hdrhistogram::Histogram;
@@ -10,36 +10,36 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// The outcome of one `stress`.
+/// The result of a `stress` run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// Messages handed to Kafka's client.
+    /// Messages handed to the Kafka client.
     pub messages: u64,
     /// Messages acknowledged.
     pub acked: u64,
     /// Messages not delivered.
     pub failures: u64,
-    /// Why the first was not.
+    /// Cause of the first failure; absent if there was none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_failure: Option<String>,
-    /// From the first message to the last acknowledgement.
+    /// Seconds from the first message to the last acknowledgement.
     pub seconds: f64,
     /// Acknowledged messages per second.
     pub messages_per_second: f64,
-    /// Mean size of a value.
+    /// Mean size of a value in bytes.
     pub value_bytes: u64,
-    /// From intended send time to acknowledgement, in milliseconds.
+    /// Latency from the due time of a message to its acknowledgement.
     pub ack_ms: Latency,
 }
 
-/// Percentiles in milliseconds.
+/// Latency percentiles in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Latency {
-    /// Half were faster.
+    /// Median.
     pub p50: f64,
-    /// 99 of 100 were faster.
+    /// 99th percentile.
     pub p99: f64,
-    /// The slowest.
+    /// Maximum.
     pub max: f64,
 }
 
@@ -87,7 +87,7 @@ pub(super) fn report(context: &StressContext, messages: u64, took: Duration, val
     }
 }
 
-/// On a terminal only; hidden elsewhere.
+/// Creates the progress bar, which is hidden unless stderr is a terminal.
 pub(super) fn progress_bar(total: u64, seconds: Option<u64>) -> ProgressBar {
     let counted = seconds.is_none() || total < u64::MAX;
     let bar = if counted { ProgressBar::new(total) } else { ProgressBar::no_length() };

@@ -1,4 +1,4 @@
-//! `stress` against a mock broker.
+//! Tests of `stress` against a mock broker.
 
 use super::*;
 use rdkafka::mocking::MockCluster;
@@ -37,22 +37,22 @@ fn every_message_is_acknowledged() {
 }
 
 #[test]
-fn a_rate_is_kept_and_seconds_end_it() {
+fn the_rate_is_kept_and_the_duration_ends_the_run() {
     let report = stress(&args(None, 2000, Some(1))).unwrap();
     assert!((1990..=2000).contains(&report.messages), "{report}");
     assert!(report.seconds >= 0.9, "{report}");
 }
 
 #[test]
-fn a_message_is_due_by_its_place_not_by_when_the_one_before_was_sent() {
-    let begun = Instant::now();
-    let due_ms = |index| intended_at(begun, index, 500.0).unwrap().duration_since(begun).as_millis();
+fn the_due_time_of_a_message_depends_only_on_its_index() {
+    let start = Instant::now();
+    let due_ms = |index| intended_at(start, index, 500.0).unwrap().duration_since(start).as_millis();
     assert_eq!([0, 1, 500, 1_000_000].map(due_ms), [0, 2, 1000, 2_000_000]);
-    assert_eq!(intended_at(begun, 7, 0.0), None);
+    assert_eq!(intended_at(start, 7, 0.0), None);
 }
 
 #[test]
-fn the_closing_line_says_it_all() {
+fn a_report_is_printed_as_a_line_and_as_json() {
     let ack_ms = report::Latency { p50: 12.34, p99: 45.6, max: 99.0 };
     let report = Report {
         messages: 500_000,

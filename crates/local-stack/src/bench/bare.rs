@@ -1,5 +1,5 @@
-//! The bare driver's turn: the rows of the preloaded topic, decoded beforehand and grouped into same-partition
-//! unlogged batches like the processor's, written as fast as the driver can. No guarantees, nothing else.
+//! The bare driver writes the rows of the preloaded topic as fast as it can, without any guarantees. The rows are
+//! decoded in advance and grouped into unlogged batches of one Cassandra partition each, like those of the processor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,19 +24,19 @@ use crate::servers::kafka::Reader;
 use crate::services;
 use crate::terminal::Terminal;
 
-/// Records taken from a partition at a time before they are grouped, as the processor takes them.
-const TAKE: usize = 4_000;
+/// Number of records of a partition that are grouped together, as in the processor.
+const CHUNK_RECORDS: usize = 4_000;
 
-/// Rows written before anything is measured: the JVM compiles, the driver opens its connections.
+/// Number of rows written before the measurement, to warm up the JVM and open the connections of the driver.
 const WARM_UP_ROWS: usize = 300_000;
 
-/// How often one batch is tried; a node that starts on a busy machine times out at first.
-const ATTEMPTS: u32 = 10;
+/// Maximum number of attempts per batch. A node that has just started on a busy machine may time out at first.
+const MAX_ATTEMPTS: u32 = 10;
 
 type Row = Vec<Option<CqlValue>>;
 
-/// Rows in memory, ready to be written.
-pub(super) struct Bare {
+/// A session and all rows in memory, ready to be written.
+pub(super) struct BareDriver {
     session: Arc<Session>,
     statement: scylla::statement::prepared::PreparedStatement,
     truncate: String,
@@ -44,8 +44,8 @@ pub(super) struct Bare {
     in_flight: usize,
 }
 
-impl Bare {
-    /// Reads the topic into memory and makes a keyspace of its own with the same event table.
+impl BareDriver {
+    /// Reads the topic into memory, and creates a separate keyspace with the same event table.
     pub(super) async fn prepare(
         private: &Settings,
         topic: &str,
@@ -79,7 +79,7 @@ impl Bare {
         Ok(Self { session, statement, truncate, batches, in_flight: args.in_flight as usize })
     }
 
-    /// Writes some of the rows without measuring.
+    /// Writes the first [`WARM_UP_ROWS`] without measuring.
     pub(super) async fn warm_up(&self, terminal: Terminal) -> Result<()> {
         let since = Instant::now();
         let enough = (WARM_UP_ROWS / schema::MAX_BATCH_ROWS).min(self.batches.len());
@@ -88,14 +88,14 @@ impl Bare {
         Ok(())
     }
 
-    /// Writes every row into the emptied table; gives rows per second.
+    /// Truncates the table, writes every row, and returns the rows per second.
     pub(super) async fn run(&self, title: &str, terminal: Terminal) -> Result<f64> {
         self.session.query_unpaged(self.truncate.as_str(), ()).await.map_err(failed)?;
         let since = Instant::now();
         let rows = self.write(&self.batches).await?;
         let took = since.elapsed();
         let rate = rows as f64 / took.as_secs_f64();
-        terminal.done(title, &format!("{rows} rows, {rate:.0} a second"), took);
+        terminal.done(title, &format!("{rows} rows, {rate:.0} per second"), took);
         Ok(rate)
     }
 
@@ -117,14 +117,14 @@ impl Bare {
     }
 }
 
-impl Bare {
-    /// Writes one batch; an overloaded node is asked again, as the processor does it.
+impl BareDriver {
+    /// Writes one batch. Retries if the node is overloaded, like the processor.
     async fn send(&self, batch: &Batch, rows: &[Row]) -> Result<()> {
         let mut attempt = 1;
         loop {
             match self.session.batch(batch, rows).await {
                 Ok(_) => return Ok(()),
-                Err(error) if attempt == ATTEMPTS || classify(&error) == Failure::Refused => {
+                Err(error) if attempt == MAX_ATTEMPTS || classify(&error) == Failure::Refused => {
                     return Err(failed(error));
                 }
                 Err(_) => attempt += 1,
@@ -136,22 +136,22 @@ impl Bare {
 fn read_topic(reader: &Reader, definition: &Definition) -> Result<Vec<Vec<Row>>> {
     let mut batches = Vec::new();
     for partition in 0..reader.partitions()? {
-        let mut taken = Vec::with_capacity(TAKE);
+        let mut chunk = Vec::with_capacity(CHUNK_RECORDS);
         reader.read(partition, |message| {
-            taken.extend(row(definition, partition, message));
-            if taken.len() == TAKE {
-                group(&mut taken, &mut batches);
+            chunk.extend(row(definition, partition, message));
+            if chunk.len() == CHUNK_RECORDS {
+                group(&mut chunk, &mut batches);
             }
         })?;
-        group(&mut taken, &mut batches);
+        group(&mut chunk, &mut batches);
     }
     Ok(batches)
 }
 
-/// Splits what was taken into batches of one Cassandra partition each.
-fn group(taken: &mut Vec<Row>, batches: &mut Vec<Vec<Row>>) {
+/// Splits a chunk into batches of one Cassandra partition each. Leaves the chunk empty.
+fn group(chunk: &mut Vec<Row>, batches: &mut Vec<Vec<Row>>) {
     let mut partitions: BTreeMap<(i64, i32), Vec<Row>> = BTreeMap::new();
-    for row in taken.drain(..) {
+    for row in chunk.drain(..) {
         if let (Some(CqlValue::Timestamp(CqlTimestamp(bucket))), Some(CqlValue::Int(shard))) =
             (&row[0], &row[1])
         {
@@ -166,7 +166,7 @@ fn group(taken: &mut Vec<Row>, batches: &mut Vec<Vec<Row>>) {
     }
 }
 
-/// The values of `schema::insert_event`; nothing for a record that is no event of the producer's.
+/// Returns the values of `schema::insert_event`, or `None` if the record is not an event of the producer.
 fn row(definition: &Definition, partition: i32, message: &impl Message) -> Option<Row> {
     let headers = message.headers()?;
     let header = |name: &str| {

@@ -1,5 +1,5 @@
-//! Kafka's own `kafka-producer-perf-test` on the same broker, with records of the bytes that the producer has just sent: key,
-//! headers and value of a sample, as one payload each. What its figure is compared with is the caller's.
+//! Runs `kafka-producer-perf-test` on the same broker. Its payloads are sampled from the records that the producer has
+//! just sent: each payload contains the key, headers and value of one record.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -16,31 +16,31 @@ use crate::process::Process;
 use crate::servers::kafka::{Reader, perf_test};
 use crate::terminal::Terminal;
 
-/// Its topic; deleted afterwards.
+/// Topic of the test, deleted afterwards.
 const TOPIC: &str = "bench_perf";
-/// Different payloads to choose from, as many as the producer's values.
+/// Number of different payloads, the same as the number of different values of the producer.
 const SAMPLE: usize = 2048;
-/// How long it may take for all messages.
-const WITHIN: Duration = Duration::from_secs(1800);
-const ADMIN_WITHIN: Duration = Duration::from_secs(30);
+/// Time limit for the test to send all messages.
+const RUN_TIMEOUT: Duration = Duration::from_secs(1800);
+const ADMIN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What it printed.
+/// Results of the test.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Perf {
-    /// Mean bytes of a record: key, headers and value.
+pub(super) struct PerfResult {
+    /// Mean size of a record in bytes: key, headers and value.
     pub(super) record_bytes: u64,
-    /// Records per second, all acknowledged.
+    /// Records per second, with all records acknowledged.
     pub(super) records_per_second: f64,
 }
 
-/// Sends `messages` records of the bytes found in `like`, with as many partitions.
+/// Sends `messages` records with payloads sampled from the topic `like`, to a topic with the same number of partitions.
 pub(super) async fn run(
     private: &Settings,
     installed: &Installed,
     like: &str,
     messages: u64,
     terminal: Terminal,
-) -> Result<Perf> {
+) -> Result<PerfResult> {
     let since = Instant::now();
     let reader = Reader::new(private, like)?;
     let sampling = tokio::task::spawn_blocking(move || Ok((reader.partitions()?, sample(&reader)?)));
@@ -48,23 +48,23 @@ pub(super) async fn run(
     let record_bytes = payloads.iter().map(Vec::len).sum::<usize>() / payloads.len().max(1);
     let file = private.folders.root.join("perf-payloads");
     fs::write(&file, payloads.join(&b"\n"[..])).map_err(Error::io(&file))?;
-    make_topic(private, partitions).await?;
+    create_topic(private, partitions).await?;
     let spec = perf_test(private, installed, TOPIC, messages, &file);
-    Process::spawn(&spec, &private.folders)?.finished(WITHIN).await?;
+    Process::spawn(&spec, &private.folders)?.finished(RUN_TIMEOUT).await?;
     let log = private.folders.logs().join(format!("{}.log", spec.name));
     let text = fs::read_to_string(&log).map_err(Error::io(&log))?;
     let records_per_second = records_per_second(&text).ok_or_else(|| Error::Tool {
         tool: spec.name,
-        cause: "its last line names no rate".to_owned(),
-        way_out: format!("its words are in {}", log.display()),
+        cause: "its output contains no rate".to_owned(),
+        hint: format!("see its output in {}", log.display()),
     })?;
     admin(private)?.delete_topics(&[TOPIC], &options()).await.map_err(failed)?;
-    let what = format!("{messages} records of {record_bytes} bytes, {records_per_second:.0} a second");
-    terminal.done("kafka's own producer", &what, since.elapsed());
-    Ok(Perf { record_bytes: record_bytes as u64, records_per_second })
+    let what = format!("{messages} records of {record_bytes} bytes, {records_per_second:.0} per second");
+    terminal.done("kafka perf test", &what, since.elapsed());
+    Ok(PerfResult { record_bytes: record_bytes as u64, records_per_second })
 }
 
-/// Key, headers and value of the first records, each as one text without line ends.
+/// Returns the key, headers and value of the first records, joined to one payload per record without line breaks.
 fn sample(reader: &Reader) -> Result<Vec<Vec<u8>>> {
     let mut payloads = Vec::new();
     reader.read(0, |message| {
@@ -88,10 +88,10 @@ fn admin(private: &Settings) -> Result<AdminClient<DefaultClientContext>> {
 }
 
 fn options() -> AdminOptions {
-    AdminOptions::new().operation_timeout(Some(ADMIN_WITHIN))
+    AdminOptions::new().operation_timeout(Some(ADMIN_TIMEOUT))
 }
 
-async fn make_topic(private: &Settings, partitions: i32) -> Result<()> {
+async fn create_topic(private: &Settings, partitions: i32) -> Result<()> {
     let topic = NewTopic::new(TOPIC, partitions, TopicReplication::Fixed(1))
         .set("compression.type", "producer")
         .set("message.timestamp.type", "LogAppendTime");
@@ -103,11 +103,11 @@ fn failed(error: rdkafka::error::KafkaError) -> Error {
     Error::Tool {
         tool: "kafka".to_owned(),
         cause: error.to_string(),
-        way_out: "its log is in the folder that is kept".to_owned(),
+        hint: "see its log in the folder that is kept".to_owned(),
     }
 }
 
-/// The number before `records/sec` in the closing line.
+/// Parses the rate from the closing line: the number before `records/sec`.
 fn records_per_second(text: &str) -> Option<f64> {
     let line = text.lines().rfind(|line| line.contains("records/sec"))?;
     line.split(" records/sec").next()?.split_whitespace().last()?.parse().ok()
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_closing_line_tells_the_rate() {
+    fn the_rate_is_parsed_from_the_closing_line() {
         let text = "499 records sent, 99.8 records/sec (0.01 MB/sec), 2.2 ms avg latency, 210.0 ms max latency.\n\
                     1000 records sent, 123456.7 records/sec (58.87 MB/sec), 1.5 ms avg latency, 9.0 ms max latency, 1 ms 50th.\n";
         assert_eq!(records_per_second(text), Some(123_456.7));

@@ -1,4 +1,4 @@
-//! The processor under three loads other than a drain of new events: old events beside new ones, a steady rate with a kill, and a
+//! Measures the processor under three more loads: old events with concurrent new ones, a steady rate with a kill, and a
 //! backlog far larger than its memory.
 
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::measure::Drained;
-use super::{NAME, PRELOAD_WITHIN, finish, measure, stress};
+use super::{NAME, PRELOAD_TIMEOUT, measure, run_to_end, stress};
 use crate::cli::BenchArgs;
 use crate::config::Settings;
 use crate::error::{Error, Result};
@@ -16,52 +16,53 @@ use crate::servers::http_client;
 use crate::services;
 use crate::terminal::Terminal;
 
-/// Events that make the present known before old ones come.
+/// Number of new events drained before the old ones, so that the old events are old for the processor.
 const NEW_EVENTS: u64 = 60_000;
 
-/// Rate of the live load beside the old events.
+/// Events per second of the live load during the drain of the old events.
 const LIVE_RATE: u64 = 500;
 
-/// Rate at which old events are produced: slow enough that new ones come in between.
+/// Events per second at which the old events are produced, slow enough that new events come in between.
 const OLD_RATE: u64 = 50_000;
 
-/// How long `verify` may take.
-const VERIFY_WITHIN: Duration = Duration::from_secs(300);
+/// Time limit for `verify`.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How old the old events are at most: rising from there to now in the order of the log.
+/// Maximum age of the old events. Their times rise from this age to the present in log order.
 const OLD: &str = "7d";
 
-/// Rate at which latency is measured.
+/// Events per second during the latency measurement.
 const STEADY_RATE: u64 = 3000;
 
-/// How long latency is measured, after a warm-up as long.
+/// Duration of the latency measurement in seconds. A warm-up of the same duration precedes it.
 const STEADY_SECONDS: u64 = 30;
 
 const LATENCY: &str = "processor_produce_to_commit_seconds";
 
-/// Old events drained beside a live load.
+/// Results of draining old events under a live load.
 #[derive(Debug, Serialize)]
 pub(super) struct Cold {
     pub(super) old_events: u64,
     pub(super) live_events_per_second: u64,
-    /// Old and live ones together.
+    /// Old and live events together.
     pub(super) events_per_second: f64,
     pub(super) cpu_seconds_per_million: f64,
     pub(super) peak_resident_mib: f64,
 }
 
-/// A steady rate, then a kill under it.
+/// Results of a steady rate, and of a kill at that rate.
 #[derive(Debug, Serialize)]
 pub(super) struct Latency {
     pub(super) events_per_second: u64,
-    /// Produced until readable, of the oldest event of each batch; upper bounds of the histogram's buckets.
+    /// Time from production until the event is readable, for the oldest event of each batch. Quantiles are upper bounds
+    /// of histogram buckets.
     pub(super) p50_seconds: f64,
     pub(super) p99_seconds: f64,
-    /// From the start of the new process until it has surely processed what its predecessor had not.
+    /// Time from the start of the new process until it has certainly processed events that the killed one had not.
     pub(super) restart_to_new_rows_seconds: f64,
 }
 
-/// A long drain.
+/// Results of draining a large backlog.
 #[derive(Debug, Serialize)]
 pub(super) struct Backlog {
     pub(super) messages: u64,
@@ -81,18 +82,18 @@ impl Backlog {
     }
 }
 
-/// Drains old events with new ones among them, while more new ones keep coming; then holds the panes against the rows.
+/// Drains old events mixed with new ones while a live load continues, then verifies the panes against the rows.
 pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Cold> {
     stress(private, NAME, &["--messages", &NEW_EVENTS.to_string()]).await?;
     measure::drain(private, NAME, NEW_EVENTS, terminal).await?;
-    // Long enough for the slowest drain; ended with it.
-    let mut live = services::load(private, PRELOAD_WITHIN.as_secs(), LIVE_RATE)?;
+    // The load lasts longer than the slowest drain and is stopped after it.
+    let mut live = services::load(private, PRELOAD_TIMEOUT.as_secs(), LIVE_RATE)?;
     live.environment.extend(services::names(NAME));
     let mut live = Process::spawn(&live, &private.folders)?;
-    let drained = old(private, args, terminal).await;
+    let drained = drain_old_events(private, args, terminal).await;
     live.stop().await;
     let drained = drained?;
-    finish(private, NAME, services::verify(private)?, VERIFY_WITHIN).await?;
+    run_to_end(private, NAME, services::verify(private)?, VERIFY_TIMEOUT).await?;
     Ok(Cold {
         old_events: args.messages,
         live_events_per_second: LIVE_RATE,
@@ -102,7 +103,7 @@ pub(super) async fn cold(private: &Settings, args: &BenchArgs, terminal: Termina
     })
 }
 
-async fn old(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Drained> {
+async fn drain_old_events(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Drained> {
     let since = Instant::now();
     let (messages, rate) = (args.messages.to_string(), OLD_RATE.to_string());
     stress(private, NAME, &["--messages", &messages, "--span", OLD, "--rate", &rate]).await?;
@@ -110,7 +111,7 @@ async fn old(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result
     measure::drain(private, NAME, NEW_EVENTS + args.messages, terminal).await
 }
 
-/// Measures how long events take at a steady rate, and how long a killed processor's successor takes to new rows.
+/// Measures the latency at a steady rate, and how long a restarted processor takes to write new rows after SIGKILL.
 pub(super) async fn latency(private: &Settings, terminal: Terminal) -> Result<Latency> {
     let session = connect(private).await?;
     let mut load = services::load(private, 4 * STEADY_SECONDS, STEADY_RATE)?;
@@ -123,17 +124,21 @@ pub(super) async fn latency(private: &Settings, terminal: Terminal) -> Result<La
     let before = histogram(&spec.address).await?;
     tokio::time::sleep(Duration::from_secs(STEADY_SECONDS)).await;
     let after = histogram(&spec.address).await?;
-    terminal.done("latency", &format!("{STEADY_RATE} events a second"), Duration::from_secs(STEADY_SECONDS));
+    terminal.done(
+        "latency",
+        &format!("{STEADY_RATE} events per second"),
+        Duration::from_secs(STEADY_SECONDS),
+    );
     processor.kill().await;
     let at_kill = measure::processed(&session, NAME).await?;
     let since = Instant::now();
     let mut processor = Process::spawn(&spec, &private.folders)?;
-    // What was in flight at the kill is at most a second's load.
+    // At most the load of one second was in flight at the time of the kill.
     while measure::processed(&session, NAME).await? < at_kill + STEADY_RATE {
         if let Some(status) = processor.ended() {
-            return Err(processor.death(status));
+            return Err(processor.exit_error(status));
         }
-        tokio::time::sleep(measure::LOOK_EVERY).await;
+        tokio::time::sleep(measure::POLL_INTERVAL).await;
     }
     let new_rows = since.elapsed();
     terminal.done("restart", "new rows after SIGKILL", new_rows);
@@ -147,7 +152,7 @@ pub(super) async fn latency(private: &Settings, terminal: Terminal) -> Result<La
     })
 }
 
-/// Peak memory while a large backlog is drained.
+/// Measures the peak memory while draining a large backlog.
 pub(super) async fn backlog(private: &Settings, args: &BenchArgs, terminal: Terminal) -> Result<Backlog> {
     let since = Instant::now();
     stress(private, NAME, &["--messages", &args.messages.to_string()]).await?;
@@ -156,7 +161,7 @@ pub(super) async fn backlog(private: &Settings, args: &BenchArgs, terminal: Term
     Ok(Backlog::new(args.messages, &drained))
 }
 
-/// Cumulative counts by upper bound of the bucket.
+/// Reads the latency histogram: upper bound and cumulative count of each bucket.
 async fn histogram(address: &str) -> Result<Vec<(f64, f64)>> {
     let failed = |cause: reqwest::Error| Error::Refused(format!("{address}/metrics: {cause}"));
     let client = http_client().map_err(failed)?;
@@ -175,7 +180,7 @@ fn buckets(text: &str) -> Vec<(f64, f64)> {
     lines.filter_map(bucket).collect()
 }
 
-/// The upper bound of the bucket that holds the quantile of what came between two readings.
+/// Returns the upper bound of the bucket that contains the quantile of all values between two readings.
 fn quantile(before: &[(f64, f64)], after: &[(f64, f64)], share: f64) -> f64 {
     let counts: Vec<(f64, f64)> = after.iter().zip(before).map(|(a, b)| (a.0, a.1 - b.1)).collect();
     let all = counts.last().map_or(0.0, |(_, count)| *count);
@@ -188,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quantile_is_the_bound_of_its_bucket() {
+    fn a_quantile_is_the_upper_bound_of_its_bucket() {
         let reading = |counts: [u32; 3]| {
             let bounds = ["0.1", "0.2", "+Inf"];
             let line = |(bound, count)| format!("{LATENCY}_bucket{{le=\"{bound}\"}} {count}\n");

@@ -1,4 +1,5 @@
-//! The processor's turn: its time, CPU seconds and memory while it drains the topic, read from outside.
+//! Measures the time, CPU time and memory of the processor while it drains the topic. All figures are read from outside
+//! the process.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -15,29 +16,29 @@ use crate::servers::cassandra::{connect, failed};
 use crate::services;
 use crate::terminal::Terminal;
 
-/// How often progress is read; the error of a measured time is at most this.
-pub(super) const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Poll interval for progress, which is also the maximum error of a measured time.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long the processor may take for all messages before the run is given up.
-const DRAIN_WITHIN: Duration = Duration::from_secs(1800);
+/// Time limit for the processor to drain all messages.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// How long the consumer may take for all messages.
-const CONSUME_WITHIN: Duration = Duration::from_secs(600);
+/// Time limit for the consumer to receive all messages.
+const CONSUME_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// What was seen of the processor.
+/// Measurements of one drain.
 #[derive(Debug)]
 pub(super) struct Drained {
-    /// From its start until every event was counted in Cassandra.
+    /// Time from the start of the processor until Cassandra counted every event.
     pub(super) whole: Duration,
-    /// Rate between the first sight of counted events and the last.
+    /// Events per second between the first and the last observed progress.
     pub(super) steady_events_per_second: f64,
-    /// User and system time together.
+    /// User and system CPU time.
     pub(super) cpu_seconds: f64,
-    /// `VmHWM` of `/proc/PID/status`.
+    /// Peak resident memory: `VmHWM` in `/proc/PID/status`.
     pub(super) peak_resident_mib: f64,
 }
 
-/// Starts the processor and waits until `partition_progress` counts so many messages in all.
+/// Starts the processor and waits until `partition_progress` counts `messages` in total.
 pub(super) async fn drain(
     private: &Settings,
     keyspace: &str,
@@ -54,7 +55,9 @@ pub(super) async fn drain(
     let (stat, peak) = (Stat::read(pid), peak_resident_mib(pid));
     process.stop().await;
     let (first, whole) = seen?;
-    let stat = stat.ok_or_else(|| Error::Refused("the processor ended before it was measured".to_owned()))?;
+    let stat = stat.ok_or_else(|| {
+        Error::Refused("the processor exited before it was measured; see its log".to_owned())
+    })?;
     terminal.done("processor", &format!("{messages} events counted"), whole);
     let steady = (whole - first.after).as_secs_f64().max(f64::EPSILON);
     Ok(Drained {
@@ -65,35 +68,36 @@ pub(super) async fn drain(
     })
 }
 
-/// Messages per second of a consumer that takes so many from the earliest offsets and looks at none, from its first one on.
+/// Consumes `messages` from the earliest offsets without decoding them. Returns the messages per second, measured from
+/// the first message.
 pub(super) async fn consume(private: &Settings, topic: &'static str, messages: u64) -> Result<f64> {
     let brokers = loopback(private.ports.kafka);
-    let taken = tokio::task::spawn_blocking(move || {
+    let received = tokio::task::spawn_blocking(move || {
         let consumer: BaseConsumer = client_config(&brokers, "bench-consumer")
             .set("group.id", "bench-consumer")
             .set("auto.offset.reset", "earliest")
             .create()?;
         consumer.subscribe(&[topic])?;
-        let (begun, mut first, mut taken) = (Instant::now(), None, 0);
-        while taken < messages {
-            match consumer.poll(LOOK_EVERY) {
+        let (started, mut first, mut received) = (Instant::now(), None, 0);
+        while received < messages {
+            match consumer.poll(POLL_INTERVAL) {
                 Some(message) => {
                     message?;
                     first.get_or_insert_with(Instant::now);
-                    taken += 1;
+                    received += 1;
                 }
-                // A change of the group ends a poll as well.
-                None if begun.elapsed() < CONSUME_WITHIN => {}
+                // A rebalance also ends a poll without a message.
+                None if started.elapsed() < CONSUME_TIMEOUT => {}
                 None => return Err(KafkaError::NoMessageReceived),
             }
         }
-        Ok(messages as f64 / first.unwrap_or(begun).elapsed().as_secs_f64())
+        Ok(messages as f64 / first.unwrap_or(started).elapsed().as_secs_f64())
     });
-    let failed = |cause: KafkaError| Error::Refused(format!("the consumer of the bench: {cause}"));
-    taken.await.map_err(|e| Error::Refused(e.to_string()))?.map_err(failed)
+    let failed = |cause: KafkaError| Error::Refused(format!("the benchmark consumer failed: {cause}"));
+    received.await.map_err(|e| Error::Refused(e.to_string()))?.map_err(failed)
 }
 
-struct Sight {
+struct Progress {
     after: Duration,
     events: u64,
 }
@@ -104,30 +108,30 @@ async fn watch(
     messages: u64,
     since: Instant,
     process: &mut Process,
-) -> Result<(Sight, Duration)> {
+) -> Result<(Progress, Duration)> {
     let mut first = None;
     loop {
         if let Some(status) = process.ended() {
-            return Err(process.death(status));
+            return Err(process.exit_error(status));
         }
         let events = processed(session, keyspace).await?;
         let after = since.elapsed();
         if events > 0 && first.is_none() {
-            first = Some(Sight { after, events });
+            first = Some(Progress { after, events });
         }
         if events >= messages {
-            return Ok((first.unwrap_or(Sight { after, events }), after));
+            return Ok((first.unwrap_or(Progress { after, events }), after));
         }
-        if after > DRAIN_WITHIN {
+        if after > DRAIN_TIMEOUT {
             return Err(
-                process.not_ready(&format!("{messages} events, {events} counted so far"), DRAIN_WITHIN)
+                process.not_ready(&format!("{messages} events, {events} counted so far"), DRAIN_TIMEOUT)
             );
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// Events and duplicates together: what the processor has dealt with.
+/// Returns the number of records that the processor has handled: events plus duplicates.
 pub(super) async fn processed(session: &Session, keyspace: &str) -> Result<u64> {
     let query = format!("SELECT events, duplicates FROM {keyspace}.partition_progress");
     let rows = session.query_unpaged(query, ()).await.map_err(failed)?;
@@ -146,7 +150,7 @@ fn peak_resident_mib(pid: u32) -> f64 {
     kib.and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
 }
 
-/// Messages per second in the closing line of `ingest-producer stress`: the number before `msg/s`.
+/// Parses the rate from the closing line of `ingest-producer stress`: the number before `msg/s`.
 pub(super) fn messages_per_second(text: &str) -> Option<f64> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let at = words.iter().rposition(|word| word.starts_with("msg/s"))?;
@@ -158,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_producers_closing_line_tells_its_rate() {
+    fn the_rate_is_parsed_from_the_closing_line_of_the_producer() {
         let check = |text: &str, rate| assert_eq!(messages_per_second(text), rate, "{text}");
         check("… 10 msg/s\n1000 messages acked: 312,500 msg/s, ack p50 4 ms\n", Some(312_500.0));
         check("no figure", None);

@@ -1,5 +1,6 @@
-//! The processor under the definition that takes the most memory of all that pass the checks: panes of a second, all of a month
-//! open, four group-by columns of 256 groups, and 128 measures. One pane takes 4 MiB, and every event falls into another one.
+//! Measures the processor with the valid stream definition that needs the most memory: panes of one second that stay
+//! open for a month, four group-by columns with 256 groups each, and 128 measures. Each pane takes 4 MiB, and every
+//! event falls into a different pane.
 
 use std::fmt::Write;
 
@@ -9,22 +10,22 @@ use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::terminal::Terminal;
 
-/// Most columns of a definition; each is a measure.
+/// Maximum number of columns of a definition. Each column is a measure.
 const COLUMNS: usize = 128;
 
-/// Most group-by columns and groups of each.
+/// Maximum number of group-by columns, and maximum number of groups of each.
 const GROUP_BY: (usize, u32) = (4, 256);
 
-/// Events, evenly spread over [`SPAN`].
+/// Number of events, spread evenly over [`SPAN`].
 const EVENTS: u64 = 20_000;
 
-/// What the topic keeps.
+/// Retention of the topic, which limits the age of the events.
 const SPAN: &str = "7d";
 
-/// Keyspace and topic: the stream's name is another than the other parts'.
+/// Keyspace and topic. They differ from those of the other loads, because the stream has a different name.
 const NAME: &str = "bench_worst";
 
-/// Drains events of which each has a pane of its own.
+/// Drains events that all fall into different panes.
 pub(super) async fn run(private: &Settings, terminal: Terminal) -> Result<Backlog> {
     let mut settings = private.clone();
     settings.stream = private.folders.root.join("worst.toml");
@@ -74,7 +75,7 @@ mod tests {
     use common::stream::{Definition, MAX_GROUP_BY, MAX_GROUPS};
 
     #[test]
-    fn no_definition_that_passes_the_checks_takes_more() {
+    fn no_valid_definition_needs_more_memory() {
         let worst = Definition::parse("worst", &definition()).unwrap();
         assert_eq!((worst.windows.group_by.len(), worst.windows.measures.len()), (MAX_GROUP_BY, COLUMNS));
         assert_eq!(GROUP_BY.1 as usize, MAX_GROUPS);

@@ -1,16 +1,16 @@
-//! `./run --detach`: a supervisor in the background starts everything and stays; this process shows what it says until all is
-//! ready, then ends.
+//! `./run --detach`: starts a supervisor in the background, which starts all parts and keeps them running. This process
+//! prints the output of the supervisor until all parts are ready, then exits.
 
 use std::ffi::OsString;
 
 use super::up::{Outcome, StopSignals};
-use super::{SUPERVISOR, SUPERVISOR_WITHIN, copy_from};
+use super::{SUPERVISOR, SUPERVISOR_TIMEOUT, copy_from};
 use crate::cli::UpArgs;
 use crate::config::Settings;
 use crate::error::{Error, Result};
-use crate::process::{LOOK_AGAIN, Process, Record, Spec};
+use crate::process::{POLL_INTERVAL, Process, Record, Spec};
 
-/// Starts the supervisor; it is told to stop when this process is before all is ready.
+/// Starts the supervisor and waits until all parts are ready. A signal that arrives before that stops the supervisor.
 pub async fn detach(settings: &Settings, args: &UpArgs) -> Result<Outcome> {
     settings.folders.create()?;
     let record = settings.folders.run().join(format!("{SUPERVISOR}.json"));
@@ -26,7 +26,7 @@ pub async fn detach(settings: &Settings, args: &UpArgs) -> Result<Outcome> {
         let ready = Record::read(&record).is_some_and(|supervisor| !supervisor.address.is_empty());
         shown = copy_from(&log, shown)?;
         if ended {
-            supervisor.forget();
+            supervisor.remove_record();
             return Ok(Outcome::Failed);
         }
         if ready {
@@ -38,7 +38,7 @@ pub async fn detach(settings: &Settings, args: &UpArgs) -> Result<Outcome> {
                 copy_from(&log, shown)?;
                 return Ok(Outcome::Stopped(number));
             }
-            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            () = tokio::time::sleep(POLL_INTERVAL) => {}
         }
     }
 }
@@ -61,6 +61,6 @@ fn spec(settings: &Settings, args: &UpArgs) -> Spec {
         environment: Vec::new(),
         folder: settings.checkout.clone(),
         address: String::new(),
-        grace: SUPERVISOR_WITHIN,
+        grace: SUPERVISOR_TIMEOUT,
     }
 }

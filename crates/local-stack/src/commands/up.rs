@@ -1,48 +1,48 @@
-//! `./run`: checks the machine, starts everything, says what runs where, and stays until it is told to stop; meanwhile it starts
-//! again what ends.
+//! `./run`: checks the machine, starts all parts, prints their addresses, and restarts parts that exit until a signal
+//! stops it.
 
 use std::fs::{self, File, TryLockError};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{SUPERVISOR, forget_all, running};
+use super::{SUPERVISOR, remove_records, running};
 use crate::checks;
 use crate::cli::UpArgs;
 use crate::config::{Ports, Settings, loopback};
 use crate::error::{Error, Result};
 use crate::install::Installed;
-use crate::process::{LOOK_AGAIN, Record};
+use crate::process::{POLL_INTERVAL, Record};
 use crate::services;
 use crate::stack::{Extent, Stack};
 use crate::supervise::Change;
 use crate::terminal::Terminal;
 
-/// How often a running stack is looked at for parts that ended or are to start again.
-const WATCH_EVERY: Duration = Duration::from_millis(100);
+/// Poll interval for parts that have exited or are due for a restart.
+const SUPERVISE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long ports may stay taken after a stop.
-const PORTS_WITHIN: Duration = Duration::from_secs(1);
+/// How long to wait for ports to become free after a previous stop.
+const PORTS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a start ended well.
+/// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Everything runs on under a supervisor in the background.
+    /// All parts run under a supervisor in the background.
     Detached,
-    /// The supervisor in the background has ended, and said why.
+    /// The supervisor in the background has exited and printed the reason.
     Failed,
-    /// Everything was stopped on SIGHUP, SIGINT or SIGTERM, whose number is given.
+    /// All parts were stopped by SIGHUP, SIGINT or SIGTERM. Holds the signal number.
     Stopped(u8),
 }
 
-/// Starts everything, keeps it running until a signal comes, and stops everything.
+/// Starts all parts, keeps them running until a signal arrives, then stops them.
 pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Result<Outcome> {
     let extent = if args.servers_only { Extent::Servers } else { Extent::All };
     settings.folders.create()?;
     let _lock = lock(settings)?;
     let mut stop = StopSignals::new(args.supervise)?;
     preflight(settings, extent).await?;
-    forget_all(&settings.folders);
+    remove_records(&settings.folders);
     let since = Instant::now();
     let mut record = Record::of_this_process(SUPERVISOR);
     let record_file = record.write(&settings.folders.run())?;
@@ -53,13 +53,13 @@ pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Resul
     };
     let outcome = match started {
         Ok(None) => {
-            report(settings, extent, terminal, since.elapsed());
+            print_summary(settings, extent, terminal, since.elapsed());
             terminal.progress(if args.supervise {
-                "running in the background: ./run status, ./run logs SERVICE, ./run stop"
+                "running in the background; use ./run status, ./run logs SERVICE or ./run stop"
             } else {
                 "Ctrl-C stops everything"
             });
-            // The address tells whoever waits that everything is ready.
+            // A record with an address tells the waiting `./run --detach` that everything is ready.
             record.address = format!("http://{}", loopback(settings.ports.dashboard));
             record.write(&settings.folders.run())?;
             Ok(watch(&mut stack, &mut stop, terminal).await)
@@ -68,7 +68,7 @@ pub async fn up(settings: &Settings, args: &UpArgs, terminal: Terminal) -> Resul
         Err(error) => Err(error),
     };
     if !stack.is_empty() {
-        terminal.progress("stopping everything in order");
+        terminal.progress("stopping all parts in order");
         stack.stop().await;
     }
     let _ = fs::remove_file(record_file);
@@ -85,7 +85,7 @@ async fn fetch_and_start(
     stack.start(&installed, extent).await
 }
 
-/// Two starts of one checkout at once would both find the ports free.
+/// Locks the checkout. Without the lock, two concurrent starts could both find the ports free.
 fn lock(settings: &Settings) -> Result<File> {
     let path = settings.folders.run().join("lock");
     let file = File::create(&path).map_err(Error::io(&path))?;
@@ -99,10 +99,10 @@ fn lock(settings: &Settings) -> Result<File> {
 
 async fn preflight(settings: &Settings, extent: Extent) -> Result<()> {
     checks::java(&settings.java)?;
-    // The kernel may need a moment to close the sockets of a part that was just stopped.
+    // The kernel may still be closing the sockets of a part that has just stopped.
     let since = Instant::now();
-    while checks::ports(settings).is_err() && since.elapsed() < PORTS_WITHIN {
-        tokio::time::sleep(LOOK_AGAIN).await;
+    while checks::ports(settings).is_err() && since.elapsed() < PORTS_TIMEOUT {
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
     checks::ports(settings)?;
     checks::memory(settings.heaps)?;
@@ -111,49 +111,50 @@ async fn preflight(settings: &Settings, extent: Extent) -> Result<()> {
     let missing = services::programs(settings).into_iter().find(|program| !program.is_file());
     match missing {
         Some(program) if extent == Extent::All => Err(Error::Refused(format!(
-            "{} is not built; cargo build --release --workspace builds it",
+            "{} is not built; build it with cargo build --release --workspace",
             program.display()
         ))),
         _ => Ok(()),
     }
 }
 
-/// Keeps everything running until a signal comes; gives its number.
+/// Restarts parts that exit until a signal arrives. Returns the signal number.
 async fn watch(stack: &mut Stack, stop: &mut StopSignals, terminal: Terminal) -> u8 {
     loop {
         tokio::select! {
             number = stop.received() => return number,
-            () = tokio::time::sleep(WATCH_EVERY) => {
-                for (name, change) in stack.tend() {
-                    tell(terminal, &name, change);
+            () = tokio::time::sleep(SUPERVISE_INTERVAL) => {
+                for (name, change) in stack.poll() {
+                    print_change(terminal, &name, change);
                 }
             }
         }
     }
 }
 
-fn tell(terminal: Terminal, name: &str, change: Result<Change>) {
+fn print_change(terminal: Terminal, name: &str, change: Result<Change>) {
     let at = chrono::Utc::now().format("%H:%M:%SZ");
-    let said = |words: &str| if words.is_empty() { String::new() } else { format!(": {words}") };
+    let suffix = |cause: &str| if cause.is_empty() { String::new() } else { format!(": {cause}") };
     match change {
         Ok(Change::Ended(down, pause)) => {
-            let (ended, words, pause) = (&down.ended, said(&down.words), pause.as_secs_f64());
-            terminal.failure(&format!("{at} {name} ended ({ended}){words}; it starts again in {pause:.1} s"));
+            let (ended, cause, delay) = (&down.ended, suffix(&down.last_words), pause.as_secs_f64());
+            terminal.failure(&format!("{at} {name} exited ({ended}){cause}; restarting it in {delay:.1} s"));
         }
         Ok(Change::Refused(down)) => {
-            let words = said(&down.words);
+            let cause = suffix(&down.last_words);
             terminal.failure(&format!(
-                "{at} {name} refuses to run{words}; it stays down: see ./run logs {name}, then ./run stop and ./run"
+                "{at} {name} refuses to run{cause}; see ./run logs {name}, fix the cause, then ./run stop and ./run"
             ));
         }
         Ok(Change::Restarted(count)) => {
-            terminal.warning(&format!("{at} {name} was started again, restart {count}"));
+            terminal.warning(&format!("{at} {name} restarted (restart {count})"));
         }
-        Err(error) => terminal.failure(&format!("{at} {name} cannot be started again yet: {error}")),
+        Err(error) => terminal
+            .failure(&format!("{at} {name} could not be restarted: {error}; trying again after a delay")),
     }
 }
 
-fn report(settings: &Settings, extent: Extent, terminal: Terminal, took: Duration) {
+fn print_summary(settings: &Settings, extent: Extent, terminal: Terminal, took: Duration) {
     let ports = settings.ports;
     let http = |port: u16, path: &str| format!("http://{}{path}", loopback(port));
     terminal.progress(&format!("\neverything is ready after {:.1} s\n", took.as_secs_f64()));
@@ -175,13 +176,13 @@ fn report(settings: &Settings, extent: Extent, terminal: Terminal, took: Duratio
     }
     rows.push(row("Kafka", loopback(ports.kafka), http(ports.kafka_agent, "/metrics")));
     rows.push(row("Cassandra", loopback(ports.cassandra), http(ports.cassandra_agent, "/metrics")));
-    terminal.table(["what", "where", "metrics"], &rows);
+    terminal.table(["name", "address", "metrics"], &rows);
     if extent == Extent::All {
-        try_next(settings, terminal);
+        print_next_steps(settings, terminal);
     }
 }
 
-fn try_next(settings: &Settings, terminal: Terminal) {
+fn print_next_steps(settings: &Settings, terminal: Terminal) {
     let ports = settings.ports;
     let brokers = if ports == Ports::default() {
         String::new()
@@ -189,16 +190,17 @@ fn try_next(settings: &Settings, terminal: Terminal) {
         format!("PIPELINE_KAFKA_BROKERS={} ", loopback(ports.kafka))
     };
     let page = loopback(ports.dashboard);
-    terminal.data("\ntry next:");
+    terminal.data("\nnext steps:");
     terminal.data(&format!("  open http://{page}/ and watch the counters"));
     let producer = settings.binaries.join("ingest-producer");
     let producer = producer.strip_prefix(&settings.checkout).unwrap_or(&producer).display();
     terminal.data(&format!("  {brokers}{producer} stress --messages 100000"));
-    terminal
-        .data("  kill -9 $(pgrep -f 'stream-processor run'): it starts again, nothing is counted twice\n");
+    terminal.data(
+        "  kill -9 $(pgrep -f 'stream-processor run')   # it is restarted, and no event is counted twice\n",
+    );
 }
 
-/// The signals on which everything stops.
+/// The signals that stop all parts.
 pub(super) struct StopSignals {
     background: bool,
     hangup: Signal,
@@ -207,19 +209,20 @@ pub(super) struct StopSignals {
 }
 
 impl StopSignals {
-    /// Listens from now on. In the background a closed terminal is no reason to stop.
+    /// Starts to listen for the signals. In the background, SIGHUP is ignored, so that closing the terminal stops
+    /// nothing.
     pub(super) fn new(background: bool) -> Result<Self> {
         let listen = |kind| signal(kind).map_err(Error::io("signal handler"));
         Ok(Self {
             background,
-            // In the foreground nobody could press Ctrl-C any more.
+            // In the foreground, SIGHUP must stop everything, because Ctrl-C is no longer possible.
             hangup: listen(SignalKind::hangup())?,
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
         })
     }
 
-    /// The number of the signal that came.
+    /// Waits for a signal and returns its number.
     pub(super) async fn received(&mut self) -> u8 {
         loop {
             tokio::select! {

@@ -1,4 +1,4 @@
-//! One Cassandra node on loopback: its configuration, its command line, a session on it.
+//! One Cassandra node on loopback: its configuration, its command line, and sessions.
 
 use std::ffi::OsString;
 use std::fs;
@@ -14,10 +14,10 @@ use crate::error::{Error, Result};
 use crate::install::{Installed, one_file};
 use crate::process::Spec;
 
-/// How long one attempt to connect may take.
+/// Time limit for one connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The node's process.
+/// Process specification of the node.
 pub fn spec(settings: &Settings, installed: &Installed) -> Result<Spec> {
     let conf = write_files(settings)?;
     let heap = settings.heaps.cassandra_mib;
@@ -49,7 +49,7 @@ pub fn spec(settings: &Settings, installed: &Installed) -> Result<Spec> {
     })
 }
 
-/// Whether the node answers CQL.
+/// Returns whether the node answers CQL queries.
 pub async fn answers(address: &str) -> bool {
     let session = SessionBuilder::new().known_node(address).connection_timeout(CONNECT_TIMEOUT).build().await;
     match session {
@@ -58,17 +58,17 @@ pub async fn answers(address: &str) -> bool {
     }
 }
 
-/// A session on the node.
+/// Opens a session on the node.
 pub async fn connect(settings: &Settings) -> Result<Session> {
     SessionBuilder::new().known_node(loopback(settings.ports.cassandra)).build().await.map_err(failed)
 }
 
-/// The error for a request that failed on a node of one's own.
+/// The error for a failed request to a private node.
 pub fn failed(error: impl std::fmt::Display) -> Error {
     Error::Tool {
         tool: "cassandra".to_owned(),
         cause: error.to_string(),
-        way_out: "its log is in the folder that is kept".to_owned(),
+        hint: "see its log in the folder that is kept".to_owned(),
     }
 }
 
@@ -80,7 +80,7 @@ fn write_files(settings: &Settings) -> Result<PathBuf> {
         ("data", data(settings).display().to_string()),
         ("storage", settings.ports.storage.to_string()),
         ("cassandra", settings.ports.cassandra.to_string()),
-        // A quarter of the heap each, on it and beside it, is Cassandra's own default.
+        // Same as the default of Cassandra: a quarter of the heap size, both on-heap and off-heap.
         ("memtable", (settings.heaps.cassandra_mib / 4).to_string()),
     ];
     write_config(&conf.join("cassandra.yaml"), include_str!("../../resources/cassandra.yaml"), &values)?;

@@ -1,5 +1,5 @@
-//! One Kafka broker in KRaft's combined mode: its configuration, the formatting of its folder, its command line, and how
-//! a topic is read and changed from outside the pipeline; `sender` writes to it.
+//! One Kafka broker in the combined mode of KRaft: its configuration, the formatting of its data folder, and its
+//! command line. Also reads and changes topics from outside the pipeline; `sender` writes to them.
 
 pub mod sender;
 
@@ -23,19 +23,19 @@ use crate::error::{Error, Result};
 use crate::install::Installed;
 use crate::process::Spec;
 
-/// How long one question for metadata may take.
+/// Time limit for one metadata request.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long one record below the high watermark, or one answer about a topic, may be waited for.
+/// Time limit for one record below the high watermark, or for one request about a topic.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Heap of `kafka-producer-perf-test`: its buffer of 256 MiB and room.
+/// Heap of `kafka-producer-perf-test`. Its send buffer alone takes 256 MiB.
 const PERF_HEAP_MIB: u32 = 768;
 
-/// Bytes of a cluster id, written in base64 (Kafka's `Uuid`).
+/// Length in bytes of a cluster id (`Uuid` in Kafka) before base64 encoding.
 const CLUSTER_ID_BYTES: usize = 16;
 
-/// Gives the data folder a cluster id, once; the configuration is written every time.
+/// Writes the configuration, and formats the data folder with a new cluster id if it is not formatted yet.
 pub async fn format(settings: &Settings, installed: &Installed) -> Result<()> {
     write_properties(settings)?;
     if data(settings).join("meta.properties").is_file() {
@@ -53,16 +53,20 @@ pub async fn format(settings: &Settings, installed: &Installed) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
+    let output = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&output);
     Err(Error::Tool {
         tool: "kafka.tools.StorageTool".to_owned(),
-        cause: said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no words").to_owned(),
-        way_out: "./run reset starts with empty folders".to_owned(),
+        cause: text
+            .lines()
+            .rfind(|line| !line.trim().is_empty())
+            .unwrap_or("it failed without output")
+            .to_owned(),
+        hint: "delete the data folder with ./run reset, then start again".to_owned(),
     })
 }
 
-/// The broker's process.
+/// Process specification of the broker.
 pub fn spec(settings: &Settings, installed: &Installed) -> Result<Spec> {
     write_properties(settings)?;
     let mut arguments = jvm(settings, installed, settings.heaps.kafka_mib);
@@ -85,7 +89,8 @@ pub fn spec(settings: &Settings, installed: &Installed) -> Result<Spec> {
     })
 }
 
-/// `kafka-producer-perf-test` with the settings of the pipeline's load: as fast as it can, all acknowledged. Runs and ends.
+/// `kafka-producer-perf-test` with the producer settings of the pipeline. It sends as fast as it can, waits for all
+/// acknowledgements, and exits.
 pub fn perf_test(
     settings: &Settings,
     installed: &Installed,
@@ -113,18 +118,18 @@ pub fn perf_test(
     }
 }
 
-/// Whether metadata names a broker.
+/// Returns whether the metadata lists a broker.
 pub async fn answers(address: &str) -> bool {
     let address = address.to_owned();
-    let asked = tokio::task::spawn_blocking(move || {
+    let answered = tokio::task::spawn_blocking(move || {
         let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", address).create().ok()?;
         let metadata = consumer.fetch_metadata(None, METADATA_TIMEOUT).ok()?;
         (!metadata.brokers().is_empty()).then_some(())
     });
-    matches!(asked.await, Ok(Some(())))
+    matches!(answered.await, Ok(Some(())))
 }
 
-/// A reader of topics that belongs to no group; its calls block.
+/// Reads a topic without joining a consumer group. All calls block.
 #[derive(Clone)]
 pub struct Reader {
     consumer: Arc<BaseConsumer>,
@@ -132,7 +137,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// A reader of one topic.
+    /// Creates a reader of one topic.
     pub fn new(settings: &Settings, topic: &str) -> Result<Self> {
         let consumer = common::kafka::client_config(&loopback(settings.ports.kafka), "local-stack")
             .set("group.id", "local-stack")
@@ -143,39 +148,44 @@ impl Reader {
         Ok(Self { consumer: Arc::new(consumer), topic: topic.to_owned() })
     }
 
-    /// How many partitions the topic has.
+    /// Returns the number of partitions of the topic.
     pub fn partitions(&self) -> Result<i32> {
         let metadata = self.consumer.fetch_metadata(Some(&self.topic), RECORD_TIMEOUT).map_err(failed)?;
         Ok(metadata.topics().first().map_or(0, |topic| topic.partitions().len()) as i32)
     }
 
-    /// The offset after the last record of a partition that no open transaction holds back.
-    pub fn end(&self, partition: i32, within: Duration) -> Result<i64> {
-        let watermarks = self.consumer.fetch_watermarks(&self.topic, partition, within);
+    /// Returns the end offset of a partition. Records of open transactions are not included.
+    pub fn end(&self, partition: i32, timeout: Duration) -> Result<i64> {
+        let watermarks = self.consumer.fetch_watermarks(&self.topic, partition, timeout);
         watermarks.map(|(_, high)| high).map_err(failed)
     }
 
-    /// The value of the first record of a partition.
+    /// Returns the value of the first record of a partition.
     pub fn first_value(&self, partition: i32) -> Result<Vec<u8>> {
         let mut value = None;
         self.read_while(partition, |message| {
             value = message.payload().map(<[u8]>::to_vec);
             value.is_none()
         })?;
-        value.ok_or_else(|| Error::Refused(format!("topic {}: partition {partition} is empty", self.topic)))
+        value
+            .ok_or_else(|| Error::Refused(format!("topic {}, partition {partition}: no records", self.topic)))
     }
 
-    /// Hands over every record of a partition up to its present end, which is given back. Aborted records and markers of
-    /// transactions have offsets and are not handed over.
-    pub fn read(&self, partition: i32, mut take: impl FnMut(&BorrowedMessage<'_>)) -> Result<i64> {
+    /// Passes every record of a partition to `handle`, up to the current end offset, which it returns. Aborted records
+    /// and transaction markers occupy offsets but are not passed.
+    pub fn read(&self, partition: i32, mut handle: impl FnMut(&BorrowedMessage<'_>)) -> Result<i64> {
         self.read_while(partition, |message| {
-            take(message);
+            handle(message);
             true
         })
     }
 
-    /// [`Reader::read`] as long as `take` says so.
-    fn read_while(&self, partition: i32, mut take: impl FnMut(&BorrowedMessage<'_>) -> bool) -> Result<i64> {
+    /// Like [`Reader::read`], but stops when `handle` returns `false`.
+    fn read_while(
+        &self,
+        partition: i32,
+        mut handle: impl FnMut(&BorrowedMessage<'_>) -> bool,
+    ) -> Result<i64> {
         let (consumer, topic) = (&self.consumer, &self.topic);
         let (low, high) = consumer.fetch_watermarks(topic, partition, RECORD_TIMEOUT).map_err(failed)?;
         let mut assignment = TopicPartitionList::new();
@@ -184,16 +194,17 @@ impl Reader {
         let mut next = low;
         while next < high {
             match consumer.poll(RECORD_TIMEOUT) {
-                // What was fetched for an earlier assignment may still come.
+                // Records that were fetched for an earlier assignment may still arrive.
                 Some(Ok(message)) if message.partition() != partition => {}
-                Some(Ok(message)) if take(&message) => next = message.offset() + 1,
+                Some(Ok(message)) if handle(&message) => next = message.offset() + 1,
                 Some(Ok(_)) => break,
-                // The log ends with markers or aborted records.
+                // The partition ends with transaction markers or aborted records.
                 Some(Err(KafkaError::PartitionEOF(of))) if of == partition => break,
                 Some(Err(KafkaError::PartitionEOF(_))) => {}
                 Some(Err(error)) => return Err(failed(error)),
                 None => {
-                    let why = format!("topic {topic}, partition {partition}: nothing at offset {next}");
+                    let why =
+                        format!("topic {topic}, partition {partition}: no record received at offset {next}");
                     return Err(Error::Refused(why));
                 }
             }
@@ -202,15 +213,16 @@ impl Reader {
     }
 }
 
-/// Gives a topic more partitions, `count` in all.
+/// Increases the number of partitions of a topic to `count`.
 pub async fn add_partitions(brokers: &str, topic: &str, count: usize) -> Result<()> {
     let admin: AdminClient<DefaultClientContext> =
         common::kafka::client_config(brokers, "local-stack").create().map_err(failed)?;
     let more = NewPartitions::new(topic, count);
     let answers = admin.create_partitions([&more], &AdminOptions::new()).await.map_err(failed)?;
     for answer in answers {
-        answer
-            .map_err(|(topic, code)| Error::Refused(format!("topic {topic}, {count} partitions: {code}")))?;
+        answer.map_err(|(topic, code)| {
+            Error::Refused(format!("cannot increase topic {topic} to {count} partitions: {code}"))
+        })?;
     }
     Ok(())
 }
@@ -219,7 +231,7 @@ fn failed(error: KafkaError) -> Error {
     Error::Tool {
         tool: "kafka".to_owned(),
         cause: error.to_string(),
-        way_out: "its log is in the folder that is kept".to_owned(),
+        hint: "see its log in the folder that is kept".to_owned(),
     }
 }
 
@@ -259,19 +271,19 @@ fn data(settings: &Settings) -> PathBuf {
     settings.folders.data().join("kafka")
 }
 
-/// A random cluster id in URL-safe base64 without padding, as `kafka-storage random-uuid` makes it.
+/// Generates a random cluster id in URL-safe base64 without padding, like `kafka-storage random-uuid`.
 fn new_cluster_id() -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let bits = uuid::Uuid::new_v4().as_u128();
     let digits = (CLUSTER_ID_BYTES * 8).div_ceil(6);
-    // The first digit carries the highest six bits; the last one the lowest two, filled up with zeros.
+    // The first digit holds the highest six bits. The last one holds the lowest two, padded with zeros.
     let digit = |place: usize| {
         let shift = 122 - 6 * place as i32;
         let value = if shift >= 0 { bits >> shift } else { bits << -shift };
         char::from(ALPHABET[(value & 63) as usize])
     };
     let id: String = (0..digits).map(digit).collect();
-    // A leading hyphen would be read as an option.
+    // The storage tool would parse a leading hyphen as an option.
     if id.starts_with('-') { new_cluster_id() } else { id }
 }
 
@@ -280,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cluster_id_has_the_form_that_kafka_expects() {
+    fn a_cluster_id_has_the_format_that_kafka_expects() {
         for _ in 0..200 {
             let id = new_cluster_id();
             assert_eq!(id.len(), 22);
@@ -288,7 +300,7 @@ mod tests {
                 !id.starts_with('-')
                     && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
             );
-            assert!("AQgw".contains(&id[21..]), "the last digit holds two bits: {id}");
+            assert!("AQgw".contains(&id[21..]), "the last digit must hold two bits: {id}");
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Prometheus, where Debian's package could be had: its configuration from `prometheus/prometheus-local.yml`.
+//! Prometheus, if its Debian package could be downloaded. Its configuration comes from
+//! `prometheus/prometheus-local.yml`.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +10,10 @@ use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::process::Spec;
 
-/// Oldest blocks go when the store is larger.
+/// Maximum size of the store. Prometheus deletes the oldest blocks beyond it.
 const RETENTION: &str = "512MB";
 
-/// Prometheus's process.
+/// Process specification of Prometheus.
 pub fn spec(settings: &Settings, binary: &Path) -> Result<Spec> {
     let template_file = settings.checkout.join("prometheus/prometheus-local.yml");
     let template = fs::read_to_string(&template_file).map_err(Error::io(&template_file))?;

@@ -1,5 +1,6 @@
-//! The last fault of a run: the topic gets partitions that the stream was not registered with. The processors must leave them
-//! alone and say so, the producer must refuse, and the registered partitions go on.
+//! The last fault of a run: partitions are added to the topic that are not registered for the stream. The processors
+//! must not process them and must report them, a new producer must refuse to run, and processing of the registered
+//! partitions must continue.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use serde::Serialize;
 use super::NAME;
 use super::fleet::Fleet;
 use super::plan::Part;
-use super::transactions::a_value;
+use super::transactions::sample_value;
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::servers::kafka::add_partitions;
@@ -16,71 +17,72 @@ use crate::servers::kafka::sender::{Events, Sender};
 use crate::servers::metric;
 use crate::terminal::Terminal;
 
-/// Events sent to each partition.
+/// Number of events sent to each partition.
 const EVENTS: u64 = 100;
 
-/// How long processors and producer may take; librdkafka looks for new partitions every 30 s.
-const NOTICED_WITHIN: Duration = Duration::from_secs(120);
+/// Time limit for the processors and the producer to notice. librdkafka checks for new partitions every 30 s.
+const NOTICED_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often the processors are asked.
-const ASK_EVERY: Duration = Duration::from_millis(500);
+/// Poll interval for the metric of the processors.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Added partitions that a processor was assigned, and left alone.
+/// Metric with the number of added partitions that are assigned to a processor and not processed.
 const UNREGISTERED: &str = "processor_unregistered_partitions";
 
-/// What became of the added partitions. That nothing of them was processed is for the oracle to say.
+/// Result of adding partitions. The oracle checks that no event in them was processed.
 #[derive(Clone, Debug, Serialize)]
-pub struct Added {
-    /// How many partitions were added.
+pub struct AddedPartitions {
+    /// Number of partitions added.
     pub partitions: i32,
-    /// Events sent to them.
+    /// Number of events sent to the added partitions.
     pub events: u64,
-    /// The processors counted all of them as unregistered.
+    /// Whether the processors reported all added partitions as unregistered.
     pub noticed: bool,
-    /// A new producer ended with the exit code of a refusal.
+    /// Whether a new producer exited with the exit code of a refusal.
     pub refused: bool,
 }
 
-impl Added {
-    /// Whether everybody did what is promised.
+impl AddedPartitions {
+    /// Returns whether the processors and the producer behaved as expected.
     pub fn passed(&self) -> bool {
         self.noticed && self.refused
     }
 }
 
-/// Doubles the number of partitions, sends events to all of them, and waits until everybody has noticed.
+/// Doubles the number of partitions, sends events to all of them, and waits until the producer and the processors have
+/// noticed.
 pub(super) async fn add(
     settings: &Settings,
     fleet: &mut Fleet,
     registered: i32,
     terminal: Terminal,
-) -> Result<Added> {
-    terminal.begins("fault", "partitions added");
+) -> Result<AddedPartitions> {
+    terminal.started("fault", "adding partitions");
     let since = Instant::now();
     let brokers = loopback(settings.ports.kafka);
     add_partitions(&brokers, NAME, 2 * registered as usize).await?;
     let of_events = settings.clone();
     let sent = tokio::task::spawn_blocking(move || send(&of_events, 2 * registered));
     sent.await.map_err(|error| Error::Refused(error.to_string()))??;
-    // A running producer fails each run with this cause; a new one does not run at all.
-    let refused = fleet.refuses(Part::Ingest, NOTICED_WITHIN).await?;
-    let deadline = Instant::now() + NOTICED_WITHIN;
+    // With added partitions, a running producer fails every run. A new producer exits at once.
+    let refused = fleet.refuses(Part::Ingest, NOTICED_TIMEOUT).await?;
+    let deadline = Instant::now() + NOTICED_TIMEOUT;
     let noticed = loop {
-        fleet.tend().await?;
+        fleet.poll().await?;
         if unregistered(&fleet.processors()).await == f64::from(registered) {
             break true;
         }
         if Instant::now() > deadline {
             break false;
         }
-        tokio::time::sleep(ASK_EVERY).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     };
     terminal.done("fault", "added partitions noticed", since.elapsed());
-    Ok(Added { partitions: registered, events: registered as u64 * EVENTS, noticed, refused })
+    Ok(AddedPartitions { partitions: registered, events: registered as u64 * EVENTS, noticed, refused })
 }
 
 fn send(settings: &Settings, partitions: i32) -> Result<()> {
-    let value = a_value(settings)?;
+    let value = sample_value(settings)?;
     let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
     let sender = Sender::new(&loopback(settings.ports.kafka), NAME)?;
     for partition in 0..partitions {
@@ -90,7 +92,7 @@ fn send(settings: &Settings, partitions: i32) -> Result<()> {
     Ok(())
 }
 
-/// What all processors together count.
+/// Returns the sum of the metric over all processors.
 async fn unregistered(processors: &[String]) -> f64 {
     let mut sum = 0.0;
     for processor in processors {

@@ -1,5 +1,5 @@
-//! The processes of a soak: started, struck, started again. Which fault comes when is decided by `plan`, how long the pipeline
-//! needs after it is measured by `recovery`.
+//! The processes of a soak: starts them, injects faults, and restarts them. `plan` decides when to inject which fault,
+//! and `recovery` measures how long the pipeline takes to recover.
 
 mod slot;
 mod snapshot;
@@ -12,33 +12,33 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::NAME;
-use super::plan::{Ending, Fault, Part, Strike};
+use super::plan::{Ending, Fault, Injection, Part};
 use super::recovery::{FaultId, SharedClock};
 use super::transactions::Transactions;
 use crate::cli::SoakArgs;
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
 use crate::install::Installed;
-use crate::process::{LOOK_AGAIN, Process, Spec};
+use crate::process::{POLL_INTERVAL, Process, Spec};
 use crate::servers::{self, Probe};
 use crate::services;
 use crate::terminal::Terminal;
 use slot::{Slot, State};
 
-/// How long one life of the load is when nothing kills it.
+/// Duration in seconds of one run of the load generator, unless it is killed. It is then started again.
 const LOAD_SECONDS: u64 = 20;
 
-/// A service that ended by itself is not started again at once: it may do the same again.
+/// Delay before the restart of a service that exited on its own, because it might exit again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The exit code of a service that refuses to run, which no fault but added partitions explains.
+/// Exit code of a service that refuses to run. Apart from added partitions, no fault justifies a refusal.
 const REFUSED: i32 = 3;
 
-/// Counts up when Cassandra begins to go back to a snapshot, and again once it has: odd meanwhile. What was read
-/// before says nothing about what is read after.
+/// Incremented when a restore of Cassandra starts and again when it is complete, so it is odd during a restore. Values
+/// read in different epochs must not be compared.
 pub(super) type Epoch = Arc<AtomicU64>;
 
-/// All parts of a soak.
+/// All processes of a soak.
 pub(super) struct Fleet {
     settings: Settings,
     installed: Installed,
@@ -48,16 +48,16 @@ pub(super) struct Fleet {
     clock: SharedClock,
     epoch: Epoch,
     transactions: Transactions,
-    /// Servers on their first start.
+    /// Servers that are starting for the first time.
     started: Vec<Process>,
-    /// Kills so far, with those for a snapshot or a restore.
+    /// Number of kills so far, including those for snapshots and restores.
     pub(super) kills: u64,
-    /// How often a service ended without being killed.
-    pub(super) own_ends: u64,
+    /// Number of services that exited without being killed.
+    pub(super) unexpected_exits: u64,
 }
 
 impl Fleet {
-    /// A fleet of which nothing runs yet.
+    /// Creates a fleet without running processes.
     pub(super) fn new(
         settings: &Settings,
         installed: &Installed,
@@ -79,88 +79,89 @@ impl Fleet {
             epoch: Epoch::default(),
             started: Vec::new(),
             kills: 0,
-            own_ends: 0,
+            unexpected_exits: 0,
         }
     }
 
-    /// The measurement of recoveries.
+    /// Returns the clock that measures recovery times.
     pub(super) fn clock(&self) -> &SharedClock {
         &self.clock
     }
 
-    /// Tells when Cassandra goes back to a snapshot.
+    /// Returns the shared epoch, which changes when Cassandra is restored from a snapshot.
     pub(super) fn epoch(&self) -> Epoch {
         self.epoch.clone()
     }
 
-    /// Transactions that Kafka did not take or end as they were meant to.
+    /// Returns the number of transactions that failed or could not be ended as planned.
     pub(super) fn failed_transactions(&self) -> u64 {
         self.transactions.failed()
     }
 
-    /// Starts the servers for the first time and waits for them; when this fails, [`Fleet::stop`] ends what runs.
+    /// Starts the servers for the first time and waits until they are ready. If this fails, call [`Fleet::stop`].
     pub(super) async fn start_servers(&mut self) -> Result<()> {
         let (settings, started) = (&self.settings, &mut self.started);
         servers::start_pair(settings, &self.installed, self.terminal, started).await?;
         for (part, process) in [Part::Cassandra, Part::Kafka].into_iter().zip(std::mem::take(started)) {
-            self.slot(part).runs(process);
+            self.slot(part).adopt(process);
         }
         Ok(())
     }
 
-    /// From the next [`Fleet::tend`] on, every service runs.
-    pub(super) fn begin_load(&mut self) {
+    /// Enables all services; the next [`Fleet::poll`] starts them.
+    pub(super) fn start_load(&mut self) {
         for slot in self.slots.values_mut() {
-            slot.wanted = true;
+            slot.enabled = true;
         }
     }
 
-    /// Starts what is not running and should, lets paused processes run again, and notices what has ended or answers again.
-    pub(super) async fn tend(&mut self) -> Result<()> {
+    /// Starts enabled parts that are down, resumes paused processes whose time is over, and detects exits and ready
+    /// servers.
+    pub(super) async fn poll(&mut self) -> Result<()> {
         for part in self.slots.keys().copied().collect::<Vec<_>>() {
-            self.notice_end(part).await?;
-            self.continue_paused(part);
+            self.detect_exit(part).await?;
+            self.resume_paused(part);
             let slot = self.slot(part);
-            if slot.wanted && slot.is_due() {
+            if slot.enabled && slot.can_start() {
                 slot.prepared().await?;
                 self.start(part)?;
             }
-            self.notice_answer(part)?;
+            self.detect_ready(part)?;
         }
-        self.transactions.tend(self.terminal).await;
+        self.transactions.poll(self.terminal).await;
         Ok(())
     }
 
-    async fn notice_end(&mut self, part: Part) -> Result<()> {
+    async fn detect_exit(&mut self, part: Part) -> Result<()> {
         let clock = self.clock.clone();
         let slot = self.slot(part);
-        let Some((status, death)) = slot.ended() else { return Ok(()) };
+        let Some((status, exit_error)) = slot.ended() else { return Ok(()) };
         if part.is_server() {
-            return Err(Error::Refused(death));
+            return Err(Error::Refused(exit_error));
         }
         slot.kill().await;
-        slot.faults_end(&clock);
+        slot.end_faults(&clock);
         if part == Part::Load {
-            // Its time is over, or it found no broker for too long.
+            // The load has run for its full duration, or could not reach a broker for too long.
             return Ok(());
         }
         slot.down_for(PAUSE);
         if status.code() == Some(REFUSED) {
-            return Err(Error::Refused(death));
+            return Err(Error::Refused(exit_error));
         }
-        self.terminal.warning(&death);
-        self.own_ends += 1;
+        self.terminal.warning(&exit_error);
+        self.unexpected_exits += 1;
         Ok(())
     }
 
-    fn continue_paused(&mut self, part: Part) {
+    fn resume_paused(&mut self, part: Part) {
         let (terminal, clock) = (self.terminal, self.clock.clone());
         let slot = self.slot(part);
         let State::Paused { since, until } = slot.state else { return };
         if Instant::now() >= until {
-            slot.go_on();
-            terminal.done(part.name(), "stood still", since.elapsed());
-            slot.faults_end(&clock);
+            slot.resume();
+            terminal.done(part.name(), "was paused", since.elapsed());
+            slot.end_faults(&clock);
         }
     }
 
@@ -185,7 +186,7 @@ impl Fleet {
             Part::Dashboard => services::dashboard(settings)?,
             Part::Ingest => services::producer(settings)?,
             Part::Load => services::load(settings, LOAD_SECONDS, self.args.rate)?,
-            Part::Processor(number) => services::processor(&self.of_processor(number)?)?,
+            Part::Processor(number) => services::processor(&self.processor_settings(number)?)?,
         };
         spec.environment.extend(services::names(NAME));
         if let Part::Processor(number) = part {
@@ -195,8 +196,8 @@ impl Fleet {
         Ok(spec)
     }
 
-    /// The settings with a port, and perhaps a checkpoint folder, of this processor's own.
-    fn of_processor(&self, number: u64) -> Result<Settings> {
+    /// Returns the settings of one processor, with its own port and possibly its own checkpoint folder.
+    fn processor_settings(&self, number: u64) -> Result<Settings> {
         let mut settings = self.settings.clone();
         settings.checkpoints = self.checkpoints(number);
         fs::create_dir_all(&settings.checkpoints).map_err(Error::io(&settings.checkpoints))?;
@@ -211,7 +212,8 @@ impl Fleet {
         }
     }
 
-    /// The first one has the usual port, the others those from Prometheus's on, which does not run here.
+    /// The first processor uses the usual port. The others use the ports from that of Prometheus on, which does not run
+    /// here.
     fn processor_port(&self, number: u64) -> u16 {
         match number {
             0 => self.settings.ports.processor,
@@ -219,44 +221,44 @@ impl Fleet {
         }
     }
 
-    /// Where the processors answer.
+    /// Returns the HTTP addresses of all processors.
     pub(super) fn processors(&self) -> Vec<String> {
         (0..self.args.processors).map(|n| format!("http://{}", loopback(self.processor_port(n)))).collect()
     }
 
-    fn notice_answer(&mut self, part: Part) -> Result<()> {
+    fn detect_ready(&mut self, part: Part) -> Result<()> {
         let (terminal, clock) = (self.terminal, self.clock.clone());
         let slot = self.slot(part);
-        let Some(took) = slot.answers()? else { return Ok(()) };
-        terminal.done(part.name(), "answers again", took);
-        slot.faults_end(&clock);
+        let Some(took) = slot.ready_after()? else { return Ok(()) };
+        terminal.done(part.name(), "is ready again", took);
+        slot.end_faults(&clock);
         if part == Part::Cassandra && !self.epoch.load(Ordering::SeqCst).is_multiple_of(2) {
             self.epoch.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Whether the fault can strike now: its part runs, a server answers, and there is a snapshot to restore.
-    pub(super) fn can_strike(&self, fault: Fault) -> bool {
-        let runs = fault.part().is_none_or(|part| self.slots.get(&part).is_some_and(Slot::can_be_hit));
+    /// Returns whether the fault can be injected now: its part must be up, and a restore needs a snapshot.
+    pub(super) fn can_inject(&self, fault: Fault) -> bool {
+        let runs = fault.part().is_none_or(|part| self.slots.get(&part).is_some_and(Slot::is_up));
         match fault {
             Fault::Restore => runs && self.snapshot().is_dir(),
             Fault::Transaction(..) => {
-                !self.transactions.is_open() && self.can_strike(Fault::Kill(Part::Kafka))
+                !self.transactions.is_open() && self.can_inject(Fault::Kill(Part::Kafka))
             }
             Fault::Kill(_) | Fault::Wipe(_) | Fault::Pause(..) | Fault::Snapshot | Fault::Outage(_) => runs,
         }
     }
 
-    /// Whether both servers answer.
-    pub(super) fn servers_answer(&self) -> bool {
-        [Part::Kafka, Part::Cassandra].iter().all(|part| self.can_strike(Fault::Kill(*part)))
+    /// Returns whether both servers are up.
+    pub(super) fn servers_are_up(&self) -> bool {
+        [Part::Kafka, Part::Cassandra].iter().all(|part| self.can_inject(Fault::Kill(*part)))
     }
 
-    /// Strikes; the next [`Fleet::tend`] begins to put right what was done.
-    pub(super) async fn strike(&mut self, strike: &Strike) -> Result<()> {
-        let fault = strike.fault;
-        let id = self.clock.lock().begin(fault);
+    /// Injects a fault. The next calls of [`Fleet::poll`] restore the parts.
+    pub(super) async fn inject(&mut self, injection: &Injection) -> Result<()> {
+        let fault = injection.fault;
+        let id = self.clock.lock().start(fault);
         match fault {
             Fault::Kill(part) => self.kill(part, id).await,
             Fault::Wipe(part) => self.wipe(part, id).await?,
@@ -286,11 +288,11 @@ impl Fleet {
             Fault::Pause(_, length) | Fault::Outage(length) => format!(" for {:.0} s", length.as_secs_f64()),
             _ => String::new(),
         };
-        self.terminal.begins("fault", &format!("{}{what}", fault.name()));
+        self.terminal.started("fault", &format!("{}{what}", fault.name()));
         Ok(())
     }
 
-    /// Kills one part with SIGKILL. A server is on its way until it answers again; a service from now on.
+    /// Kills one part with SIGKILL. The fault of a service ends at once, that of a server when it is ready again.
     async fn kill(&mut self, part: Part, id: FaultId) {
         self.kills += 1;
         let clock = self.clock.clone();
@@ -298,11 +300,11 @@ impl Fleet {
         slot.kill().await;
         slot.faults.push(id);
         if !part.is_server() {
-            slot.faults_end(&clock);
+            slot.end_faults(&clock);
         }
     }
 
-    /// Kills every processor that uses the folder of this one, and removes its state files.
+    /// Kills every processor that shares the checkpoint folder of this one, and deletes the state files in it.
     async fn wipe(&mut self, part: Part, id: FaultId) -> Result<()> {
         let Part::Processor(number) = part else { return Ok(()) };
         let folder = self.checkpoints(number);
@@ -311,7 +313,7 @@ impl Fleet {
         for other in sharing.map(Part::Processor).collect::<Vec<_>>() {
             let slot = self.slot(other);
             slot.kill().await;
-            slot.faults_end(&clock);
+            slot.end_faults(&clock);
             self.kills += 1;
         }
         for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
@@ -324,42 +326,42 @@ impl Fleet {
         Ok(())
     }
 
-    /// Starts another process of a service and returns whether it refused to run.
-    pub(super) async fn refuses(&mut self, part: Part, within: Duration) -> Result<bool> {
+    /// Stops a service, starts it again, and returns whether it refused to run.
+    pub(super) async fn refuses(&mut self, part: Part, timeout: Duration) -> Result<bool> {
         self.end(part).await;
         self.start(part)?;
-        let deadline = Instant::now() + within;
+        let deadline = Instant::now() + timeout;
         while Instant::now() < deadline {
             if let Some((status, _)) = self.slot(part).ended() {
                 self.end(part).await;
                 return Ok(status.code() == Some(REFUSED));
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(false)
     }
 
-    /// Ends one of our own parts in peace.
+    /// Stops one part gracefully. It is not started again.
     pub(super) async fn end(&mut self, part: Part) {
         self.slot(part).stop().await;
     }
 
-    /// Ends every processor in peace.
+    /// Stops every processor gracefully.
     pub(super) async fn end_processors(&mut self) {
         for number in 0..self.args.processors {
             self.end(Part::Processor(number)).await;
         }
     }
 
-    /// The lines of the processors' logs that say most.
-    pub(super) fn processors_say(&self) -> String {
+    /// Returns the most relevant line from the log of each processor.
+    pub(super) fn processor_errors(&self) -> String {
         let processors = (0..self.args.processors).filter_map(|n| self.slots.get(&Part::Processor(n)));
-        processors.map(Slot::says).collect::<Vec<_>>().join("; ")
+        processors.map(Slot::last_error).collect::<Vec<_>>().join("; ")
     }
 
-    /// Stops everything, the servers last.
+    /// Stops all parts, the servers last.
     pub(super) async fn stop(&mut self) {
-        // The parts are in the order in which they need each other.
+        // Parts are ordered by their dependencies, so stop them in reverse order.
         for slot in self.slots.values_mut().rev() {
             slot.stop().await;
         }

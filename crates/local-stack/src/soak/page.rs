@@ -1,4 +1,5 @@
-//! What the page says, and what the tables hold. A figure is untrue when the event table, counted later, has fewer rows.
+//! Reads the row count that the page shows, and counts the rows of the event table. A figure of the page is untrue if
+//! the event table, counted later, has fewer rows.
 
 use futures::TryStreamExt;
 use scylla::client::session::Session;
@@ -12,7 +13,7 @@ use crate::error::Result;
 use crate::servers::cassandra::failed;
 use crate::servers::http_client;
 
-/// The rows that the page says there are; none where it does not answer or does not know.
+/// Returns the number of written rows that the page shows, or `None` if the page does not answer or does not know it.
 pub(super) async fn rows_written(settings: &Settings) -> Option<i64> {
     let url = format!("http://{}/api/v1/overview", loopback(settings.ports.dashboard));
     let answer = http_client().ok()?.get(url).send().await.ok()?;
@@ -20,7 +21,7 @@ pub(super) async fn rows_written(settings: &Settings) -> Option<i64> {
     overview.get("rows_written")?.as_i64()
 }
 
-/// Rows of the event table, each Cassandra partition counted by itself.
+/// Counts the rows of the event table, with one query per Cassandra partition.
 pub(super) async fn count_rows(session: &Session, table: &str) -> Result<i64> {
     let count = format!("SELECT COUNT(*) FROM {NAME}.{table} WHERE bucket = ? AND shard = ?");
     let mut rows = 0;

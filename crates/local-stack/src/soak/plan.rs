@@ -1,54 +1,55 @@
-//! Which fault comes when: decided by the seed alone before anything starts. Pure; `fleet` carries it out.
+//! Plans which fault is injected when. The seed and the arguments alone determine the plan. Pure; `fleet` injects the
+//! faults.
 
 use std::time::Duration;
 
 use crate::cli::{FaultKind, SoakArgs};
 use crate::source::random::Random;
 
-/// Of so many kills one hits Kafka and one Cassandra.
+/// One in this many kills hits Kafka, and one hits Cassandra.
 const KILLS_PER_SERVER_KILL: u64 = 22;
 
-/// Of so many kills of a processor one also loses the state files of its checkpoint folder.
+/// One in this many kills of a processor also deletes the state files in its checkpoint folder.
 const KILLS_PER_WIPE: u64 = 4;
 
-/// The shortest pause or outage.
+/// Duration of the shortest pause or outage.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// Minutes in which Cassandra goes back to an older snapshot once.
+/// Cassandra is restored from an older snapshot once in this many minutes.
 const MINUTES_PER_RESTORE: u64 = 10;
 
-/// Minutes in which the source goes away once.
+/// The source has one outage in this many minutes.
 const MINUTES_PER_OUTAGE: u64 = 5;
 
-/// Seconds in which one transaction is sent.
+/// One transaction is sent in this many seconds.
 const SECONDS_PER_TRANSACTION: u64 = 20;
 
 /// A process of a soak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
-    /// The broker.
+    /// The Kafka broker.
     Kafka,
-    /// The node.
+    /// The Cassandra node.
     Cassandra,
     /// `local-stack source`.
     Source,
     /// `metrics-dashboard`.
     Dashboard,
-    /// `ingest-producer run`: from the source to Kafka.
+    /// `ingest-producer run`, which copies records from the source to Kafka.
     Ingest,
-    /// `ingest-producer stress`: the load.
+    /// `ingest-producer stress`, which generates the load.
     Load,
     /// `stream-processor run`, numbered from 0.
     Processor(u64),
 }
 
 impl Part {
-    /// Whether the part is Kafka or Cassandra.
+    /// Returns whether the part is Kafka or Cassandra.
     pub(super) fn is_server(self) -> bool {
         matches!(self, Self::Kafka | Self::Cassandra)
     }
 
-    /// Its name in the report: the same for all processors.
+    /// Returns the name in the report, which is the same for all processors.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Kafka => "kafka",
@@ -62,38 +63,38 @@ impl Part {
     }
 }
 
-/// What becomes of a transaction.
+/// How a transaction ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
     /// It is committed.
     Committed,
     /// It is aborted.
     Aborted,
-    /// Its producer disappears; the next one of the same id ends the transaction after a while.
+    /// Its producer disappears. The next producer with the same id causes Kafka to abort the transaction.
     Abandoned,
 }
 
-/// What is done to the system.
+/// A fault to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     /// SIGKILL.
     Kill(Part),
-    /// SIGKILL, and the state files are gone: of this processor, or of all that share its folder and are killed with it.
+    /// SIGKILL with loss of the state files. All processors that share the checkpoint folder are killed.
     Wipe(Part),
-    /// SIGSTOP, and SIGCONT after this time.
+    /// SIGSTOP, then SIGCONT after this duration.
     Pause(Part, Duration),
-    /// SIGKILL of Cassandra; its data folder is copied before it starts again.
+    /// SIGKILL of Cassandra, whose data folder is copied before the restart.
     Snapshot,
-    /// SIGKILL of Cassandra; the latest copy takes the place of its data folder before it starts again.
+    /// SIGKILL of Cassandra, whose data folder is replaced by the latest snapshot before the restart.
     Restore,
-    /// SIGKILL of the source, which starts again after this time.
+    /// SIGKILL of the source, which is restarted after this duration.
     Outage(Duration),
-    /// A transaction, open for this time.
+    /// A transaction that stays open for this duration.
     Transaction(Ending, Duration),
 }
 
 impl Fault {
-    /// Its line in the report.
+    /// Returns the name in the report.
     pub(super) fn name(self) -> String {
         match self {
             Self::Kill(part) => format!("{} killed", part.name()),
@@ -108,7 +109,7 @@ impl Fault {
         }
     }
 
-    /// The part it strikes; none for a transaction.
+    /// Returns the affected part, or `None` for a transaction.
     pub(super) fn part(self) -> Option<Part> {
         match self {
             Self::Kill(part) | Self::Wipe(part) | Self::Pause(part, _) => Some(part),
@@ -118,24 +119,26 @@ impl Fault {
         }
     }
 
-    /// Whether it keeps intervals of the source from being fetched, and nothing else.
+    /// Returns whether the only effect of the fault is to delay the fetching of intervals.
     pub(super) fn delays_intervals(self) -> bool {
         matches!(self.part(), Some(Part::Source | Part::Ingest))
     }
 }
 
-/// One fault at its time.
+/// A fault and the time of its injection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Strike {
-    /// When, counted from the begin of the load. A part that is just down is hit once it is up again.
+pub(super) struct Injection {
+    /// Time since the start of the load. If the part is down at that time, the fault waits until it is up.
     pub(super) at: Duration,
-    /// What.
+    /// The fault to inject.
     pub(super) fault: Fault,
-    /// It strikes a system that has recovered from everything, and nothing else strikes until that has recovered again.
+    /// Whether the fault waits until the pipeline has recovered from all others, and delays further faults until the
+    /// pipeline has recovered from it.
     pub(super) alone: bool,
 }
 
-/// Minutes under load: as asked, or as many as the asked number of kills needs.
+/// Returns the duration of the load in minutes: the requested one, or the time that the requested number of kills
+/// takes.
 pub(super) fn minutes(args: &SoakArgs) -> u64 {
     match args.kills {
         Some(kills) => kills.div_ceil(args.kills_per_minute.max(1)),
@@ -143,14 +146,14 @@ pub(super) fn minutes(args: &SoakArgs) -> u64 {
     }
 }
 
-/// Everything that happens in a run except added partitions, in the order of time. Kills and pauses are spread evenly at
-/// random: sometimes two at once, sometimes none for long.
-pub(super) fn plan(seed: u64, args: &SoakArgs) -> Vec<Strike> {
+/// Plans all faults of a run except added partitions, sorted by time. Kills and pauses are distributed uniformly at
+/// random, so they may coincide or be far apart.
+pub(super) fn plan(seed: u64, args: &SoakArgs) -> Vec<Injection> {
     let mut planner = Planner {
         random: Random::new("soak", &[seed]),
         length: Duration::from_secs(60 * minutes(args)),
         args,
-        strikes: Vec::new(),
+        injections: Vec::new(),
     };
     for kind in &args.faults {
         match kind {
@@ -159,19 +162,19 @@ pub(super) fn plan(seed: u64, args: &SoakArgs) -> Vec<Strike> {
             FaultKind::Restores => planner.restores(),
             FaultKind::Outages => planner.outages(),
             FaultKind::Transactions => planner.transactions(),
-            // Nothing but a topic with the old number of partitions leads back from it: it ends the run.
+            // Partitions cannot be removed from a topic, so this fault is injected at the end of the run.
             FaultKind::Partitions => {}
         }
     }
-    planner.strikes.sort_by_key(|strike| strike.at);
-    planner.strikes
+    planner.injections.sort_by_key(|injection| injection.at);
+    planner.injections
 }
 
 struct Planner<'a> {
     random: Random,
     length: Duration,
     args: &'a SoakArgs,
-    strikes: Vec<Strike>,
+    injections: Vec<Injection>,
 }
 
 impl Planner<'_> {
@@ -179,18 +182,18 @@ impl Planner<'_> {
         self.length.as_secs() / 60
     }
 
-    /// Adds a fault at a random moment within a part of the run, given as fractions of its length.
+    /// Adds a fault at a random time between two points of the run, given as fractions of its length.
     fn add(&mut self, fault: Fault, (from, to): (f64, f64)) {
         let at = self.length.mul_f64(from + (to - from) * self.random.fraction());
         let alone = self.random.below(100) < self.args.percent_alone;
-        self.strikes.push(Strike { at, fault, alone });
+        self.injections.push(Injection { at, fault, alone });
     }
 
     fn processor(&mut self) -> Part {
         Part::Processor(self.random.below(self.args.processors))
     }
 
-    /// Between the shortest and the longest pause, short ones more often: each doubling is equally likely.
+    /// Returns a random duration between the shortest and the longest pause, uniform on a logarithmic scale.
     fn pause(&mut self) -> Duration {
         let longest = Duration::from_secs(self.args.longest_pause).max(SHORTEST_PAUSE);
         let times = longest.as_secs_f64() / SHORTEST_PAUSE.as_secs_f64();
@@ -230,7 +233,7 @@ impl Planner<'_> {
         }
     }
 
-    /// In each share of the run first a snapshot, then its restore.
+    /// Divides the run into equal parts, each with a snapshot followed by its restore.
     fn restores(&mut self) {
         let restores = (self.minutes() / MINUTES_PER_RESTORE).max(1);
         for number in 0..restores {
@@ -268,23 +271,23 @@ mod tests {
         SoakArgs { minutes, kills_per_minute, processors: 3, ..SoakArgs::default() }
     }
 
-    fn count(strikes: &[Strike], is: impl Fn(Fault) -> bool) -> usize {
-        strikes.iter().filter(|strike| is(strike.fault)).count()
+    fn count(injections: &[Injection], is: impl Fn(Fault) -> bool) -> usize {
+        injections.iter().filter(|injection| is(injection.fault)).count()
     }
 
     #[test]
-    fn the_seed_decides_everything() {
+    fn the_seed_determines_the_plan() {
         assert_eq!(plan(7, &args(3, 22)), plan(7, &args(3, 22)));
         assert_ne!(plan(7, &args(3, 22)), plan(8, &args(3, 22)));
     }
 
     #[test]
-    fn the_parts_get_their_shares_of_the_kills() {
+    fn kills_are_distributed_over_the_parts() {
         let check = |args: &SoakArgs, [processor, wiped, load, ingest, server]: [usize; 5]| {
-            let strikes = plan(1, args);
-            let killed = |part| count(&strikes, |fault| fault == Fault::Kill(part));
-            assert_eq!(count(&strikes, |f| matches!(f, Fault::Kill(Part::Processor(_)))), processor);
-            assert_eq!(count(&strikes, |f| matches!(f, Fault::Wipe(Part::Processor(0..=2)))), wiped);
+            let injections = plan(1, args);
+            let killed = |part| count(&injections, |fault| fault == Fault::Kill(part));
+            assert_eq!(count(&injections, |f| matches!(f, Fault::Kill(Part::Processor(_)))), processor);
+            assert_eq!(count(&injections, |f| matches!(f, Fault::Wipe(Part::Processor(0..=2)))), wiped);
             assert_eq!([Part::Load, Part::Ingest].map(killed), [load, ingest]);
             assert_eq!([Part::Kafka, Part::Cassandra].map(killed), [server, server]);
         };
@@ -295,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_of_kills_takes_the_minutes_it_needs() {
+    fn a_number_of_kills_determines_the_minutes() {
         let check = |kills, per_minute, expected| {
             assert_eq!(minutes(&SoakArgs { kills, ..args(10, per_minute) }), expected);
         };
@@ -306,18 +309,18 @@ mod tests {
     }
 
     #[test]
-    fn everything_happens_within_the_run_in_the_order_of_time() {
-        let strikes = plan(1, &args(30, 22));
-        assert!(strikes.windows(2).all(|two| two[0].at <= two[1].at));
-        assert!(strikes.iter().all(|strike| strike.at <= Duration::from_secs(60 * 30)));
+    fn all_faults_are_within_the_run_and_sorted_by_time() {
+        let injections = plan(1, &args(30, 22));
+        assert!(injections.windows(2).all(|two| two[0].at <= two[1].at));
+        assert!(injections.iter().all(|injection| injection.at <= Duration::from_secs(60 * 30)));
     }
 
     #[test]
-    fn pauses_keep_their_bounds_and_reach_every_kind_of_part() {
-        let strikes = plan(1, &SoakArgs { longest_pause: 60, pauses_per_minute: 2, ..args(30, 22) });
+    fn pauses_stay_within_their_bounds_and_affect_every_kind_of_part() {
+        let injections = plan(1, &SoakArgs { longest_pause: 60, pauses_per_minute: 2, ..args(30, 22) });
         let mut lengths = Vec::new();
-        for strike in &strikes {
-            if let Fault::Pause(_, length) | Fault::Outage(length) = strike.fault {
+        for injection in &injections {
+            if let Fault::Pause(_, length) | Fault::Outage(length) = injection.fault {
                 lengths.push(length);
             }
         }
@@ -327,15 +330,15 @@ mod tests {
         assert!(lengths.iter().any(|length| *length > Duration::from_secs(30)), "{lengths:?}");
         for part in ["kafka", "cassandra", "processor", "producer"] {
             let name = format!("{part} stands still");
-            assert_eq!(count(&strikes, |fault| fault.name() == name), 15, "{name}");
+            assert_eq!(count(&injections, |fault| fault.name() == name), 15, "{name}");
         }
     }
 
     #[test]
-    fn each_restore_has_a_snapshot_before_it() {
+    fn each_restore_follows_a_snapshot() {
         for (minutes, restores) in [(3, 1), (10, 1), (30, 3)] {
-            let strikes = plan(1, &args(minutes, 22));
-            let of: Vec<Fault> = strikes.iter().map(|strike| strike.fault).collect();
+            let injections = plan(1, &args(minutes, 22));
+            let of: Vec<Fault> = injections.iter().map(|injection| injection.fault).collect();
             let order: Vec<&Fault> =
                 of.iter().filter(|f| matches!(f, Fault::Snapshot | Fault::Restore)).collect();
             assert_eq!(order.len(), 2 * restores, "{minutes}");
@@ -344,17 +347,17 @@ mod tests {
     }
 
     #[test]
-    fn the_asked_share_of_the_faults_strikes_alone() {
+    fn the_requested_percentage_of_faults_is_injected_alone() {
         let alone = |percent_alone| {
-            let strikes = plan(1, &SoakArgs { percent_alone, ..args(30, 22) });
-            strikes.iter().filter(|strike| strike.alone).count() * 100 / strikes.len()
+            let injections = plan(1, &SoakArgs { percent_alone, ..args(30, 22) });
+            injections.iter().filter(|injection| injection.alone).count() * 100 / injections.len()
         };
         assert_eq!([0, 100].map(alone), [0, 100]);
         assert!((5..15).contains(&alone(10)), "{}", alone(10));
     }
 
     #[test]
-    fn only_the_faults_that_were_asked_for_are_planned() {
+    fn only_the_selected_kinds_of_faults_are_planned() {
         let only = |faults: Vec<FaultKind>| plan(1, &SoakArgs { faults, ..args(10, 22) });
         assert_eq!(only(vec![FaultKind::Partitions]), []);
         let outages = only(vec![FaultKind::Outages]);

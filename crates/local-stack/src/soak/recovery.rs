@@ -1,9 +1,10 @@
-//! How long the pipeline needs until it goes on after each fault. [`Clock`] is the bookkeeping and knows no server; the task
-//! of [`watch`] looks at Cassandra, Kafka and the producer.
+//! Measures how long the pipeline takes to recover from each fault. [`Clock`] keeps the records without any I/O. The
+//! task started by [`watch`] polls Cassandra, Kafka and the producer.
 //!
-//! A fault ends when a killed service is dead, a killed server answers again, or a paused process runs again. From
-//! then on the pipeline is on its own. It has gone on once every partition has processed a record that came after the
-//! end of the fault; after a fault of the source or the producer, once every interval that had ended by then is settled.
+//! A fault ends when a killed service is dead, a killed server is ready again, or a paused process has been resumed.
+//! From then on, the pipeline has to recover without help. It has recovered once every partition has processed a record
+//! that was written after the end of the fault. After a fault of the source or the producer, it has recovered once
+//! every interval that had ended by then is settled.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,62 +14,64 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::oracle::{ends, positions};
+use super::oracle::{end_offsets, next_offsets};
 use super::plan::Fault;
 use crate::config::{Settings, loopback};
 use crate::error::Result;
 use crate::servers::cassandra::connect;
 use crate::servers::metric;
 
-/// How often the task looks, which is also how exact the times are.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Poll interval of the task, which is also the precision of the recovery times.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long Kafka may take to tell the end of a partition: the next look asks again.
-const END_WITHIN: Duration = Duration::from_secs(1);
+/// Time limit for a request for end offsets. A failed request is repeated at the next poll.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Until when intervals are settled, and how long one is; both of the producer, in seconds.
+/// Metric of the producer: the time until which intervals are settled, in Unix seconds.
 const SETTLED: &str = "ingest_settled_timestamp_seconds";
+/// Metric of the producer: the length of an interval in seconds.
 const INTERVAL: &str = "ingest_interval_seconds";
 
 /// Number of a fault within a run.
 pub(super) type FaultId = u64;
 
-/// What must come to pass until the pipeline has gone on.
+/// Condition for the recovery from a fault.
 #[derive(Clone, Debug, PartialEq)]
 enum Goal {
-    /// A record beyond each of these offsets, by partition; none: Kafka has not told them yet.
+    /// Every partition has processed a record at or after its offset in this list. `None` until the end offsets are
+    /// known.
     Offsets(Option<Vec<i64>>),
-    /// Every interval that ended before this Unix time, in seconds, is settled.
+    /// Every interval that ended before this time, in Unix seconds, is settled.
     Settled(f64),
 }
 
-/// What faults wait for.
+/// Values that the next poll must read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Wants {
-    ends: bool,
+struct Needs {
+    end_offsets: bool,
     offsets: bool,
     settled: bool,
 }
 
-/// A fault that the pipeline has not recovered from yet.
+/// A fault from which the pipeline has not recovered yet.
 #[derive(Clone, Debug)]
 struct Open {
     fault: Fault,
-    /// When it ended, from the begin of the run.
+    /// When the fault ended, as time since the start of the run; `None` until then.
     ended: Option<Duration>,
     goal: Goal,
-    /// No other fault was open meanwhile.
+    /// Whether no other fault has been open at the same time.
     alone: bool,
 }
 
-/// Times of recovery, in the order in which they came.
+/// Recovery times in the order of measurement.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Times {
     alone: Vec<Duration>,
     overlapped: Vec<Duration>,
 }
 
-/// The faults of a run and what became of them.
+/// Tracks the faults of a run and their recovery times.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
     next: FaultId,
@@ -76,14 +79,14 @@ pub(super) struct Clock {
     times: BTreeMap<String, Times>,
 }
 
-/// Recoveries in seconds.
+/// Statistics of recovery times.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Recoveries {
-    /// How many.
+    /// Number of recoveries.
     pub count: usize,
-    /// The one in the middle; of an even number the longer of the two.
+    /// Median in seconds; for an even number of recoveries, the higher of the two middle values.
     pub median_seconds: f64,
-    /// The longest.
+    /// Longest recovery time in seconds.
     pub worst_seconds: f64,
 }
 
@@ -99,22 +102,22 @@ impl Recoveries {
     }
 }
 
-/// One kind of fault in the report.
+/// Recovery times of one kind of fault, as shown in the report.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Line {
-    /// Which.
+    /// Name of the fault.
     pub fault: String,
-    /// Recoveries while nothing else was wrong.
+    /// Recoveries that did not overlap with another fault.
     pub alone: Recoveries,
-    /// Recoveries while the system also recovered from other faults.
+    /// Recoveries that overlapped with other faults.
     pub overlapped: Recoveries,
-    /// Faults that the pipeline never recovered from.
+    /// Number of faults from which the pipeline never recovered.
     pub unrecovered: usize,
 }
 
 impl Clock {
-    /// A fault begins.
-    pub(super) fn begin(&mut self, fault: Fault) -> FaultId {
+    /// Records the start of a fault and returns its id.
+    pub(super) fn start(&mut self, fault: Fault) -> FaultId {
         let alone = self.open.is_empty();
         for open in self.open.values_mut() {
             open.alone = false;
@@ -124,7 +127,7 @@ impl Clock {
         self.next
     }
 
-    /// A fault is over, at `at` in the run and `unix_seconds` by the clock; from now on the pipeline is on its own.
+    /// Records the end of a fault. `at` is the time since the start of the run, `unix_seconds` the wall-clock time.
     fn end(&mut self, id: FaultId, at: Duration, unix_seconds: f64) {
         if let Some(open) = self.open.get_mut(&id) {
             open.ended = Some(at);
@@ -134,17 +137,17 @@ impl Clock {
         }
     }
 
-    /// Whether the pipeline has recovered from everything so far.
+    /// Returns whether the pipeline has recovered from all faults so far.
     pub(super) fn all_recovered(&self) -> bool {
         self.open.is_empty()
     }
 
-    /// Faults that the pipeline has not recovered from.
-    pub(super) fn waits_for(&self) -> Vec<String> {
+    /// Returns the names of the faults from which the pipeline has not recovered.
+    pub(super) fn unrecovered_faults(&self) -> Vec<String> {
         self.open.values().map(|open| open.fault.name()).collect()
     }
 
-    /// Every kind of fault there was, by name.
+    /// Returns the recovery times of every kind of fault, sorted by name.
     pub(super) fn lines(&self) -> Vec<Line> {
         let mut times = self.times.clone();
         for open in self.open.values() {
@@ -160,32 +163,34 @@ impl Clock {
         times.into_iter().map(line).collect()
     }
 
-    /// What the next look must find out.
-    fn wants(&self) -> Wants {
+    /// Returns which values the next poll must read.
+    fn needs(&self) -> Needs {
         let any =
             |is: fn(&Goal) -> bool| self.open.values().any(|open| open.ended.is_some() && is(&open.goal));
-        Wants {
-            ends: any(|goal| *goal == Goal::Offsets(None)),
+        Needs {
+            end_offsets: any(|goal| *goal == Goal::Offsets(None)),
             offsets: any(|goal| matches!(goal, Goal::Offsets(_))),
             settled: any(|goal| matches!(goal, Goal::Settled(_))),
         }
     }
 
-    /// Kafka has told the ends of the log, for faults that had ended before `asked`.
-    fn log_ends(&mut self, ends: &[i64], asked: Duration) {
+    /// Sets the end offsets as the goal of every fault that had ended when they were requested at `requested_at`.
+    fn set_end_offsets(&mut self, end_offsets: &[i64], requested_at: Duration) {
         for open in self.open.values_mut() {
-            let waits = open.goal == Goal::Offsets(None) && open.ended.is_some_and(|ended| ended <= asked);
+            let waits =
+                open.goal == Goal::Offsets(None) && open.ended.is_some_and(|ended| ended <= requested_at);
             if waits {
-                open.goal = Goal::Offsets(Some(ends.to_vec()));
+                open.goal = Goal::Offsets(Some(end_offsets.to_vec()));
             }
         }
     }
 
-    /// Takes what a look has found: the next offset of each partition, and until when intervals are settled, in Unix seconds.
-    fn look(&mut self, offsets: Option<&[i64]>, settled: Option<f64>, at: Duration) {
+    /// Takes the values of a poll: the next offset of each partition, and the time until which intervals are settled,
+    /// in Unix seconds. `None` means that a value was not read.
+    fn observe(&mut self, offsets: Option<&[i64]>, settled: Option<f64>, at: Duration) {
         let reached = |open: &Open| match (&open.goal, offsets, settled) {
-            (Goal::Offsets(Some(ends)), Some(offsets), _) => {
-                ends.iter().zip(offsets).all(|(end, next)| next > end)
+            (Goal::Offsets(Some(end_offsets)), Some(offsets), _) => {
+                end_offsets.iter().zip(offsets).all(|(end, next)| next > end)
             }
             (Goal::Settled(until), _, Some(settled)) => settled >= *until,
             _ => false,
@@ -201,32 +206,32 @@ impl Clock {
     }
 }
 
-/// The clock as the fleet, the transactions and the task share it.
+/// A clock that is shared by the fleet, the transactions and the polling task.
 #[derive(Clone, Debug)]
 pub(super) struct SharedClock {
     clock: Arc<Mutex<Clock>>,
-    begun: Instant,
+    started: Instant,
 }
 
 impl SharedClock {
-    /// A clock of a run that begins now.
+    /// Creates the clock of a run that starts now.
     pub(super) fn new() -> Self {
-        Self { clock: Arc::default(), begun: Instant::now() }
+        Self { clock: Arc::default(), started: Instant::now() }
     }
 
-    /// The bookkeeping.
+    /// Locks the clock.
     pub(super) fn lock(&self) -> MutexGuard<'_, Clock> {
         self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A fault ends now.
+    /// Records that a fault ends now.
     pub(super) fn end(&self, id: FaultId) {
         let unix_seconds = chrono::Utc::now().timestamp_millis() as f64 / 1000.0;
-        self.lock().end(id, self.begun.elapsed(), unix_seconds);
+        self.lock().end(id, self.started.elapsed(), unix_seconds);
     }
 }
 
-/// Watches the pipeline until `stop`.
+/// Starts a task that polls the pipeline and updates the clock until `stop` is cancelled.
 pub(super) async fn watch(
     settings: &Settings,
     clock: SharedClock,
@@ -236,30 +241,31 @@ pub(super) async fn watch(
     let (session, settings) = (connect(settings).await?, settings.clone());
     let producer = format!("http://{}", loopback(settings.ports.producer));
     Ok(tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = stop.cancelled() => return,
             }
-            let asked = clock.begun.elapsed();
-            let wants = clock.lock().wants();
-            if wants.ends
-                && let Ok(ends) = ends(&settings, partitions, END_WITHIN).await
+            let requested_at = clock.started.elapsed();
+            let needs = clock.lock().needs();
+            if needs.end_offsets
+                && let Ok(end_offsets) = end_offsets(&settings, partitions, END_TIMEOUT).await
             {
-                clock.lock().log_ends(&ends, asked);
+                clock.lock().set_end_offsets(&end_offsets, requested_at);
             }
-            let offsets = if wants.offsets { positions(&session, partitions).await.ok() } else { None };
-            let settled = if wants.settled { settled_until(&producer).await } else { None };
-            clock.lock().look(offsets.as_deref(), settled, clock.begun.elapsed());
+            let offsets = if needs.offsets { next_offsets(&session, partitions).await.ok() } else { None };
+            let settled = if needs.settled { settled_until(&producer).await } else { None };
+            clock.lock().observe(offsets.as_deref(), settled, clock.started.elapsed());
         }
     }))
 }
 
-/// Until when the producer has settled every interval that has ended, in Unix seconds.
+/// Returns the time until which the producer has settled every ended interval, in Unix seconds.
 async fn settled_until(producer: &str) -> Option<f64> {
-    // The interval that is going on has not ended, however long ago it began.
+    // The first unsettled interval starts at the settled time and ends one interval later, so every interval that ended
+    // before that is settled.
     Some(metric(producer, SETTLED).await? + metric(producer, INTERVAL).await?)
 }
 
@@ -286,59 +292,59 @@ mod tests {
     }
 
     #[test]
-    fn the_pipeline_has_gone_on_once_every_partition_has_passed_the_end_its_log_had() {
+    fn the_pipeline_has_recovered_once_every_partition_has_passed_its_end_offset() {
         let mut clock = Clock::default();
-        let id = clock.begin(KILL);
-        clock.look(Some(&[9, 9]), None, seconds(1));
+        let id = clock.start(KILL);
+        clock.observe(Some(&[9, 9]), None, seconds(1));
         clock.end(id, seconds(2), 0.0);
-        assert_eq!(clock.wants(), Wants { ends: true, offsets: true, settled: false });
-        // Asked before the fault ended: these ends may be older.
-        clock.log_ends(&[4, 4], seconds(1));
-        clock.log_ends(&[5, 7], seconds(3));
+        assert_eq!(clock.needs(), Needs { end_offsets: true, offsets: true, settled: false });
+        // Requested before the fault ended, so these end offsets may be too low.
+        clock.set_end_offsets(&[4, 4], seconds(1));
+        clock.set_end_offsets(&[5, 7], seconds(3));
         for (at, offsets) in [(4, [5, 8]), (5, [6, 7]), (6, [7, 7])] {
-            clock.look(Some(&offsets), None, seconds(at));
+            clock.observe(Some(&offsets), None, seconds(at));
             assert!(!clock.all_recovered(), "{offsets:?}");
         }
-        clock.look(None, None, seconds(7));
-        clock.look(Some(&[6, 8]), None, seconds(8));
+        clock.observe(None, None, seconds(7));
+        clock.observe(Some(&[6, 8]), None, seconds(8));
         assert!(clock.all_recovered());
         assert_eq!(figures(&clock, KILL), (recoveries(1, 6.0, 6.0), Recoveries::default(), 0));
     }
 
     #[test]
-    fn a_source_that_came_back_is_recovered_from_once_its_intervals_are_settled() {
+    fn an_outage_of_the_source_is_over_once_its_intervals_are_settled() {
         let mut clock = Clock::default();
-        let id = clock.begin(OUTAGE);
+        let id = clock.start(OUTAGE);
         clock.end(id, seconds(1), 1000.0);
-        assert_eq!(clock.wants(), Wants { ends: false, offsets: false, settled: true });
-        clock.look(Some(&[1]), Some(999.9), seconds(2));
+        assert_eq!(clock.needs(), Needs { end_offsets: false, offsets: false, settled: true });
+        clock.observe(Some(&[1]), Some(999.9), seconds(2));
         assert!(!clock.all_recovered());
-        clock.look(None, Some(1000.0), seconds(5));
+        clock.observe(None, Some(1000.0), seconds(5));
         assert_eq!(figures(&clock, OUTAGE).0, recoveries(1, 4.0, 4.0));
     }
 
     #[test]
-    fn faults_that_meet_are_measured_apart() {
+    fn overlapping_faults_are_reported_separately() {
         let mut clock = Clock::default();
-        let pause = clock.begin(PAUSE);
-        let kill = clock.begin(KILL);
+        let pause = clock.start(PAUSE);
+        let kill = clock.start(KILL);
         for id in [kill, pause] {
             clock.end(id, seconds(id), 0.0);
         }
-        clock.log_ends(&[0], seconds(3));
-        clock.look(Some(&[1]), None, seconds(4));
-        let id = clock.begin(KILL);
+        clock.set_end_offsets(&[0], seconds(3));
+        clock.observe(Some(&[1]), None, seconds(4));
+        let id = clock.start(KILL);
         clock.end(id, seconds(10), 0.0);
         assert_eq!(figures(&clock, KILL), (Recoveries::default(), recoveries(1, 2.0, 2.0), 1));
         assert_eq!(figures(&clock, PAUSE), (Recoveries::default(), recoveries(1, 3.0, 3.0), 0));
-        assert_eq!(clock.waits_for(), [KILL.name()]);
-        clock.log_ends(&[1], seconds(10));
-        clock.look(Some(&[2]), None, seconds(11));
+        assert_eq!(clock.unrecovered_faults(), [KILL.name()]);
+        clock.set_end_offsets(&[1], seconds(10));
+        clock.observe(Some(&[2]), None, seconds(11));
         assert_eq!(figures(&clock, KILL), (recoveries(1, 1.0, 1.0), recoveries(1, 2.0, 2.0), 0));
     }
 
     #[test]
-    fn the_median_is_the_one_in_the_middle() {
+    fn the_median_is_the_higher_of_two_middle_values() {
         let check = |times: &[u64], expected| {
             let times: Vec<Duration> = times.iter().copied().map(seconds).collect();
             assert_eq!(Recoveries::of(&times), expected);

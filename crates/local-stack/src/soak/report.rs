@@ -1,73 +1,73 @@
-//! What a soak found, as tables, as JSON, in one line.
+//! The results of a soak, shown as tables, as JSON, or in one line.
 
 use serde::Serialize;
 
-use super::added::Added;
+use super::added::AddedPartitions;
 use super::recovery::{Line, Recoveries};
 use crate::terminal::Terminal;
 
-/// What a run found.
+/// Results of a run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    /// Decided which fault came when.
+    /// Seed of the fault plan.
     pub seed: u64,
-    /// Minutes under load and faults, as planned.
+    /// Planned duration of the fault injection in minutes.
     pub minutes: u64,
-    /// Stream processors.
+    /// Number of stream processors.
     pub processors: u64,
-    /// Whether each had a checkpoint folder of its own.
+    /// Whether each processor had its own checkpoint folder.
     pub own_checkpoints: bool,
-    /// Events in Kafka's log, each counted once.
+    /// Number of distinct events in the log.
     pub events: u64,
-    /// Records of the log that repeat an earlier one.
+    /// Number of records in the log that repeat an earlier event.
     pub copies: u64,
-    /// SIGKILLs.
+    /// Number of SIGKILLs.
     pub kills: u64,
-    /// The faults by kind, and how long the pipeline needed after each.
+    /// Faults by kind, with the recovery times of the pipeline.
     pub faults: Vec<Line>,
-    /// Faults that were planned and did not find their part up in time.
+    /// Number of planned faults that were not injected, because their parts were not up in time.
     pub not_struck: usize,
-    /// Transactions that Kafka did not take or end as meant; what they left is compared like everything else.
+    /// Number of transactions that failed or could not be ended as planned. Their records are compared like all others.
     pub failed_transactions: u64,
-    /// How often a service ended without being killed.
+    /// Number of services that exited without being killed.
     pub own_ends: u64,
-    /// The partitions added at the end, where that was asked for.
-    pub added: Option<Added>,
-    /// Complete looks of the reader.
+    /// Result of adding partitions; `None` if this fault was not selected.
+    pub added: Option<AddedPartitions>,
+    /// Number of complete reads by the reader.
     pub looks: u64,
-    /// Looks that failed because Cassandra was down.
+    /// Number of reads that failed because Cassandra was down.
     pub blind_looks: u64,
-    /// Figures of the page that were compared with the tables.
+    /// Number of figures of the page that were compared with the tables.
     pub figures: u64,
-    /// How often all rows were counted for that.
+    /// Number of times that all rows were counted for this comparison.
     pub counts: u64,
-    /// Events that rows, totals or panes lack.
+    /// Number of events missing from rows, totals or panes.
     pub lost: u64,
-    /// Events that rows, totals or panes have too often, or of a later copy.
+    /// Number of surplus events in rows, totals or panes, including rows written from a later copy.
     pub doubled: u64,
-    /// Values that the reader saw going back.
+    /// Number of values that decreased and rows that disappeared between two reads.
     pub regressed: u64,
-    /// Figures of the page above what the tables held later.
+    /// Number of figures of the page that were higher than what the tables contained later.
     pub untrue: u64,
-    /// Whether the processors dealt with the whole log once the load ended.
+    /// Whether the processors handled the whole log after the load had stopped.
     pub drained: bool,
     /// Whether `stream-processor verify` found no difference.
     pub verified: bool,
-    /// Its last line.
+    /// Closing line of `stream-processor verify`.
     pub verify: String,
 }
 
 impl Report {
-    /// Whether every promise held, and the run could have noticed otherwise.
+    /// Returns whether every guarantee held and was actually checked.
     pub fn passed(&self) -> bool {
         let nothing_wrong = self.lost + self.doubled + self.regressed + self.untrue == 0;
-        let went_on = self.drained && self.faults.iter().all(|line| line.unrecovered == 0);
-        let noticed = self.added.as_ref().is_none_or(Added::passed);
-        let looked = self.events > 0 && self.looks > 0 && self.figures > 0 && self.counts > 0;
-        nothing_wrong && went_on && noticed && self.verified && looked
+        let recovered = self.drained && self.faults.iter().all(|line| line.unrecovered == 0);
+        let noticed = self.added.as_ref().is_none_or(AddedPartitions::passed);
+        let checked = self.events > 0 && self.looks > 0 && self.figures > 0 && self.counts > 0;
+        nothing_wrong && recovered && noticed && self.verified && checked
     }
 
-    /// The table in one line.
+    /// Returns the most important results in one line.
     pub fn summary(&self) -> String {
         let faults: usize = self.faults.iter().map(times).sum();
         format!(
@@ -84,7 +84,7 @@ impl Report {
         )
     }
 
-    /// Prints everything.
+    /// Prints all results.
     pub(super) fn print(&self, json: bool, terminal: Terminal) {
         if json {
             terminal.data(&serde_json::to_string(self).unwrap_or_default());
@@ -96,25 +96,26 @@ impl Report {
         let rows: Vec<[String; 9]> = self.faults.iter().map(row).collect();
         terminal.table(header, &rows);
         terminal.data("");
-        terminal.table(["what", "found"], &self.found());
+        terminal.table(["result", "value"], &self.results());
     }
 
-    fn found(&self) -> Vec<[String; 2]> {
-        let row = |what: &str, found: String| [what.to_owned(), found];
+    fn results(&self) -> Vec<[String; 2]> {
+        let row = |name: &str, value: String| [name.to_owned(), value];
         let yes = |yes: bool| if yes { "yes" } else { "NO" };
-        let folders = if self.own_checkpoints { "one each" } else { "in common" };
+        let folders =
+            if self.own_checkpoints { "separate checkpoint folders" } else { "shared checkpoint folder" };
         let mut rows = vec![
             row("minutes", format!("{} (seed {})", self.minutes, self.seed)),
-            row("processors", format!("{}, checkpoint folder {folders}", self.processors)),
+            row("processors", format!("{}, {folders}", self.processors)),
             row("events", self.events.to_string()),
             row("copies sent", self.copies.to_string()),
             row("kills", self.kills.to_string()),
-            row("faults planned and not struck", self.not_struck.to_string()),
-            row("transactions that failed", self.failed_transactions.to_string()),
-            row("services ended by themselves", self.own_ends.to_string()),
+            row("planned faults not injected", self.not_struck.to_string()),
+            row("failed transactions", self.failed_transactions.to_string()),
+            row("unexpected exits of services", self.own_ends.to_string()),
         ];
         if let Some(added) = &self.added {
-            let Added { partitions, events, noticed, refused } = added;
+            let AddedPartitions { partitions, events, noticed, refused } = added;
             rows.push(row("partitions added", format!("{partitions}, with {events} events")));
             rows.push(row(
                 "processors noticed, producer refused",
@@ -122,7 +123,7 @@ impl Report {
             ));
         }
         rows.extend([
-            row("looks of the reader", format!("{}, {} more in vain", self.looks, self.blind_looks)),
+            row("reads of the tables", format!("{}, and {} failed", self.looks, self.blind_looks)),
             row("figures of the page", format!("{}, rows counted {} times", self.figures, self.counts)),
             row("drained", yes(self.drained).to_owned()),
             row("lost", self.lost.to_string()),
@@ -173,7 +174,7 @@ mod tests {
             overlapped: Recoveries::default(),
             unrecovered: 0,
         };
-        let added = Added { partitions: 6, events: 600, noticed: true, refused: true };
+        let added = AddedPartitions { partitions: 6, events: 600, noticed: true, refused: true };
         Report {
             events: 1,
             looks: 1,
@@ -188,11 +189,11 @@ mod tests {
     }
 
     #[test]
-    fn a_run_passes_only_when_every_promise_held_and_was_looked_at() {
+    fn a_run_passes_only_if_every_guarantee_held_and_was_checked() {
         assert!(good().passed());
-        let check = |spoil: fn(&mut Report)| {
+        let check = |change: fn(&mut Report)| {
             let mut report = good();
-            spoil(&mut report);
+            change(&mut report);
             assert!(!report.passed(), "{report:?}");
         };
         check(|report| report.lost = 1);
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_of_fault_is_one_line() {
+    fn each_kind_of_fault_is_shown_on_one_line() {
         let line = good().faults.remove(0);
         assert_eq!(row(&line), ["kafka killed", "2", "2", "1.2 s", "3.0 s", "0", "", "", "0"]);
     }

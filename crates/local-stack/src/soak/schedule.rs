@@ -1,56 +1,57 @@
-//! Whose turn it is: faults in the order of their times, and quiet around those that strike alone. Given the time; strikes nothing.
+//! Decides which fault to inject next: faults in the order of their times, with a quiet period before and after those
+//! that are injected alone. Pure; the current time is an argument.
 
 use std::time::{Duration, Instant};
 
-use super::RECOVERED_WITHIN;
-use super::plan::{Fault, Strike};
+use super::RECOVERED_TIMEOUT;
+use super::plan::{Fault, Injection};
 
-/// The faults of a run that are still to come.
+/// The remaining faults of a run.
 pub(super) struct Schedule {
-    strikes: Vec<Strike>,
-    /// Time of the run without that in which it was quiet.
+    injections: Vec<Injection>,
+    /// Elapsed time of the run, without quiet periods.
     time: Duration,
-    /// When the schedule was last asked.
-    asked: Option<Instant>,
-    /// Nothing strikes from here on until the pipeline has recovered.
+    /// When [`Schedule::due`] was last called.
+    last_poll: Option<Instant>,
+    /// Start of the current quiet period, which lasts until the pipeline has recovered.
     quiet: Option<Instant>,
-    /// The next fault strikes alone, and it was quiet before it.
+    /// Whether the quiet period before the next fault, which is injected alone, has already taken place.
     waited: bool,
 }
 
 impl Schedule {
-    /// A schedule of faults in the order of their times.
-    pub(super) fn new(strikes: Vec<Strike>) -> Self {
-        Self { strikes, time: Duration::ZERO, asked: None, quiet: None, waited: false }
+    /// Creates a schedule from faults in the order of their times.
+    pub(super) fn new(injections: Vec<Injection>) -> Self {
+        Self { injections, time: Duration::ZERO, last_poll: None, quiet: None, waited: false }
     }
 
-    /// Whether the planned length of the run is not over, or faults are left.
-    pub(super) fn goes_on(&self, length: Duration) -> bool {
-        self.time < length || !self.strikes.is_empty()
+    /// Returns whether the planned length of the run is not over yet or faults remain.
+    pub(super) fn is_active(&self, length: Duration) -> bool {
+        self.time < length || !self.injections.is_empty()
     }
 
-    /// How many faults are left.
+    /// Returns the number of remaining faults.
     pub(super) fn left(&self) -> usize {
-        self.strikes.len()
+        self.injections.len()
     }
 
-    /// The fault whose turn it is now, if any. Those that cannot strike now are passed over.
+    /// Removes and returns the fault to inject now, if any. Skips faults that cannot be injected now.
     pub(super) fn due(
         &mut self,
         recovered: bool,
         now: Instant,
-        can_strike: impl Fn(Fault) -> bool,
-    ) -> Option<Strike> {
-        let passed = self.asked.replace(now).map_or(Duration::ZERO, |asked| now - asked);
+        can_inject: impl Fn(Fault) -> bool,
+    ) -> Option<Injection> {
+        let passed = self.last_poll.replace(now).map_or(Duration::ZERO, |last_poll| now - last_poll);
         if let Some(since) = self.quiet {
-            if !recovered && now - since < RECOVERED_WITHIN {
+            if !recovered && now - since < RECOVERED_TIMEOUT {
                 return None;
             }
             self.quiet = None;
         }
         self.time += passed;
-        let next = self.strikes.iter().position(|s| s.at <= self.time && can_strike(s.fault))?;
-        let alone = self.strikes[next].alone;
+        let next = self.injections.iter().position(|s| s.at <= self.time && can_inject(s.fault))?;
+        let alone = self.injections[next].alone;
         if alone && !recovered && !self.waited {
             self.waited = true;
             self.quiet = Some(now);
@@ -58,7 +59,7 @@ impl Schedule {
         }
         self.waited = false;
         self.quiet = alone.then_some(now);
-        Some(self.strikes.remove(next))
+        Some(self.injections.remove(next))
     }
 }
 
@@ -69,18 +70,22 @@ mod tests {
 
     const KILL: Fault = Fault::Kill(Part::Load);
 
-    fn schedule(strikes: &[(u64, bool)]) -> Schedule {
-        let strike =
-            |(at, alone): &(u64, bool)| Strike { at: Duration::from_secs(*at), fault: KILL, alone: *alone };
-        Schedule::new(strikes.iter().map(strike).collect())
+    fn schedule(injections: &[(u64, bool)]) -> Schedule {
+        let injection = |(at, alone): &(u64, bool)| Injection {
+            at: Duration::from_secs(*at),
+            fault: KILL,
+            alone: *alone,
+        };
+        Schedule::new(injections.iter().map(injection).collect())
     }
 
-    /// Asks each second; `recovered` by second. Gives the seconds in which something strikes.
-    fn struck(mut schedule: Schedule, recovered: &[bool]) -> Vec<usize> {
-        let begin = Instant::now();
+    /// Calls `due` once per second with the given values of `recovered`. Returns the seconds in which a fault is
+    /// injected.
+    fn injected(mut schedule: Schedule, recovered: &[bool]) -> Vec<usize> {
+        let start = Instant::now();
         let mut at = Vec::new();
         for (second, recovered) in recovered.iter().enumerate() {
-            let now = begin + Duration::from_secs(second as u64);
+            let now = start + Duration::from_secs(second as u64);
             if schedule.due(*recovered, now, |_| true).is_some() {
                 at.push(second);
             }
@@ -89,38 +94,38 @@ mod tests {
     }
 
     #[test]
-    fn faults_strike_at_their_times_whether_or_not_the_pipeline_has_recovered() {
-        assert_eq!(struck(schedule(&[(1, false), (3, false)]), &[false; 6]), [1, 3]);
+    fn faults_are_injected_on_time_even_if_the_pipeline_has_not_recovered() {
+        assert_eq!(injected(schedule(&[(1, false), (3, false)]), &[false; 6]), [1, 3]);
     }
 
     #[test]
-    fn it_is_quiet_before_and_after_a_fault_that_strikes_alone() {
+    fn a_fault_injected_alone_has_a_quiet_period_before_and_after_it() {
         let recovered = [true, false, false, false, true, false, false, true, true, true];
-        // Due at 2, recovered at 4; recovered again at 7, from where the rest of the schedule goes on.
-        assert_eq!(struck(schedule(&[(1, false), (2, true), (3, false)]), &recovered), [1, 4, 7]);
+        // The second fault is due at 2 and waits for the recovery at 4. The schedule continues after the recovery at 7.
+        assert_eq!(injected(schedule(&[(1, false), (2, true), (3, false)]), &recovered), [1, 4, 7]);
     }
 
     #[test]
-    fn the_time_in_which_it_was_quiet_does_not_count() {
+    fn quiet_periods_do_not_count_as_elapsed_time() {
         let recovered = [true, true, false, false, false, true, true, true, true];
-        assert_eq!(struck(schedule(&[(1, true), (4, false)]), &recovered), [1, 7]);
+        assert_eq!(injected(schedule(&[(1, true), (4, false)]), &recovered), [1, 7]);
     }
 
     #[test]
-    fn a_pipeline_that_does_not_recover_does_not_hold_up_the_run() {
-        let patience = RECOVERED_WITHIN.as_secs() as usize;
+    fn a_pipeline_that_never_recovers_does_not_block_the_run() {
+        let patience = RECOVERED_TIMEOUT.as_secs() as usize;
         assert_eq!(
-            struck(schedule(&[(0, false), (1, true), (2, false)]), &vec![false; 3 * patience]),
+            injected(schedule(&[(0, false), (1, true), (2, false)]), &vec![false; 3 * patience]),
             [0, 1 + patience, 2 + 2 * patience - 1]
         );
     }
 
     #[test]
-    fn a_fault_whose_part_is_down_waits_for_it() {
+    fn a_fault_waits_until_its_part_is_up() {
         let mut schedule = schedule(&[(0, false)]);
         assert_eq!(schedule.due(true, Instant::now(), |_| false), None);
-        assert!(schedule.goes_on(Duration::ZERO));
+        assert!(schedule.is_active(Duration::ZERO));
         assert!(schedule.due(true, Instant::now(), |_| true).is_some());
-        assert!(!schedule.goes_on(Duration::ZERO));
+        assert!(!schedule.is_active(Duration::ZERO));
     }
 }

@@ -1,4 +1,4 @@
-//! Transactions of another program on the events topic: only what is committed may count.
+//! Writes to the events topic in transactions, like another program. Only committed events may be counted.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use crate::servers::kafka::Reader;
 use crate::servers::kafka::sender::{Events, Sender};
 use crate::terminal::Terminal;
 
-/// Events of one transaction.
+/// Number of events per transaction.
 const EVENTS: u64 = 200;
 
-/// The transactions of a run, one at a time.
+/// Runs the transactions of a soak, one at a time.
 pub(super) struct Transactions {
     settings: Settings,
     clock: SharedClock,
@@ -26,22 +26,22 @@ pub(super) struct Transactions {
 }
 
 impl Transactions {
-    /// No transaction yet.
+    /// Creates the runner without an open transaction.
     pub(super) fn new(settings: &Settings, clock: SharedClock) -> Self {
         Self { settings: settings.clone(), clock, running: None, number: 0, failed: 0 }
     }
 
-    /// Whether one is under way.
+    /// Returns whether a transaction is open.
     pub(super) fn is_open(&self) -> bool {
         self.running.is_some()
     }
 
-    /// Transactions that Kafka did not take or end as they were meant to.
+    /// Returns the number of transactions that failed or could not be ended as planned.
     pub(super) fn failed(&self) -> u64 {
         self.failed
     }
 
-    /// Begins a transaction that stays open for so long.
+    /// Begins a transaction that stays open for the duration `open`.
     pub(super) fn begin(&mut self, id: FaultId, ending: Ending, open: Duration) {
         self.number += 1;
         let (settings, clock, number) = (self.settings.clone(), self.clock.clone(), self.number);
@@ -52,21 +52,21 @@ impl Transactions {
         }));
     }
 
-    /// Notices the end of the transaction that was under way.
-    pub(super) async fn tend(&mut self, terminal: Terminal) {
+    /// Detects that the open transaction has ended, and reports its failure.
+    pub(super) async fn poll(&mut self, terminal: Terminal) {
         let Some(ended) = self.running.take_if(|running| running.is_finished()) else { return };
         let outcome = ended.await.unwrap_or_else(|error| Err(Error::Refused(error.to_string())));
         if let Err(error) = outcome {
-            // Kafka is struck, too. It ends the transaction by itself after a while.
+            // Faults hit Kafka too. It aborts the transaction after the transaction timeout.
             self.failed += 1;
-            terminal.warning(&format!("transaction {}: {error}", self.number));
+            terminal.warning(&format!("transaction {} failed: {error}", self.number));
         }
     }
 }
 
 fn transaction(settings: &Settings, number: u64, ending: Ending, open: Duration) -> Result<()> {
     let brokers = loopback(settings.ports.kafka);
-    let value = a_value(settings)?;
+    let value = sample_value(settings)?;
     let ids: Vec<String> = (0..EVENTS).map(|event| format!("transaction-{number}-{event}")).collect();
     let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
     let begin = || Sender::begin(&brokers, NAME, NAME);
@@ -83,7 +83,7 @@ fn transaction(settings: &Settings, number: u64, ending: Ending, open: Duration)
     }
 }
 
-/// The value of some event of the load: the stream's definition decides what it must look like.
-pub(super) fn a_value(settings: &Settings) -> Result<Vec<u8>> {
+/// Returns the value of an event of the load, so that it matches the stream definition.
+pub(super) fn sample_value(settings: &Settings) -> Result<Vec<u8>> {
     Reader::new(settings, NAME)?.first_value(0)
 }

@@ -1,5 +1,6 @@
-//! A reader beside the run: looks at the page, the progress and the panes every second and at all rows now and then. It counts what
-//! goes back or away, and what the page says without the tables holding it. It knows nothing of the processor but the tables.
+//! A reader that runs during the soak. It reads the page, the progress and the panes every second, and counts all rows
+//! from time to time. It counts values that decrease, rows that disappear, and figures of the page that exceed the
+//! tables. It knows only the tables of the processor, not its code.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -12,124 +13,125 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::fleet::Epoch;
-use super::{NAME, THINGS, page};
+use super::{MAX_EXAMPLES, NAME, page};
 use crate::config::Settings;
 use crate::error::{Error, Result};
 use crate::servers::cassandra::{connect, failed};
 
-/// How often is looked.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval between two reads.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the rows are not counted after a count, at least and as a multiple of its length: it takes Cassandra's time.
+/// Minimum time between two counts of all rows.
 const REST: Duration = Duration::from_secs(10);
+/// Minimum time between two counts as a multiple of the duration of the last one, to limit the load on Cassandra.
 const REST_PER_COUNT: u32 = 9;
 
-/// What the reader saw.
+/// Results of the reader.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
-    /// Complete looks at all progress and pane rows.
-    pub(super) looks: u64,
-    /// Looks that failed: Cassandra was down.
-    pub(super) blind: u64,
-    /// Figures of the page.
+pub(super) struct Findings {
+    /// Number of complete reads of all progress and pane rows.
+    pub(super) reads: u64,
+    /// Number of reads that failed because Cassandra was down.
+    pub(super) failed_reads: u64,
+    /// Number of figures read from the page.
     pub(super) figures: u64,
-    /// How often all rows were counted.
+    /// Number of times that all rows were counted.
     pub(super) counts: u64,
-    /// Values that went back, and rows that went away.
+    /// Number of values that decreased and rows that disappeared.
     pub(super) regressed: u64,
-    /// Figures of the page above what the tables held later.
+    /// Number of figures of the page that were higher than what the tables contained later.
     pub(super) untrue: u64,
-    /// The first of them in words.
+    /// Descriptions of the first regressions and untrue figures.
     pub(super) examples: Vec<String>,
 }
 
-/// A row that only ever grows.
+/// Key of a row whose values never decrease.
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
 enum Row {
-    /// Kafka partition.
+    /// Kafka partition of a progress row.
     Progress(i32),
-    /// Kafka partition, start, dimension, value.
+    /// Kafka partition, pane start, dimension and value.
     Pane(i32, i64, String, String),
 }
 
-/// A row with its values.
-type Look = Vec<(Row, Vec<Option<i64>>)>;
+/// All rows of one read with their values.
+type Snapshot = Vec<(Row, Vec<Option<i64>>)>;
 
-/// The highest values seen of each row, and what the page said.
+/// The latest values of each row, and the figures of the page.
 #[derive(Debug, Default)]
-struct Marks {
+struct Observations {
     epoch: u64,
-    highest: HashMap<Row, Vec<Option<i64>>>,
-    /// Rows as the page said since they were last counted.
-    said: Vec<i64>,
-    seen: Seen,
+    latest: HashMap<Row, Vec<Option<i64>>>,
+    /// Row counts that the page showed since the rows were last counted.
+    page_figures: Vec<i64>,
+    findings: Findings,
 }
 
-impl Marks {
-    /// Forgets what was seen before Cassandra went back to a snapshot.
-    fn enter(&mut self, epoch: u64) {
+impl Observations {
+    /// Discards the observations of an earlier epoch, that is, from before Cassandra was restored.
+    fn enter_epoch(&mut self, epoch: u64) {
         if epoch != self.epoch {
             self.epoch = epoch;
-            self.highest.clear();
-            self.said.clear();
+            self.latest.clear();
+            self.page_figures.clear();
         }
     }
 
-    /// Takes a complete look: every row there is.
-    fn take(&mut self, rows: Look, at: Duration) {
-        self.seen.looks += 1;
+    /// Compares a complete read with the previous one.
+    fn observe_rows(&mut self, rows: Snapshot, at: Duration) {
+        self.findings.reads += 1;
         let mut present = HashSet::with_capacity(rows.len());
         for (row, values) in rows {
-            if let Some(before) = self.highest.get(&row) {
-                // An absent value is less than any.
-                let back = before.iter().zip(&values).filter(|(before, now)| now < before).count();
-                if back > 0 {
-                    self.seen.regressed += back as u64;
-                    self.note(format!("{row:?} was {before:?}, is {values:?}"), at);
+            if let Some(before) = self.latest.get(&row) {
+                // `None` is less than any value.
+                let decreased = before.iter().zip(&values).filter(|(before, now)| now < before).count();
+                if decreased > 0 {
+                    self.findings.regressed += decreased as u64;
+                    self.note(format!("{row:?} decreased from {before:?} to {values:?}"), at);
                 }
             }
             present.insert(row.clone());
-            self.highest.insert(row, values);
+            self.latest.insert(row, values);
         }
-        let gone: Vec<Row> = self.highest.keys().filter(|row| !present.contains(*row)).cloned().collect();
+        let gone: Vec<Row> = self.latest.keys().filter(|row| !present.contains(*row)).cloned().collect();
         for row in gone {
-            self.highest.remove(&row);
-            self.seen.regressed += 1;
-            self.note(format!("{row:?} is gone"), at);
+            self.latest.remove(&row);
+            self.findings.regressed += 1;
+            self.note(format!("{row:?} disappeared"), at);
         }
     }
 
-    /// Takes what the page said before the tables were looked at, and the events in all panes then.
-    fn page(&mut self, rows: i64, in_panes: i64, at: Duration) {
-        self.seen.figures += 1;
+    /// Compares a row count of the page with the events in all panes, which were read after it.
+    fn observe_page(&mut self, rows: i64, in_panes: i64, at: Duration) {
+        self.findings.figures += 1;
         if rows > in_panes {
-            self.seen.untrue += 1;
-            self.note(format!("the page says {rows} rows, later the panes count {in_panes}"), at);
+            self.findings.untrue += 1;
+            self.note(format!("the page showed {rows} rows, later the panes counted {in_panes}"), at);
         } else {
-            self.said.push(rows);
+            self.page_figures.push(rows);
         }
     }
 
-    /// Takes a count of all rows that began after everything that the page has said.
-    fn counted(&mut self, rows: i64, at: Duration) {
-        self.seen.counts += 1;
-        for said in std::mem::take(&mut self.said) {
-            if said > rows {
-                self.seen.untrue += 1;
-                self.note(format!("the page said {said} rows, later the table holds {rows}"), at);
+    /// Compares the earlier figures of the page with a count of all rows, which started after them.
+    fn observe_count(&mut self, rows: i64, at: Duration) {
+        self.findings.counts += 1;
+        for shown in std::mem::take(&mut self.page_figures) {
+            if shown > rows {
+                self.findings.untrue += 1;
+                self.note(format!("the page showed {shown} rows, later the table contained {rows}"), at);
             }
         }
     }
 
     fn note(&mut self, what: String, at: Duration) {
-        if self.seen.examples.len() < THINGS {
-            self.seen.examples.push(format!("after {:.1} s: {what}", at.as_secs_f64()));
+        if self.findings.examples.len() < MAX_EXAMPLES {
+            self.findings.examples.push(format!("after {:.1} s: {what}", at.as_secs_f64()));
         }
     }
 }
 
-/// Events as the panes of one dimension, that of all events, count them.
-fn in_panes(rows: &Look) -> i64 {
+/// Returns the sum of all panes without a dimension, which count every event.
+fn in_panes(rows: &Snapshot) -> i64 {
     let counts = rows.iter().filter_map(|(row, values)| match row {
         Row::Pane(_, _, dimension, _) if dimension.is_empty() => values.first().copied().flatten(),
         Row::Pane(..) | Row::Progress(_) => None,
@@ -137,48 +139,48 @@ fn in_panes(rows: &Look) -> i64 {
     counts.sum()
 }
 
-/// The running reader.
+/// Handle of the running reader.
 #[derive(Debug)]
 pub(super) struct Watch {
     stop: CancellationToken,
-    task: JoinHandle<Seen>,
+    task: JoinHandle<Findings>,
 }
 
-/// What the reader works with.
+/// State of the reader task.
 struct Reader {
     settings: Settings,
     session: Session,
-    /// The event table.
+    /// Name of the event table.
     table: String,
     epoch: Epoch,
-    begun: Instant,
-    marks: Marks,
-    /// When the rows are counted next.
+    started: Instant,
+    observations: Observations,
+    /// Earliest time of the next count of all rows.
     count_at: Instant,
 }
 
 impl Watch {
-    /// Begins to look.
-    pub(super) async fn begin(settings: &Settings, epoch: Epoch) -> Result<Self> {
+    /// Starts the reader.
+    pub(super) async fn start(settings: &Settings, epoch: Epoch) -> Result<Self> {
         let mut reader = Reader {
             settings: settings.clone(),
             session: connect(settings).await?,
             table: crate::services::definition(settings)?.stream.name,
             epoch,
-            begun: Instant::now(),
-            marks: Marks::default(),
+            started: Instant::now(),
+            observations: Observations::default(),
             count_at: Instant::now() + REST,
         };
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(LOOK_EVERY);
+            let mut ticks = tokio::time::interval(READ_INTERVAL);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 let last = stopped.is_cancelled();
-                reader.look(last).await;
+                reader.read(last).await;
                 if last {
-                    return reader.marks.seen;
+                    return reader.observations.findings;
                 }
                 tokio::select! {
                     _ = ticks.tick() => {}
@@ -189,35 +191,35 @@ impl Watch {
         Ok(Self { stop, task })
     }
 
-    /// Looks once more and ends.
-    pub(super) async fn end(self) -> Result<Seen> {
+    /// Stops the reader after one more read and returns its results.
+    pub(super) async fn stop(self) -> Result<Findings> {
         self.stop.cancel();
-        self.task.await.map_err(|error| Error::Refused(format!("the reader: {error}")))
+        self.task.await.map_err(|error| Error::Refused(format!("the reader failed: {error}")))
     }
 }
 
 impl Reader {
-    /// One look at everything; the rows are counted when it is time, and at the end.
-    async fn look(&mut self, last: bool) {
+    /// Reads the page and the tables once. Counts all rows if a count is due or this is the last read.
+    async fn read(&mut self, last: bool) {
         let epoch = self.epoch.load(Ordering::SeqCst);
         if !epoch.is_multiple_of(2) {
             return;
         }
-        self.marks.enter(epoch);
-        let said = page::rows_written(&self.settings).await;
-        let rows = look(&self.session, &format!("{}_panes", self.table)).await;
+        self.observations.enter_epoch(epoch);
+        let shown = page::rows_written(&self.settings).await;
+        let rows = read_tables(&self.session, &format!("{}_panes", self.table)).await;
         if self.epoch.load(Ordering::SeqCst) != epoch {
             return;
         }
-        let at = self.begun.elapsed();
+        let at = self.started.elapsed();
         match rows {
             Ok(rows) => {
-                if let Some(said) = said {
-                    self.marks.page(said, in_panes(&rows), at);
+                if let Some(shown) = shown {
+                    self.observations.observe_page(shown, in_panes(&rows), at);
                 }
-                self.marks.take(rows, at);
+                self.observations.observe_rows(rows, at);
             }
-            Err(_) => self.marks.seen.blind += 1,
+            Err(_) => self.observations.findings.failed_reads += 1,
         }
         if last || Instant::now() >= self.count_at {
             let since = Instant::now();
@@ -225,16 +227,16 @@ impl Reader {
             if let Ok(rows) = counted
                 && self.epoch.load(Ordering::SeqCst) == epoch
             {
-                self.marks.counted(rows, self.begun.elapsed());
+                self.observations.observe_count(rows, self.started.elapsed());
             }
             self.count_at = Instant::now() + REST.max(REST_PER_COUNT * since.elapsed());
         }
     }
 }
 
-async fn look(session: &Session, panes: &str) -> Result<Look> {
+async fn read_tables(session: &Session, panes: &str) -> Result<Snapshot> {
     type Progress = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
-    let mut seen = Vec::new();
+    let mut found = Vec::new();
     let query = format!(
         "SELECT kafka_partition, next_offset, events, duplicates, late, dead_letters, seen_to \
          FROM {NAME}.partition_progress"
@@ -244,7 +246,7 @@ async fn look(session: &Session, panes: &str) -> Result<Look> {
     while let Some((partition, next, events, copies, late, dead, seen_to)) =
         rows.try_next().await.map_err(failed)?
     {
-        seen.push((Row::Progress(partition), vec![next, events, copies, late, dead, seen_to]));
+        found.push((Row::Progress(partition), vec![next, events, copies, late, dead, seen_to]));
     }
     let query =
         format!("SELECT kafka_partition, pane_start, dimension, value, count, upto FROM {NAME}.{panes}");
@@ -255,41 +257,50 @@ async fn look(session: &Session, panes: &str) -> Result<Look> {
     while let Some((partition, start, dimension, value, count, upto)) =
         rows.try_next().await.map_err(failed)?
     {
-        seen.push((Row::Pane(partition, start.0, dimension, value), vec![count, upto]));
+        found.push((Row::Pane(partition, start.0, dimension, value), vec![count, upto]));
     }
-    Ok(seen)
+    Ok(found)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn check(looks: &[&[(i32, i64)]], regressed: u64) {
-        let mut marks = Marks::default();
-        for look in looks {
-            let rows = look.iter().map(|(row, value)| (Row::Progress(*row), vec![Some(*value)])).collect();
-            marks.take(rows, Duration::ZERO);
+    fn check(reads: &[&[(i32, i64)]], regressed: u64) {
+        let mut observations = Observations::default();
+        for read in reads {
+            let rows = read.iter().map(|(row, value)| (Row::Progress(*row), vec![Some(*value)])).collect();
+            observations.observe_rows(rows, Duration::ZERO);
         }
-        assert_eq!(marks.seen.regressed, regressed, "{looks:?}: {:?}", marks.seen.examples);
+        assert_eq!(
+            observations.findings.regressed, regressed,
+            "{reads:?}: {:?}",
+            observations.findings.examples
+        );
     }
 
     #[test]
-    fn each_step_back_and_each_row_that_goes_away_counts_once() {
+    fn each_decrease_and_each_disappeared_row_counts_once() {
         check(&[&[(0, 1), (1, 5)], &[(0, 1), (1, 6)], &[(0, 2), (1, 6), (2, 0)]], 0);
         check(&[&[(0, 5)], &[(0, 4)], &[(0, 4)], &[(0, 5)]], 1);
         check(&[&[(0, 5), (1, 1)], &[(0, 5)], &[(0, 5)]], 1);
     }
+
     #[test]
-    fn a_figure_of_the_page_is_untrue_when_panes_or_rows_are_fewer_later() {
-        let check = |said: &[(i64, i64)], counts: &[i64], untrue| {
-            let mut marks = Marks::default();
-            for (rows, in_panes) in said {
-                marks.page(*rows, *in_panes, Duration::ZERO);
+    fn a_figure_of_the_page_is_untrue_if_panes_or_rows_are_fewer_later() {
+        let check = |shown: &[(i64, i64)], counts: &[i64], untrue| {
+            let mut observations = Observations::default();
+            for (rows, in_panes) in shown {
+                observations.observe_page(*rows, *in_panes, Duration::ZERO);
             }
             for rows in counts {
-                marks.counted(*rows, Duration::ZERO);
+                observations.observe_count(*rows, Duration::ZERO);
             }
-            assert_eq!(marks.seen.untrue, untrue, "{said:?} {counts:?}: {:?}", marks.seen.examples);
+            assert_eq!(
+                observations.findings.untrue, untrue,
+                "{shown:?} {counts:?}: {:?}",
+                observations.findings.examples
+            );
         };
         check(&[(4, 4), (5, 6)], &[5, 4], 0);
         check(&[(4, 3)], &[4], 1);
@@ -298,21 +309,26 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_before_a_restore_says_nothing_about_what_comes_after() {
+    fn values_from_before_a_restore_are_not_compared_with_later_ones() {
         let progress = |value| vec![(Row::Progress(0), vec![Some(value)])];
-        let mut marks = Marks::default();
-        marks.take(progress(9), Duration::ZERO);
-        marks.page(9, 9, Duration::ZERO);
-        marks.enter(2);
-        marks.take(progress(4), Duration::ZERO);
-        marks.counted(4, Duration::ZERO);
-        assert_eq!((marks.seen.regressed, marks.seen.untrue), (0, 0), "{:?}", marks.seen.examples);
-        marks.take(progress(3), Duration::ZERO);
-        assert_eq!(marks.seen.regressed, 1);
+        let mut observations = Observations::default();
+        observations.observe_rows(progress(9), Duration::ZERO);
+        observations.observe_page(9, 9, Duration::ZERO);
+        observations.enter_epoch(2);
+        observations.observe_rows(progress(4), Duration::ZERO);
+        observations.observe_count(4, Duration::ZERO);
+        assert_eq!(
+            (observations.findings.regressed, observations.findings.untrue),
+            (0, 0),
+            "{:?}",
+            observations.findings.examples
+        );
+        observations.observe_rows(progress(3), Duration::ZERO);
+        assert_eq!(observations.findings.regressed, 1);
     }
 
     #[test]
-    fn events_are_counted_in_the_panes_of_all_events_alone() {
+    fn only_the_panes_without_a_dimension_are_summed() {
         let pane = |dimension: &str, count| {
             (Row::Pane(0, 0, dimension.to_owned(), String::new()), vec![Some(count), Some(100)])
         };

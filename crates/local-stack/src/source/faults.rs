@@ -1,38 +1,38 @@
-//! Which request is served how badly: the settings of `PUT /faults` and of the flags, and the choice for each request,
-//! fixed by the seed and the request's number. Pure; doing it is `misbehave.rs`.
+//! Settings of the injected faults, from `PUT /faults` or the command line, and the choice of the fault for each
+//! request. The seed and the number of the request determine the choice. Pure; `misbehave.rs` applies the faults.
 
 use super::random::Random;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-/// Ways to go wrong.
+/// Kinds of faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fault {
-    /// 500.
+    /// Status 500.
     Error,
-    /// 404, an answer that no retry changes.
+    /// Status 404, which no retry can fix.
     NotFound,
-    /// 429 with `Retry-After`.
+    /// Status 429 with `Retry-After`.
     Throttle,
-    /// The right body, a few bytes at a time.
+    /// The correct body, sent a few bytes at a time.
     Drip,
-    /// Half of the body as a complete answer.
+    /// Half of the body, sent as a complete response.
     Truncated,
-    /// A body that is no JSON.
+    /// A body that is not valid JSON.
     Malformed,
-    /// The connection ends in the middle of the body.
+    /// A connection reset in the middle of the body.
     Reset,
     /// Pages that never end.
     Endless,
     /// A body of `oversized_bytes`.
     Oversized,
-    /// A small gzip body that unpacks to `oversized_bytes`.
+    /// A small gzip body that decompresses to `oversized_bytes`.
     Bomb,
-    /// 302 to `redirect_to`.
+    /// Status 302 with the location `redirect_to`.
     Redirect,
-    /// The right body, but the first three records of a page of people hold what no event can.
+    /// The correct body, except that the first three records of a page of people contain values that no event can hold.
     BrokenRecords,
 }
 
@@ -53,50 +53,50 @@ impl Fault {
     ];
 }
 
-/// When a fault strikes.
+/// Which requests a fault affects.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum When {
-    /// The next requests, as many.
+    /// This number of next requests.
     Next(u32),
     /// Each request with this probability, from 0 to 1.
     Rate(f64),
 }
 
-/// How the first page of people of an interval differs from what was answered before.
+/// How the first page of people in an interval differs from earlier responses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     /// Not at all.
     #[default]
     AsBefore,
-    /// Another person comes first.
+    /// An additional person comes first.
     OneMore,
-    /// The first person is gone.
+    /// The first person is missing.
     OneLess,
-    /// The first person has another name.
+    /// The first person has a different name.
     OneChanged,
 }
 
-/// What is wrong with the source now: the body of `PUT /faults`.
+/// Current faults of the source, which are the body of `PUT /faults`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Faults {
-    /// Decides which requests a rate strikes.
+    /// Seed that determines which requests a rate affects.
     pub seed: String,
-    /// `Retry-After` of a 429: seconds or an HTTP date.
+    /// `Retry-After` header of status 429: seconds or an HTTP date.
     pub retry_after: String,
-    /// Pause between the pieces of a dripping body, in milliseconds.
+    /// Delay between the pieces of a dripping body, in milliseconds.
     pub drip_ms: u64,
-    /// Bytes of a dripping body's pieces.
+    /// Size of the pieces of a dripping body in bytes.
     pub drip_bytes: usize,
-    /// Size of oversized and of unpacked bodies.
+    /// Size of oversized and of decompressed bodies in bytes.
     pub oversized_bytes: usize,
-    /// Target of redirects.
+    /// Location of redirects.
     pub redirect_to: String,
-    /// How answers have changed.
+    /// How responses have changed.
     pub answer: Answer,
-    /// What goes wrong; the first that strikes a request wins.
+    /// Faults to inject. If several affect a request, the first one applies.
     pub faults: BTreeMap<Fault, When>,
 }
 
@@ -115,27 +115,30 @@ impl Default for Faults {
     }
 }
 
-/// Largest body the simulator serves: 1 GiB.
+/// Maximum size of a body: 1 GiB.
 const MAX_OVERSIZED: usize = 1 << 30;
 
 impl Faults {
-    /// Refuses values out of range, naming them.
+    /// Checks that all values are in range. The error describes the first one that is not.
     pub fn check(&self) -> Result<(), String> {
         for (fault, when) in &self.faults {
             if let When::Rate(rate) = when
                 && !(0.0..=1.0).contains(rate)
             {
-                return Err(format!("{fault:?}: rate {rate} is not between 0 and 1"));
+                return Err(format!("{fault:?}: rate must be between 0 and 1, but is {rate}"));
             }
         }
         if self.oversized_bytes > MAX_OVERSIZED || self.drip_bytes == 0 {
-            return Err(format!("oversized_bytes must be at most {MAX_OVERSIZED}, drip_bytes above 0"));
+            return Err(format!(
+                "oversized_bytes must be at most {MAX_OVERSIZED}, and drip_bytes must be above 0"
+            ));
         }
         Ok(())
     }
 
-    /// The fault of request `number`, counting down those that strike the next few.
-    pub fn strike(&mut self, number: u64) -> Option<Fault> {
+    /// Returns the fault for request `number`, if any, and decrements the counter of a fault that affects the next
+    /// requests.
+    pub fn next_fault(&mut self, number: u64) -> Option<Fault> {
         for (fault, when) in &mut self.faults {
             match when {
                 When::Next(0) => {}
@@ -154,7 +157,7 @@ impl Faults {
     }
 }
 
-/// `--fault error=0.1` or `--fault error=x3` (the next three).
+/// Value of `--fault`, such as `error=0.1` or `error=x3` (the next three requests).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FaultFlag(pub Fault, pub When);
 
@@ -163,13 +166,14 @@ impl FromStr for FaultFlag {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let names = || Fault::ALL.map(|(_, name)| name).join(", ");
-        let form = || format!("`{text}`: write KIND=RATE or KIND=xN with KIND one of {}", names());
-        let (name, value) = text.split_once('=').ok_or_else(form)?;
-        let (fault, _) = *Fault::ALL.iter().find(|(_, n)| *n == name).ok_or_else(form)?;
+        let usage =
+            || format!("`{text}` is invalid: write KIND=RATE or KIND=xN, with KIND one of {}", names());
+        let (name, value) = text.split_once('=').ok_or_else(usage)?;
+        let (fault, _) = *Fault::ALL.iter().find(|(_, n)| *n == name).ok_or_else(usage)?;
         let when = match value.strip_prefix('x') {
-            Some(count) => When::Next(count.parse().map_err(|_| form())?),
+            Some(count) => When::Next(count.parse().map_err(|_| usage())?),
             None => {
-                When::Rate(value.parse().ok().filter(|rate| (0.0..=1.0).contains(rate)).ok_or_else(form)?)
+                When::Rate(value.parse().ok().filter(|rate| (0.0..=1.0).contains(rate)).ok_or_else(usage)?)
             }
         };
         Ok(FaultFlag(fault, when))
@@ -181,23 +185,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_requests_are_counted_down() {
+    fn a_fault_for_the_next_requests_is_counted_down() {
         let mut faults = Faults { faults: [(Fault::Reset, When::Next(2))].into(), ..Faults::default() };
-        let struck: Vec<_> = (0..4).map(|n| faults.strike(n)).collect();
-        assert_eq!(struck, [Some(Fault::Reset), Some(Fault::Reset), None, None]);
+        let injected: Vec<_> = (0..4).map(|n| faults.next_fault(n)).collect();
+        assert_eq!(injected, [Some(Fault::Reset), Some(Fault::Reset), None, None]);
     }
 
     #[test]
-    fn a_rate_strikes_about_as_many_and_always_the_same() {
+    fn a_rate_affects_the_expected_share_and_always_the_same_requests() {
         let mut faults = Faults { faults: [(Fault::Error, When::Rate(0.25))].into(), ..Faults::default() };
-        let struck: Vec<_> = (0..4000).map(|n| faults.strike(n).is_some()).collect();
-        let count = struck.iter().filter(|s| **s).count();
+        let injected: Vec<_> = (0..4000).map(|n| faults.next_fault(n).is_some()).collect();
+        let count = injected.iter().filter(|s| **s).count();
         assert!((850..1150).contains(&count), "{count}");
-        assert_eq!(struck, (0..4000).map(|n| faults.strike(n).is_some()).collect::<Vec<_>>());
+        assert_eq!(injected, (0..4000).map(|n| faults.next_fault(n).is_some()).collect::<Vec<_>>());
     }
 
     #[test]
-    fn flags_say_kind_and_rate_or_number() {
+    fn flags_are_parsed_with_a_rate_or_a_number() {
         assert_eq!("error=0.5".parse(), Ok(FaultFlag(Fault::Error, When::Rate(0.5))));
         assert_eq!("bomb=x1".parse(), Ok(FaultFlag(Fault::Bomb, When::Next(1))));
         for wrong in ["error", "errors=1", "error=2", "error=x-1"] {
@@ -206,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_read_and_unknown_ones_refused() {
+    fn settings_are_parsed_and_invalid_ones_are_refused() {
         let text = r#"{"retry_after": "7", "faults": {"throttle": {"next": 3}, "error": {"rate": 0.1}}}"#;
         let faults: Faults = serde_json::from_str(text).unwrap();
         assert_eq!(faults.faults[&Fault::Throttle], When::Next(3));

@@ -1,4 +1,4 @@
-//! Carries a fault out on the way between request and answer.
+//! Applies a fault to a request or to its response.
 
 use super::faults::{Fault, Faults};
 use axum::body::{Body, Bytes};
@@ -9,13 +9,13 @@ use futures::stream::{self, StreamExt};
 use std::io::Write;
 use std::time::Duration;
 
-/// Longest body that is held to be spoilt.
+/// Maximum size of a body that is buffered to be corrupted.
 const MAX_BODY: usize = 64 << 20;
-/// Piece of an oversized body.
+/// Size of one piece of an oversized body.
 const PIECE: usize = 64 << 10;
 
-/// The answer to a request that never reaches its handler; `None` where the fault spoils a real answer.
-pub fn instead(fault: Fault, faults: &Faults) -> Option<Response<Body>> {
+/// Returns a response that replaces the real one, or `None` if the fault corrupts the real response instead.
+pub fn replacement(fault: Fault, faults: &Faults) -> Option<Response<Body>> {
     match fault {
         Fault::Error => Some(plain(StatusCode::INTERNAL_SERVER_ERROR, r#"{"error":"simulated"}"#)),
         Fault::NotFound => Some(plain(StatusCode::NOT_FOUND, r#"{"error":"simulated"}"#)),
@@ -40,11 +40,11 @@ pub fn instead(fault: Fault, faults: &Faults) -> Option<Response<Body>> {
     }
 }
 
-/// A real answer, spoilt.
-pub async fn spoil(fault: Fault, faults: &Faults, answer: Response<Body>) -> Response<Body> {
+/// Corrupts a real response.
+pub async fn corrupt(fault: Fault, faults: &Faults, answer: Response<Body>) -> Response<Body> {
     let (mut parts, body) = answer.into_parts();
     let Ok(bytes) = axum::body::to_bytes(body, MAX_BODY).await else {
-        return plain(StatusCode::INTERNAL_SERVER_ERROR, "the answer is too large to be spoilt");
+        return plain(StatusCode::INTERNAL_SERVER_ERROR, "the response is too large to be corrupted");
     };
     parts.headers.remove(header::CONTENT_LENGTH);
     let half = bytes.slice(..bytes.len() / 2);
@@ -53,7 +53,7 @@ pub async fn spoil(fault: Fault, faults: &Faults, answer: Response<Body>) -> Res
         Fault::Malformed => Body::from([b"<html>".as_slice(), &half].concat()),
         Fault::Reset => {
             let broken = Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
-            // A pause lets the first half leave before the connection ends.
+            // The delay lets the first half reach the client before the connection is reset.
             let pause = Duration::from_millis(20);
             let end = stream::once(async move {
                 tokio::time::sleep(pause).await;
@@ -68,15 +68,16 @@ pub async fn spoil(fault: Fault, faults: &Faults, answer: Response<Body>) -> Res
     Response::from_parts(parts, body)
 }
 
-/// Of a page of people: an age that is no JSON, a name that was cut within a character, an age that no number type holds.
+/// Breaks three records in a page of people: an age that is not valid JSON, a name cut within a character, and an age
+/// that overflows every number type.
 fn broken_records(page: &str) -> String {
-    // Each person has two members `age`: since birth, and since registration.
+    // Each person has two `age` fields: the age of the person, and the age of the registration.
     let page = replace_nth(page, "\"age\":", 0, "\"age\":NaN,\"was\":");
     let page = replace_nth(&page, "\"first\":\"", 1, "\"first\":\"\\ud83d");
     replace_nth(&page, "\"age\":", 4, "\"age\":1e400,\"was\":")
 }
 
-/// Replaces one occurrence, counted from 0.
+/// Replaces the occurrence with index `nth`, counted from 0.
 fn replace_nth(text: &str, from: &str, nth: usize, to: &str) -> String {
     match text.match_indices(from).nth(nth) {
         Some((at, _)) => format!("{}{to}{}", &text[..at], &text[at + from.len()..]),
@@ -105,7 +106,7 @@ fn bomb(bytes: usize) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     let piece = vec![b' '; PIECE];
     for _ in 0..bytes.div_ceil(PIECE) {
-        // Writing to memory does not fail; a shorter bomb would still be one.
+        // Writing to memory cannot fail. Even if it did, a shorter bomb would still work.
         if encoder.write_all(&piece).is_err() {
             break;
         }

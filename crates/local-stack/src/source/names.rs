@@ -1,34 +1,34 @@
-//! Small tables of names and places for each nationality of the simulator. Data only; picking from it is `people.rs`.
+//! Tables of names and places for each nationality of the simulator. `people.rs` picks from them.
 
-/// How postcodes of a country look; `#` is a digit, `?` a letter.
+/// Pattern of the postcodes of a country. `#` stands for a digit, `?` for a letter.
 #[derive(Debug, Clone, Copy)]
 pub enum Postcode {
-    /// Served as a JSON number, as the real API does for these countries.
+    /// Returned as a JSON number, as in the real API for these countries.
     Number(&'static str),
-    /// Served as a JSON string.
+    /// Returned as a JSON string.
     Text(&'static str),
 }
 
-/// What a person of one nationality is made of. Lists are separated by `|`.
+/// Data from which a person of one nationality is generated. The items of a list are separated by `|`.
 #[derive(Debug)]
 pub struct Nationality {
-    /// ISO 3166 code, as in field `nat`.
+    /// ISO 3166 code, the value of the field `nat`.
     pub code: &'static str,
-    /// Country's English name.
+    /// English name of the country.
     pub country: &'static str,
-    /// Given names of women.
+    /// Female given names.
     pub female: &'static str,
-    /// Given names of men.
+    /// Male given names.
     pub male: &'static str,
     /// Family names.
     pub last: &'static str,
-    /// `city/state`.
+    /// Cities, each as `city/state`.
     pub cities: &'static str,
     /// Street names.
     pub streets: &'static str,
-    /// Postcode's form.
+    /// Pattern of postcodes.
     pub postcode: Postcode,
-    /// Telephone number's form.
+    /// Pattern of telephone numbers.
     pub phone: &'static str,
     /// Offset from UTC and its description.
     pub timezone: (&'static str, &'static str),

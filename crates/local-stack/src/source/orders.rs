@@ -1,40 +1,42 @@
-//! Orders in a second shape: nested objects, an opaque cursor, event time in a field. Time is cut into slots; a slot has an
-//! order or not by its number alone, so every interval answers the same forever and neighbours never overlap. Pure.
+//! Orders, in a format with nested objects, an opaque cursor, and the event time in a field. Time is divided into
+//! slots. The number of a slot alone determines whether it has an order, so the orders of an interval never change and
+//! adjacent intervals never overlap. Pure.
 
 use super::random::Random;
 use chrono::{DateTime, SecondsFormat};
 use serde_json::{Value, json};
 
-/// One possible order each 150 ms.
+/// Length of a slot in milliseconds.
 const SLOT_MS: i64 = 150;
-/// Slots with an order, in percent.
+/// Percentage of slots that have an order.
 const FILLED_PERCENT: u64 = 85;
-/// Most orders of one page.
+/// Maximum number of orders per page.
 pub const MAX_LIMIT: u64 = 1000;
-/// Longest interval of one request: 31 days.
+/// Maximum interval of one request in milliseconds: 31 days.
 pub const MAX_SPAN_MS: i64 = 31 * 86_400_000;
 
-/// One page of orders placed in `[from_ms, to_ms)`.
+/// One page of orders.
 #[derive(Debug)]
 pub struct Page {
     /// The orders, oldest first.
     pub items: Vec<Value>,
-    /// Where the next page begins; `None`: there is none.
+    /// Cursor of the next page; `None` for the last page.
     pub next: Option<String>,
 }
 
-/// What cannot be answered, in words for the client.
+/// An invalid request. The message is sent to the client.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum BadRequest {
-    /// The cursor is none of ours.
+    /// The cursor was not issued by this API.
     #[error("unknown cursor `{0}`")]
     Cursor(String),
-    /// The interval is empty, reversed or too long.
-    #[error("`from` must be before `to`, at most 31 days apart, after 1970")]
+    /// The interval is empty, reversed, too long, or starts before 1970.
+    #[error("`from` must be in 1970 or later, before `to`, and at most 31 days before it")]
     Span,
 }
 
-/// The page of at most `limit` orders that begins at `cursor`.
+/// Returns a page of at most `limit` orders placed in `[from_ms, to_ms)`, in Unix milliseconds. Without a cursor, it is
+/// the first page.
 pub fn page(from_ms: i64, to_ms: i64, limit: u64, cursor: Option<&str>) -> Result<Page, BadRequest> {
     if from_ms < 0 || to_ms <= from_ms || to_ms - from_ms > MAX_SPAN_MS {
         return Err(BadRequest::Span);
@@ -68,7 +70,7 @@ fn read_cursor(text: &str) -> Option<i64> {
         .filter(|slot| (0..=i64::MAX / SLOT_MS - 1).contains(slot))
 }
 
-/// The order of a slot with its time.
+/// Returns the order of a slot with its time in Unix milliseconds, or `None` if the slot has no order.
 fn order(slot: i64) -> Option<(i64, Value)> {
     let random = &mut Random::new("orders", &[slot.unsigned_abs()]);
     if random.below(100) >= FILLED_PERCENT {
@@ -77,7 +79,7 @@ fn order(slot: i64) -> Option<(i64, Value)> {
     let placed_ms = slot * SLOT_MS + random.below(SLOT_MS as u64) as i64;
     let lines = 1 + random.below(6);
     let amount = (random.fraction().powi(3) * 95_000.0).round() / 100.0 + 5.0;
-    // About 4,000 customers, who come back.
+    // Orders come from about 4,000 recurring customers.
     let customer = &mut Random::new("customer", &[random.below(4000)]);
     let value = json!({
         "order": {
@@ -119,28 +121,28 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_any_size_give_the_same_orders() {
+    fn pages_of_any_size_contain_the_same_orders() {
         let whole = all(START, START + 2 * MINUTE, 1000);
         assert!((600..760).contains(&whole.len()), "{}", whole.len());
         assert_eq!(whole, all(START, START + 2 * MINUTE, 7));
     }
 
     #[test]
-    fn neighbouring_intervals_share_no_order_and_miss_none() {
+    fn adjacent_intervals_neither_share_nor_miss_an_order() {
         let cut = START + 61_234;
         let halves = [all(START, cut, 100), all(cut, START + 2 * MINUTE, 100)].concat();
         assert_eq!(halves, all(START, START + 2 * MINUTE, 100));
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_requests_are_refused() {
         assert_eq!(page(5, 5, 1, None).unwrap_err(), BadRequest::Span);
         assert_eq!(page(0, MAX_SPAN_MS + 1, 1, None).unwrap_err(), BadRequest::Span);
         assert_eq!(page(0, 10, 1, Some("x1")).unwrap_err(), BadRequest::Cursor("x1".to_owned()));
     }
 
     #[test]
-    fn the_first_orders_of_a_minute_are_these() {
+    fn the_first_orders_of_a_minute_match_the_snapshot() {
         insta::assert_json_snapshot!(page(START, START + MINUTE, 2, None).unwrap().items);
     }
 }

@@ -1,4 +1,4 @@
-//! People of the shape of randomuser.me, each fixed by (seed, page, index). Pure.
+//! People in the format of randomuser.me. The seed, the page and the index determine each person. Pure.
 
 use super::faults::Answer;
 use super::names::{NATIONALITIES, Nationality, Postcode};
@@ -6,14 +6,14 @@ use super::random::Random;
 use chrono::{DateTime, Datelike, SecondsFormat};
 use serde_json::{Value, json};
 
-/// Ages are counted on this day, 2026-07-01, so that a person never changes.
+/// Ages are calculated as of this day, 2026-07-01, so that a person never changes.
 const REFERENCE_MS: i64 = 1_782_864_000_000;
 const DAY_MS: i64 = 86_400_000;
 const ADJECTIVES: &str = "yellow|silver|happy|lazy|tiny|angry|beautiful|organic|purple|sad|ticklish|brown";
 const ANIMALS: &str = "peacock|tiger|rabbit|bear|duck|wolf|butterfly|zebra|koala|goose|elephant|swan";
 const PASSWORDS: &str = "addison|bigdaddy|sunshine|walnut|topgun|lakota|indigo|harley|wizard|bonjour";
 
-/// The answer's body: `count` people of page `page`, changed as `answer` says, and the info block.
+/// Returns the body of a response: `count` people of a page, changed according to `answer`, and the info block.
 pub fn page(seed: &str, page: u64, count: u64, answer: Answer) -> Value {
     let mut people: Vec<Value> = (0..count).map(|index| person(seed, page, index)).collect();
     match answer {
@@ -26,7 +26,7 @@ pub fn page(seed: &str, page: u64, count: u64, answer: Answer) -> Value {
     json!({"results": people, "info": {"seed": seed, "results": count, "page": page, "version": "1.4"}})
 }
 
-/// The person with that place in the sequence of `seed`.
+/// Returns the person with this page and index for a seed.
 pub fn person(seed: &str, page: u64, index: u64) -> Value {
     let random = &mut Random::new(seed, &[page, index]);
     let country = &NATIONALITIES[random.below(NATIONALITIES.len() as u64) as usize];
@@ -36,7 +36,7 @@ pub fn person(seed: &str, page: u64, index: u64) -> Value {
     let title = if female { random.pick("Miss|Mrs|Ms|Madame") } else { random.pick("Mr|Monsieur|Mr|Mr") };
     let born = born(random);
     let age = age(born);
-    // Nobody registers before the service began or in the future.
+    // People register at most 24 years before the reference day, and never after it.
     let registered =
         REFERENCE_MS - (random.below(24 * 365) as i64) * DAY_MS - random.below(DAY_MS as u64) as i64;
     let username = format!("{}{}{}", random.pick(ADJECTIVES), random.pick(ANIMALS), 100 + random.below(900));
@@ -69,13 +69,13 @@ pub fn person(seed: &str, page: u64, index: u64) -> Value {
     })
 }
 
-/// A birthday 18 to 90 years before the reference day, more of them recent than long ago.
+/// Returns a birthday 18 to 90 years before the reference day, in Unix milliseconds. Younger people are more frequent.
 fn born(random: &mut Random) -> i64 {
     let years = 18.0 + 72.0 * random.fraction().powf(1.6);
     REFERENCE_MS - (years * 365.2425 * DAY_MS as f64) as i64
 }
 
-/// Completed years on the reference day.
+/// Returns the age in full years on the reference day.
 fn age(born_ms: i64) -> i32 {
     let day = |ms| DateTime::from_timestamp_millis(ms).unwrap_or_default();
     let (born, reference) = (day(born_ms), day(REFERENCE_MS));
@@ -103,7 +103,7 @@ fn location(random: &mut Random, country: &Nationality) -> Value {
     })
 }
 
-/// `first.last@example.com` in ASCII; names in other scripts take the user name.
+/// Returns `first.last@example.com` in ASCII. If a name cannot be written in ASCII, the user name is used instead.
 fn email(first: &str, last: &str, username: &str) -> String {
     let plain = |name: &str| -> String {
         name.chars()
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_person_depends_on_seed_page_and_index_alone() {
+    fn a_person_depends_only_on_seed_page_and_index() {
         assert_eq!(person("a", 1, 0), person("a", 1, 0));
         let others = [person("b", 1, 0), person("a", 2, 0), person("a", 1, 1)];
         assert!(others.iter().all(|other| other["login"]["uuid"] != person("a", 1, 0)["login"]["uuid"]));
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_changes_leaves_all_other_people_as_they_were() {
+    fn a_changed_answer_leaves_all_other_people_unchanged() {
         let people = |answer, number| page("a", number, 3, answer)["results"].as_array().unwrap().clone();
         let before = people(Answer::AsBefore, 1);
         assert_eq!(people(Answer::OneMore, 1)[1..], before);
@@ -188,11 +188,14 @@ mod tests {
             postcodes[usize::from(person["location"]["postcode"].is_string())] += 1;
         }
         assert_eq!(nationalities.len(), 21);
-        assert!(postcodes[0] > postcodes[1] && postcodes[1] > 100, "numbers and strings: {postcodes:?}");
+        assert!(
+            postcodes[0] > postcodes[1] && postcodes[1] > 100,
+            "both numeric and text postcodes must occur: {postcodes:?}"
+        );
     }
 
     #[test]
-    fn the_first_person_is_this_one() {
+    fn the_first_person_matches_the_snapshot() {
         insta::assert_json_snapshot!(person("snapshot", 1, 0));
     }
 }

@@ -1,39 +1,45 @@
-//! The shapes of three well-known public APIs: GitHub's commits, Stripe's charges, Stack Exchange's questions. Time is cut
-//! into slots; a slot has a record or not by its number alone, so every interval answers the same forever. Pure.
+//! Records in the formats of three well-known public APIs: commits of GitHub, charges of Stripe, and questions of Stack
+//! Exchange. Time is divided into slots. The number of a slot alone determines whether it has a record, so the records
+//! of an interval never change. Pure.
 
 use super::random::Random;
 use chrono::{DateTime, SecondsFormat};
 use serde_json::{Value, json};
 
-/// Slots with a record, in percent.
+/// Percentage of slots that have a record.
 const FILLED_PERCENT: u64 = 85;
-/// Longest interval of one request: 31 days.
+/// Maximum interval of one request in seconds: 31 days.
 pub const MAX_SPAN_S: i64 = 31 * 86_400;
-/// Most records of one page, as all three APIs have it.
+/// Maximum number of records per page, the same in all three APIs.
 pub const MAX_PAGE: usize = 100;
 
-/// The records of one API: a name for the seed, the length of a slot in seconds, and what a slot's record looks like.
+/// Generates the records of one API.
 #[derive(Debug, Clone, Copy)]
 pub struct Api {
+    /// Seed of the records.
     name: &'static str,
+    /// Length of a slot in seconds.
     slot_s: i64,
+    /// Generates the record of a slot, given its number and the time of the record in Unix seconds.
     record: fn(i64, i64, &mut Random) -> Value,
 }
 
-/// Commits, about one each 2 s.
+/// Commits, about one every 2 s.
 pub const COMMITS: Api = Api { name: "commits", slot_s: 2, record: commit };
-/// Charges, about one a second.
+/// Charges, about one per second.
 pub const CHARGES: Api = Api { name: "charges", slot_s: 1, record: charge };
-/// Questions, about one each 4 s.
+/// Questions, about one every 4 s.
 pub const QUESTIONS: Api = Api { name: "questions", slot_s: 4, record: question };
 
-/// A span that is not answered.
+/// The requested time span is invalid.
 #[derive(Debug, PartialEq, thiserror::Error)]
-#[error("the span must begin after 1970, not end before it begins, and be at most 31 days long")]
+#[error(
+    "the span must start in 1970 or later, must not end before it starts, and must be at most 31 days long"
+)]
 pub struct BadSpan;
 
 impl Api {
-    /// All records of the seconds `[from_s, to_s)`, oldest first.
+    /// Returns all records in `[from_s, to_s)`, in Unix seconds, oldest first.
     pub fn records(&self, from_s: i64, to_s: i64) -> Result<Vec<Value>, BadSpan> {
         if from_s < 0 || to_s < from_s || to_s - from_s > MAX_SPAN_S {
             return Err(BadSpan);
@@ -49,7 +55,7 @@ impl Api {
     }
 }
 
-/// The records of page `page`, from 1, and whether there are more.
+/// Returns the records of a page, and whether more pages follow. Pages are numbered from 1.
 pub fn page(records: &[Value], page: usize, size: usize) -> (&[Value], bool) {
     let from = page.saturating_sub(1).saturating_mul(size).min(records.len());
     let to = from.saturating_add(size).min(records.len());
@@ -73,7 +79,7 @@ fn commit(slot: i64, at_s: i64, random: &mut Random) -> Value {
             "comment_count": random.below(4),
             "verification": {"verified": random.below(2) == 0, "reason": "valid"},
         },
-        // Null where no account has the address, as in the real API.
+        // Null if no account has this email address, as in the real API.
         "author": if login.is_empty() { Value::Null } else { json!({"login": login, "id": random.below(100_000)}) },
         "parents": [{"sha": sha.hex(40)}],
     })
@@ -119,18 +125,18 @@ mod tests {
     const START: i64 = 1_767_225_600;
 
     #[test]
-    fn neighbouring_intervals_share_no_record_and_miss_none() {
+    fn adjacent_intervals_neither_share_nor_miss_a_record() {
         for api in [COMMITS, CHARGES, QUESTIONS] {
             let whole = api.records(START, START + 600).unwrap();
             let cut = START + 301;
             let halves = [api.records(START, cut).unwrap(), api.records(cut, START + 600).unwrap()].concat();
             assert_eq!(whole, halves, "{}", api.name);
-            assert!(whole.len() > 100, "{} has pages: {}", api.name, whole.len());
+            assert!(whole.len() > 100, "{} must fill several pages: {}", api.name, whole.len());
         }
     }
 
     #[test]
-    fn pages_together_are_the_whole() {
+    fn all_pages_together_contain_every_record() {
         let whole = CHARGES.records(START, START + 300).unwrap();
         let mut joined = Vec::new();
         for number in 1.. {
@@ -145,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn invalid_spans_are_refused() {
         assert_eq!(CHARGES.records(-1, 5), Err(BadSpan));
         assert_eq!(CHARGES.records(5, 4), Err(BadSpan));
         assert_eq!(CHARGES.records(0, MAX_SPAN_S + 1), Err(BadSpan));

@@ -1,4 +1,4 @@
-//! The three public shapes over HTTP: parameters, errors, and how each names its next page.
+//! HTTP routes of the three public APIs: parameters, errors, and how each one identifies its next page.
 
 use super::public::{self, CHARGES, COMMITS, MAX_PAGE, QUESTIONS};
 use super::{Endless, refused, time};
@@ -10,7 +10,7 @@ use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Parameters of GitHub's `/repos/{owner}/{repo}/commits`.
+/// Parameters of `/repos/{owner}/{repo}/commits` (GitHub).
 #[derive(Debug, Deserialize)]
 pub(super) struct CommitsQuery {
     since: String,
@@ -19,7 +19,7 @@ pub(super) struct CommitsQuery {
     page: Option<usize>,
 }
 
-/// Commits, newest first, with a `Link` header.
+/// Returns commits, newest first. The `Link` header identifies the next page.
 pub(super) async fn commits(
     Extension(endless): Extension<Endless>,
     Path((owner, repo)): Path<(String, String)>,
@@ -49,7 +49,7 @@ pub(super) async fn commits(
     answer
 }
 
-/// Parameters of Stripe's `/v1/charges`.
+/// Parameters of `/v1/charges` (Stripe).
 #[derive(Debug, Deserialize)]
 pub(super) struct ChargesQuery {
     #[serde(rename = "created[gte]")]
@@ -60,7 +60,7 @@ pub(super) struct ChargesQuery {
     starting_after: Option<String>,
 }
 
-/// Charges, newest first; a page begins after the one that the request names.
+/// Returns charges, newest first. A page starts after the charge with the id `starting_after`.
 pub(super) async fn charges(
     Extension(endless): Extension<Endless>,
     Query(query): Query<ChargesQuery>,
@@ -78,13 +78,13 @@ pub(super) async fn charges(
         },
     };
     let (page, more) = public::page(&records[from..], 1, query.limit.unwrap_or(10).clamp(1, MAX_PAGE));
-    // A list that never ends gives its first page again and again.
+    // An endless list returns its first page for every request.
     let page: &[Value] = if endless.0 { public::page(&records, 1, MAX_PAGE).0 } else { page };
     Json(json!({"object": "list", "url": "/v1/charges", "has_more": more || endless.0, "data": page}))
         .into_response()
 }
 
-/// Parameters of Stack Exchange's `/2.3/questions`.
+/// Parameters of `/2.3/questions` (Stack Exchange).
 #[derive(Debug, Deserialize)]
 pub(super) struct QuestionsQuery {
     fromdate: i64,
@@ -94,7 +94,8 @@ pub(super) struct QuestionsQuery {
     site: String,
 }
 
-/// Questions, oldest first, by page number; `todate` is included.
+/// Returns questions, oldest first, by page number. Unlike in the other APIs, the end of the interval, `todate`, is
+/// inclusive.
 pub(super) async fn questions(
     Extension(endless): Extension<Endless>,
     Query(query): Query<QuestionsQuery>,

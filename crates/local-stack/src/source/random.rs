@@ -1,12 +1,12 @@
-//! Numbers that look random and depend on the seed alone, the same in every version of every library: SplitMix64
-//! (Steele, Lea, Flood 2014) seeded by FNV-1a. Not for secrets.
+//! A deterministic random number generator: SplitMix64 (Steele, Lea, Flood 2014) seeded with FNV-1a. The numbers depend
+//! only on the seed, not on library versions. Not suitable for secrets.
 
-/// A sequence of numbers fixed by its seed.
+/// A sequence of pseudorandom numbers that is determined by its seed.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
 impl Random {
-    /// The sequence of a text and up to any number of counters.
+    /// Creates the sequence of a seed text and any number of counters.
     pub fn new(seed: &str, counters: &[u64]) -> Random {
         const PRIME: u64 = 0x0000_0100_0000_01b3;
         let mut state = 0xcbf2_9ce4_8422_2325_u64;
@@ -20,7 +20,7 @@ impl Random {
         random
     }
 
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -29,23 +29,23 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number below `bound`, which must be above 0.
+    /// Returns a number below `bound`. A bound of 0 counts as 1.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound.max(1)
     }
 
-    /// A number in `[0, 1)`.
+    /// Returns a number in `[0, 1)`.
     pub fn fraction(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// One of a list separated by `|`.
+    /// Returns one item of a list separated by `|`.
     pub fn pick(&mut self, list: &'static str) -> &'static str {
         let count = list.split('|').count() as u64;
         list.split('|').nth(self.below(count) as usize).unwrap_or(list)
     }
 
-    /// `pattern` with `#` made a digit and `?` a capital letter; the first `#` is no 0.
+    /// Replaces each `#` in the pattern with a digit and each `?` with a capital letter. The first digit is never 0.
     pub fn fill(&mut self, pattern: &str) -> String {
         let mut first = true;
         pattern
@@ -61,7 +61,7 @@ impl Random {
             .collect()
     }
 
-    /// `count` lower-case hexadecimal digits.
+    /// Returns `count` lowercase hexadecimal digits.
     pub fn hex(&mut self, count: usize) -> String {
         let mut text = String::with_capacity(count + 16);
         while text.len() < count {
@@ -71,7 +71,7 @@ impl Random {
         text
     }
 
-    /// A version 4 UUID.
+    /// Returns a version 4 UUID.
     pub fn uuid(&mut self) -> uuid::Uuid {
         let bits = (u128::from(self.next()) << 64) | u128::from(self.next());
         uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()

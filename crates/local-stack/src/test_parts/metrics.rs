@@ -1,75 +1,74 @@
-//! `./test metrics`: promtool over configuration, rules and their tests, then the whole system with Prometheus, and the
-//! target `metrics` against it.
+//! `./test metrics`: checks the configuration, the rules and their tests with promtool. Then starts the whole system
+//! with Prometheus and runs the test target `metrics` against it.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::{Closing, FEATURES, Step, call};
+use super::{FEATURES, Step, StepResult, run_step};
 use crate::cli::{TestArgs, TestPart};
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};
-use crate::private::{self, Private};
+use crate::private::{self, PrivateServers};
 use crate::stack::{Extent, Stack};
 use crate::terminal::Terminal;
 
-/// The tests that take minutes and leave the stack broken: they come last.
-const PROVOKED: &str = "provoked";
+/// Name filter of the tests that provoke alerts. They take minutes and leave the stack broken, so they run last.
+const PROVOKED_ALERTS: &str = "alerts::";
 
-/// Starts everything on ports and folders of its own, runs the checks, stops everything whatever happened.
-pub(super) async fn run(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result<Vec<Closing>> {
+/// Starts the whole system on private ports and folders, runs the checks, and stops the system in any case.
+pub(super) async fn run(settings: &Settings, args: &TestArgs, terminal: Terminal) -> Result<Vec<StepResult>> {
     let folder = private::folder(settings, "metrics-")?;
-    let own = Private::prepare(settings, folder, terminal).await?;
+    let own = PrivateServers::prepare(settings, folder, terminal).await?;
     let mut stack = Stack::new(own.settings.clone(), terminal);
-    let closings = tokio::select! {
-        closings = checks(&own, &mut stack, args, terminal) => closings,
+    let results = tokio::select! {
+        results = checks(&own, &mut stack, args, terminal) => results,
         error = private::interrupted() => Err(error),
     };
     stack.stop().await;
-    if !matches!(&closings, Ok(closings) if closings.iter().all(|closing| closing.passed)) {
+    if !matches!(&results, Ok(results) if results.iter().all(|result| result.passed)) {
         own.keep(terminal);
     }
-    closings
+    results
 }
 
 async fn checks(
-    own: &Private,
+    own: &PrivateServers,
     stack: &mut Stack,
     args: &TestArgs,
     terminal: Terminal,
-) -> Result<Vec<Closing>> {
+) -> Result<Vec<StepResult>> {
     let Some(promtool) = promtool(own.installed.prometheus.as_deref()) else {
-        let line =
-            "Prometheus is not here: Debian's package brings it (`apt-get download prometheus` must work)";
-        return Ok(vec![Closing { title: "metrics", passed: false, lines: vec![line.to_owned()] }]);
+        let line = "Prometheus is missing; check that `apt-get download prometheus` works";
+        return Ok(vec![StepResult { title: "metrics", passed: false, lines: vec![line.to_owned()] }]);
     };
     let cargo = |title, arguments: &[&str]| cargo(&own.settings, &promtool, title, arguments);
-    let mut closings = Vec::new();
+    let mut results = Vec::new();
     for step in promtool_steps(&own.settings, &promtool)? {
-        closings.push(call(step, terminal).await?);
+        results.push(run_step(step, terminal).await?);
     }
-    // Built before the servers start: the compiler would take their memory and time.
-    let built = call(cargo("metrics: build", &["--no-run"]), terminal).await?;
+    // The tests are built before the servers start, because the compiler would compete for memory and CPU.
+    let built = run_step(cargo("metrics: build", &["--no-run"]), terminal).await?;
     if !built.passed {
-        closings.push(built);
-        return Ok(closings);
+        results.push(built);
+        return Ok(results);
     }
     stack.start(&own.installed, Extent::All).await?;
-    let every = "metrics: every expression on the real stack";
+    let title = "metrics: every expression on the real stack";
     let mut steps = Vec::new();
     match &args.only {
-        Some(name) => steps.push(cargo(every, &["--", "--nocapture", name])),
-        None => steps.push(cargo(every, &["--", "--test-threads=1", "--skip", PROVOKED])),
+        Some(name) => steps.push(cargo(title, &["--", "--nocapture", name])),
+        None => steps.push(cargo(title, &["--", "--test-threads=1", "--skip", PROVOKED_ALERTS])),
     }
     if args.part == TestPart::Long {
-        steps.push(cargo("metrics: alerts provoked", &["--", "--nocapture", PROVOKED]));
+        steps.push(cargo("metrics: alerts provoked", &["--", "--nocapture", PROVOKED_ALERTS]));
     }
     for step in steps {
-        closings.push(call(step, terminal).await?);
+        results.push(run_step(step, terminal).await?);
     }
-    Ok(closings)
+    Ok(results)
 }
 
-/// promtool comes with Prometheus.
+/// Returns the promtool executable, which is installed next to Prometheus.
 fn promtool(prometheus: Option<&Path>) -> Option<PathBuf> {
     prometheus.map(|prometheus| prometheus.with_file_name("promtool")).filter(|promtool| promtool.is_file())
 }
@@ -90,10 +89,10 @@ fn promtool_steps(settings: &Settings, promtool: &Path) -> Result<Vec<Step>> {
         folder: folder.to_owned(),
         environment: Vec::new(),
     };
-    let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+    let arguments = |list: &[&str]| list.iter().map(OsString::from).collect::<Vec<_>>();
     Ok(vec![
-        step("promtool check config", &folder, words(&["check", "config", "prometheus.yml"])),
-        step("promtool test rules", &tests, [words(&["test", "rules"]), files].concat()),
+        step("promtool check config", &folder, arguments(&["check", "config", "prometheus.yml"])),
+        step("promtool test rules", &tests, [arguments(&["test", "rules"]), files].concat()),
     ])
 }
 

@@ -1,4 +1,4 @@
-//! The page's service: what it says while something is wrong, whom it answers, and what it refuses to do.
+//! The dashboard service: what it reports during faults, which host names it accepts, and which requests it refuses.
 
 use std::time::Duration;
 
@@ -6,14 +6,15 @@ use local_stack::servers::http_client;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::harness::{PATIENT, Pipeline, SOON, Service, wait_for, wait_until};
-use crate::outages::Way;
+use crate::harness::{LONG_TIMEOUT, Pipeline, Service, TIMEOUT, wait_for, wait_until};
+use crate::outages::Proxy;
 
-/// Longer than the service lets a request take.
-const ANSWERED: Duration = Duration::from_secs(30);
+/// Longer than the request timeout of the service.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Service {
-    /// State and reason of an instance in `/api/v1/services`; `None`: it is not listed, or the list cannot be had.
+    /// State and reason of an instance in `/api/v1/services`. `None` if the instance is not listed or the request
+    /// fails.
     async fn listed(&self, instance: &str) -> Option<(String, Value)> {
         let services = self.json("/api/v1/services").await?;
         let one = services["services"].as_array()?.iter().find(|one| one["instance"] == instance)?.clone();
@@ -24,21 +25,21 @@ impl Service {
         self.listed(instance).await.is_some_and(|(found, _)| found == state)
     }
 
-    /// Its own time.
+    /// The current time of the service in Unix seconds.
     async fn unix_seconds(&self) -> i64 {
         let overview = self.json("/api/v1/overview").await.unwrap();
         let as_of = chrono::DateTime::parse_from_rfc3339(overview["as_of"].as_str().unwrap());
         as_of.unwrap().timestamp()
     }
 
-    /// The last second of the chart.
+    /// The last point of the throughput chart in Unix seconds.
     async fn chart_ends(&self) -> i64 {
         let chart = self.json("/api/v1/throughput?minutes=1").await.unwrap();
         chart["points"].as_array().unwrap().last().unwrap()["at"].as_i64().unwrap()
     }
 
-    /// Status and headers of the answer to a request by this name.
-    async fn asked_as(&self, host: &str, path: &str) -> String {
+    /// The complete HTTP answer to a request with this `Host` header.
+    async fn get_with_host(&self, host: &str, path: &str) -> String {
         let address = self.address.strip_prefix("http://").unwrap();
         let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
@@ -50,20 +51,26 @@ impl Service {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_processor_falls_silent_and_one_that_refuses_says_why() {
+async fn a_killed_processor_is_listed_as_silent_and_a_refusing_one_with_its_reason() {
     let mut pipeline = Pipeline::initialised("presence").await;
     let mut dashboard = pipeline.dashboard();
     dashboard.ready().await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("it is listed as ready", SOON, || async { dashboard.lists("one", "ready").await }).await;
+    wait_until("the processor is listed as ready", TIMEOUT, || async {
+        dashboard.lists("one", "ready").await
+    })
+    .await;
     processor.kill().await;
-    wait_until("it is listed as silent", SOON, || async { dashboard.lists("one", "silent").await }).await;
+    wait_until("the processor is listed as silent", TIMEOUT, || async {
+        dashboard.lists("one", "silent").await
+    })
+    .await;
 
     pipeline.edit_stream(|text| text.replace("values = [\"female\", \"male\"]", "values = [\"female\"]"));
     let mut refusing = pipeline.processor("one");
-    assert_eq!(refusing.end().await.code(), Some(3), "{}", refusing.words());
-    let (_, reason) = wait_for("it is listed as refused", SOON, || async {
+    assert_eq!(refusing.end().await.code(), Some(3), "{}", refusing.log_text());
+    let (_, reason) = wait_for("the processor is listed as refused", TIMEOUT, || async {
         dashboard.listed("one").await.filter(|(state, _)| state == "refused")
     })
     .await;
@@ -72,20 +79,23 @@ async fn a_killed_processor_falls_silent_and_one_that_refuses_says_why() {
     pipeline.edit_stream(|text| text.replace("values = [\"female\"]", "values = [\"female\", \"male\"]"));
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("it is listed as ready again", SOON, || async { dashboard.lists("one", "ready").await }).await;
+    wait_until("the processor is listed as ready again", TIMEOUT, || async {
+        dashboard.lists("one", "ready").await
+    })
+    .await;
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cassandra_that_stands_still_is_unknown_and_the_page_goes_on_by_itself() {
+async fn figures_are_unknown_while_cassandra_hangs_and_known_again_afterwards() {
     let pipeline = Pipeline::initialised("still").await;
-    let way = Way::to(pipeline.cassandra_address()).await;
-    let mut dashboard = pipeline.dashboard_with(&[("PIPELINE_CASSANDRA_NODES", way.address.clone())]);
+    let proxy = Proxy::to(pipeline.cassandra_address()).await;
+    let mut dashboard = pipeline.dashboard_with(&[("PIPELINE_CASSANDRA_NODES", proxy.address.clone())]);
     dashboard.ready().await;
     let windows = "/api/v1/windows?last=10m";
     assert!(dashboard.json(windows).await.unwrap()["windows"].is_array());
-    way.halted.send_replace(true);
-    wait_until("its figures are unknown", SOON, || async {
+    proxy.hangs.send_replace(true);
+    wait_until("the figures of cassandra are unknown", TIMEOUT, || async {
         let overview = dashboard.json("/api/v1/overview").await.unwrap_or_default();
         overview["rows_written"].is_null() && overview["reasons"]["rows_written"]["source"] == "cassandra"
     })
@@ -95,26 +105,30 @@ async fn a_cassandra_that_stands_still_is_unknown_and_the_page_goes_on_by_itself
         assert!(answer[list].is_null() && answer["reason"]["source"] == "cassandra", "{answer}");
     }
     let (seen, chart_ends) = (dashboard.unix_seconds().await, dashboard.chart_ends().await);
-    wait_until("some seconds have passed", SOON, || async { dashboard.unix_seconds().await > seen + 3 })
+    wait_until("some seconds have passed", TIMEOUT, || async { dashboard.unix_seconds().await > seen + 3 })
         .await;
-    assert_eq!(dashboard.chart_ends().await, chart_ends, "what could not be read is not shown as idle");
-    let asks = (0..12).map(|_| async {
+    assert_eq!(
+        dashboard.chart_ends().await,
+        chart_ends,
+        "the chart must not show zeros for seconds that could not be read"
+    );
+    let requests = (0..12).map(|_| async {
         let url = format!("{}{windows}", dashboard.address);
-        let answer = http_client().unwrap().get(url).timeout(ANSWERED).send().await.unwrap();
+        let answer = http_client().unwrap().get(url).timeout(ANSWER_TIMEOUT).send().await.unwrap();
         let (status, retry) = (answer.status().as_u16(), answer.headers().contains_key("retry-after"));
         (status, retry, answer.json::<Value>().await.unwrap())
     });
-    for (status, retry, answer) in futures::future::join_all(asks).await {
+    for (status, retry, answer) in futures::future::join_all(requests).await {
         assert!(status == 504 || (status == 503 && retry), "{status} {answer}");
         let message = answer["error"]["message"].as_str().unwrap();
         assert!(!message.contains('\n') && !message.is_empty(), "{answer}");
     }
-    way.halted.send_replace(false);
-    wait_until("its figures are known again", PATIENT, || async {
+    proxy.hangs.send_replace(false);
+    wait_until("the figures of cassandra are known again", LONG_TIMEOUT, || async {
         dashboard.json("/api/v1/overview").await.is_some_and(|overview| overview["rows_written"] == 0)
     })
     .await;
-    wait_until("windows are answered again", SOON, || async {
+    wait_until("the windows are known again", TIMEOUT, || async {
         dashboard.json(windows).await.is_some_and(|answer| answer["windows"].is_array())
     })
     .await;
@@ -122,19 +136,19 @@ async fn a_cassandra_that_stands_still_is_unknown_and_the_page_goes_on_by_itself
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_answers_to_its_own_names_and_refuses_questions_that_cost_too_much() {
+async fn foreign_host_names_and_expensive_queries_are_refused() {
     let pipeline = Pipeline::initialised("names").await;
     let mut dashboard = pipeline.dashboard_with(&[("PIPELINE_HTTP_HOSTS", "metrics-dashboard".to_owned())]);
     dashboard.ready().await;
     for path in ["/", "/api/v1/overview", "/api/v1/stream", "/api/v1/services", "/metrics", "/readyz"] {
-        let answer = dashboard.asked_as("rebound.example:8050", path).await;
+        let answer = dashboard.get_with_host("rebound.example:8050", path).await;
         assert!(answer.starts_with("HTTP/1.1 421") && !answer.contains(&pipeline.topic), "{path}: {answer}");
     }
     for host in ["localhost:8050", "127.0.0.1", "metrics-dashboard:8050"] {
-        let answer = dashboard.asked_as(host, "/metrics").await;
+        let answer = dashboard.get_with_host(host, "/metrics").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
     }
-    let answer = dashboard.asked_as("localhost", "/api/v1/windows?by=nationality&last=30d").await;
+    let answer = dashboard.get_with_host("localhost", "/api/v1/windows?by=nationality&last=30d").await;
     assert!(answer.starts_with("HTTP/1.1 400") && answer.contains(r#""source":"request""#), "{answer}");
     assert!(answer.contains("ask for a shorter span"), "{answer}");
     dashboard.stop().await;

@@ -1,4 +1,5 @@
-//! What an operator does about dead letters: a partition that pauses over too many, and letters that are sent again.
+//! How an operator handles dead letters: a partition that pauses after too many of them, and dead letters that are
+//! replayed.
 
 use std::collections::BTreeMap;
 
@@ -7,20 +8,20 @@ use rdkafka::admin::AdminOptions;
 use rdkafka::message::Message;
 use serde_json::Value;
 
-use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, TIMEOUT, now_ms, text, wait_until};
 use crate::oracle::header;
 
-/// The partition that gets the poison.
+/// The partition that receives the undecodable records.
 const POISONED: i32 = 2;
 
-/// How far event time may be ahead of the broker's clock.
-const AHEAD_MOST_MS: i64 = 3_600_000;
+/// The furthest that an event time may be ahead of the broker's clock.
+const MAX_AHEAD_MS: i64 = 3_600_000;
 
-/// Time for a slow machine to send a record before its event time is no longer too far ahead.
-const STILL_AHEAD_MS: i64 = 8_000;
+/// Added to [`MAX_AHEAD_MS`], so that the event time is still too far ahead when a slow machine sends the record.
+const AHEAD_MARGIN_MS: i64 = 8_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_much_poison_pauses_its_partition_alone_until_somebody_accepts_it() {
+async fn too_many_undecodable_records_pause_only_their_partition_until_an_operator_accepts_them() {
     const LIMIT: i64 = 5;
     const POISON: i64 = LIMIT + 3;
     let pipeline = Pipeline::initialised("poison").await;
@@ -31,29 +32,30 @@ async fn too_much_poison_pauses_its_partition_alone_until_somebody_accepts_it() 
     let first = pipeline.ends(&pipeline.topic).await[&POISONED];
     let values = (0..POISON).map(|number| format!("poison {number}")).collect();
     pipeline.send_to_partition(POISONED, &[], values).await;
-    wait_until("readiness tells", SOON, || async { !processor.is_ready().await }).await;
+    wait_until("the processor is not ready", TIMEOUT, || async { !processor.is_ready().await }).await;
     pipeline.stress(600).await;
-    wait_until("the other partitions go on", SOON, || async {
-        pipeline.behind().await.keys().eq([&POISONED])
+    wait_until("the other partitions are processed", TIMEOUT, || async {
+        pipeline.lag().await.keys().eq([&POISONED])
     })
     .await;
 
     let report = processor.json("/readyz").await.unwrap().to_string();
     let paused = format!("paused at offset {}", first + LIMIT);
-    let way_on = format!("dlq accept --partition {POISONED} --up-to {}", first + LIMIT + 1);
-    for words in [format!("partition {POISONED}"), paused, way_on] {
-        assert!(report.contains(&words) && processor.words().contains(&words), "{words}: {report}");
+    let remedy = format!("dlq accept --partition {POISONED} --up-to {}", first + LIMIT + 1);
+    for part in [format!("partition {POISONED}"), paused, remedy] {
+        assert!(report.contains(&part) && processor.log_text().contains(&part), "{part}: {report}");
     }
     for partition in 0..6 {
         let name = format!("processor_paused{{partition=\"{partition}\"}}");
-        let wanted = f64::from(u8::from(partition == POISONED));
-        assert_eq!(processor.metric(&name).await, Some(wanted), "{name}");
+        let expected = f64::from(u8::from(partition == POISONED));
+        assert_eq!(processor.metric(&name).await, Some(expected), "{name}");
     }
-    assert!(!processor.is_ready().await, "ready although a partition is paused");
+    assert!(!processor.is_ready().await, "the processor is ready although a partition is paused");
 
     pipeline.dlq(["accept", "--partition", "2", "--up-to"], (first + POISON).to_string()).await;
-    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
-    wait_until("all is processed", PATIENT, || async { pipeline.behind().await.is_empty() }).await;
+    wait_until("the processor is ready again", TIMEOUT, || async { processor.is_ready().await }).await;
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async { pipeline.lag().await.is_empty() })
+        .await;
     assert_eq!(processor.metric("processor_paused{partition=\"2\"}").await, Some(0.0));
     assert_eq!(pipeline.progress().await.dead_letters, POISON);
     pipeline.assert_counted_once(1_200).await;
@@ -63,7 +65,7 @@ async fn too_much_poison_pauses_its_partition_alone_until_somebody_accepts_it() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_dead_letter_topic_is_told_by_readiness_until_it_is_there_again() {
+async fn readiness_reports_a_missing_dead_letter_topic_until_it_exists_again() {
     let pipeline = Pipeline::initialised("no_dlq").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
@@ -71,43 +73,48 @@ async fn a_missing_dead_letter_topic_is_told_by_readiness_until_it_is_there_agai
     let deleted = pipeline.admin().delete_topics(&[&dlq], &AdminOptions::new()).await.unwrap();
     deleted.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
     pipeline.send_to_partition(POISONED, &[], vec!["poison".to_owned()]).await;
-    wait_until("readiness tells", SOON, || async { !processor.is_ready().await }).await;
+    wait_until("the processor is not ready", TIMEOUT, || async { !processor.is_ready().await }).await;
     let report = processor.json("/readyz").await.unwrap().to_string();
-    assert!(report.contains(&format!("topic `{dlq}` does not take dead letters")), "{report}");
+    assert!(report.contains(&format!("topic `{dlq}` does not accept dead letters")), "{report}");
     pipeline.stress(600).await;
-    wait_until("the other partitions go on", SOON, || async {
-        pipeline.behind().await.keys().eq([&POISONED])
+    wait_until("the other partitions are processed", TIMEOUT, || async {
+        pipeline.lag().await.keys().eq([&POISONED])
     })
     .await;
     pipeline.init().await;
-    wait_until("all is processed", PATIENT, || async { pipeline.behind().await.is_empty() }).await;
-    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async { pipeline.lag().await.is_empty() })
+        .await;
+    wait_until("the processor is ready again", TIMEOUT, || async { processor.is_ready().await }).await;
     assert_eq!(pipeline.records(&dlq).await.len(), 1);
     assert_eq!(pipeline.progress().await.dead_letters, 1);
     let reopened = processor.metric("processor_partition_starts_total{how=\"resume\"}").await;
-    assert_eq!(reopened, Some(0.0), "idle partitions are left alone: {}", processor.words());
+    assert_eq!(reopened, Some(0.0), "an idle partition was reopened: {}", processor.log_text());
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_letter_without_a_key_goes_back_to_its_partition_and_counts_once() {
+async fn a_replayed_dead_letter_without_a_key_returns_to_its_partition_and_counts_once() {
     const COPIES: usize = 8;
     let pipeline = Pipeline::initialised("keyless").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    let time_ms = now_ms() + AHEAD_MOST_MS + STILL_AHEAD_MS;
+    let time_ms = now_ms() + MAX_AHEAD_MS + AHEAD_MARGIN_MS;
     let time = DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339_opts(SecondsFormat::Millis, true);
-    // The same event several times: a partitioner of its own would spread them over all partitions.
+    // Several copies of one event. If the replay chose a partition, it would spread them over all partitions.
     for _ in 0..COPIES {
         let headers = [("ce_id", "ahead"), ("ce_time", time.as_str())];
         pipeline.send_keyless(4, &headers, r#"{"first_name":"Ada","last_name":"Ahead"}"#).await;
     }
-    let set_aside = || async { pipeline.progress().await.dead_letters == COPIES as i64 };
-    wait_until("all are set aside", SOON, set_aside).await;
-    wait_until("the time is near enough", SOON, || async { now_ms() + AHEAD_MOST_MS > time_ms }).await;
+    let dead_lettered = || async { pipeline.progress().await.dead_letters == COPIES as i64 };
+    wait_until("all copies are dead letters", TIMEOUT, dead_lettered).await;
+    wait_until("the event time is no longer too far ahead", TIMEOUT, || async {
+        now_ms() + MAX_AHEAD_MS > time_ms
+    })
+    .await;
     let output = pipeline.run("stream-processor", &["dlq", "replay", "--all"], &[]).await;
     assert!(output.status.success(), "{}", text(&output.stderr));
-    wait_until("all are taken", SOON, || async { pipeline.behind().await.is_empty() }).await;
+    wait_until("the replayed records are processed", TIMEOUT, || async { pipeline.lag().await.is_empty() })
+        .await;
     let progress = pipeline.progress().await;
     assert_eq!((progress.events, progress.duplicates), (1, COPIES as i64 - 1));
     assert_eq!(pipeline.rows().await, 1);
@@ -115,19 +122,22 @@ async fn a_letter_without_a_key_goes_back_to_its_partition_and_counts_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_letters_sent_again_count_as_what_they_are_by_then() {
+async fn a_replayed_dead_letter_becomes_an_event_a_duplicate_or_a_dead_letter_again() {
     let pipeline = Pipeline::initialised("sent_again").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
     pipeline.stress(100).await;
-    // A producer's clock was wrong: too far ahead now, and good a little later.
-    let time_ms = now_ms() + AHEAD_MOST_MS + STILL_AHEAD_MS;
+    // An event time too far ahead, as from a producer with a wrong clock. It becomes valid a few seconds later.
+    let time_ms = now_ms() + MAX_AHEAD_MS + AHEAD_MARGIN_MS;
     let time = DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339_opts(SecondsFormat::Millis, true);
     let headers = [("ce_id", "ahead"), ("ce_time", time.as_str())];
     let value = r#"{"first_name":"Ada","last_name":"Ahead"}"#;
     pipeline.send_to_partition(1, &headers, vec![value.to_owned()]).await;
     pipeline.send_to_partition(0, &[], vec!["never an event".to_owned()]).await;
-    wait_until("both are set aside", SOON, || async { pipeline.progress().await.dead_letters == 2 }).await;
+    wait_until("both records are dead letters", TIMEOUT, || async {
+        pipeline.progress().await.dead_letters == 2
+    })
+    .await;
 
     let letters = pipeline.letters().await;
     let class_of = |letter: &Value| letter["class"].as_str().unwrap().to_owned();
@@ -136,10 +146,13 @@ async fn dead_letters_sent_again_count_as_what_they_are_by_then() {
     let shown = pipeline.dlq(["show", "--offset"], ahead.clone()).await;
     assert!(shown.contains(value) && shown.contains("ce_id: ahead"), "{shown}");
 
-    wait_until("its time has come", SOON, || async { now_ms() > time_ms - AHEAD_MOST_MS }).await;
-    let said = pipeline.dlq(["replay"], "--all".to_owned()).await;
-    assert!(said.contains("2 dead letters sent again"), "{said}");
-    wait_until("one is an event, one a dead letter again", SOON, || async {
+    wait_until("the event time is no longer too far ahead", TIMEOUT, || async {
+        now_ms() > time_ms - MAX_AHEAD_MS
+    })
+    .await;
+    let printed = pipeline.dlq(["replay"], "--all".to_owned()).await;
+    assert!(printed.contains("2 dead letters sent again"), "{printed}");
+    wait_until("one record is an event and one is a dead letter again", TIMEOUT, || async {
         let progress = pipeline.progress().await;
         (progress.events, progress.dead_letters, progress.duplicates) == (101, 3, 0)
     })
@@ -147,7 +160,7 @@ async fn dead_letters_sent_again_count_as_what_they_are_by_then() {
     pipeline.assert_provenance(&ahead, &time).await;
 
     pipeline.dlq(["replay", "--offset"], ahead).await;
-    wait_until("once more, and it is a duplicate", SOON, || async {
+    wait_until("the second replay is a duplicate", TIMEOUT, || async {
         pipeline.progress().await.duplicates == 1
     })
     .await;
@@ -158,17 +171,17 @@ async fn dead_letters_sent_again_count_as_what_they_are_by_then() {
 }
 
 impl Pipeline {
-    /// Records that are in the log and not yet processed, by partition; only those that have some.
-    async fn behind(&self) -> BTreeMap<i32, i64> {
-        let mut behind = self.ends(&self.topic).await;
+    /// The number of unprocessed records of each partition that has any.
+    async fn lag(&self) -> BTreeMap<i32, i64> {
+        let mut lag = self.ends(&self.topic).await;
         for (partition, next_offset) in self.next_offsets().await {
-            *behind.get_mut(&partition).unwrap() -= next_offset;
+            *lag.get_mut(&partition).unwrap() -= next_offset;
         }
-        behind.retain(|_, records| *records > 0);
-        behind
+        lag.retain(|_, records| *records > 0);
+        lag
     }
 
-    /// `stream-processor dlq …`, which must succeed, and what it printed.
+    /// Runs `stream-processor dlq`, which must succeed. Returns its stdout.
     async fn dlq<const N: usize>(&self, arguments: [&str; N], last: String) -> String {
         let arguments = [&["dlq"], &arguments[..], &[last.as_str()]].concat();
         let output = self.run("stream-processor", &arguments, &[]).await;
@@ -176,13 +189,14 @@ impl Pipeline {
         text(&output.stdout)
     }
 
-    /// `dlq list --json`.
+    /// The dead letters that `dlq list --json` prints.
     async fn letters(&self) -> Vec<Value> {
         let printed = self.dlq(["list"], "--json".to_owned()).await;
         serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
     }
 
-    /// The list, the table and each letter name where the poison from `first` on comes from, and why it was refused.
+    /// Asserts that `dlq list` and `dlq show` name the source and the error of the `poison` dead letters from offset
+    /// `first` on.
     async fn assert_listed(&self, first: i64, poison: i64) {
         let table = self.dlq(["list", "--limit"], "100".to_owned()).await;
         let mut sources = Vec::new();
@@ -200,13 +214,13 @@ impl Pipeline {
         assert!(sources.into_iter().eq(first..first + poison), "{table}");
     }
 
-    /// The record that was sent again says from where, keeps its own headers, and has lost what was wrong with it; so does the
-    /// one that is a dead letter again, which says what is wrong now.
+    /// Asserts that the replayed records name the dead letter they come from. The event keeps its own headers and has
+    /// lost its error headers. The other record is a dead letter again and has new error headers.
     async fn assert_provenance(&self, ahead: &str, time: &str) {
         let from = format!("{}.dlq/0/{ahead}", self.topic);
         let records = self.all_records(&self.topic).await;
         let sent = records.iter().find(|record| header(record, "replayed_from").as_ref() == Some(&from));
-        let sent = sent.unwrap_or_else(|| panic!("no record of {from}"));
+        let sent = sent.unwrap_or_else(|| panic!("no record was replayed from {from}"));
         assert_eq!(header(sent, "ce_id").as_deref(), Some("ahead"));
         assert_eq!(header(sent, "ce_time").as_deref(), Some(time));
         assert_eq!(header(sent, "__connect.errors.offset"), None);

@@ -1,5 +1,6 @@
-//! A pipeline of its own for each test, on the servers all tests share: keyspace, topics, group, checkpoint folder,
-//! source simulator and ports. Starts and kills services the way a user does. What must hold is in the tests.
+//! A separate pipeline for each test on the servers that all tests share. Each pipeline has its own keyspace, topics,
+//! consumer group, checkpoint folder, source simulator and ports. The harness starts and kills services as a user
+//! would. The tests contain the assertions.
 
 use std::fs::{self, File};
 use std::future::Future;
@@ -18,18 +19,19 @@ use scylla::client::session_builder::SessionBuilder;
 use serde_json::Value;
 use tokio::process::{Child, Command};
 
-/// Long enough for a slow machine, short enough for a person.
-pub const SOON: Duration = Duration::from_secs(60);
+/// Timeout for one step, such as a service start. Long enough for a slow machine.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// For loads and recoveries.
-pub const PATIENT: Duration = Duration::from_secs(300);
+/// Timeout for processing a load or recovering from a fault.
+pub const LONG_TIMEOUT: Duration = Duration::from_secs(300);
 
-const ASK_EVERY: Duration = Duration::from_millis(100);
+/// Pause between two checks of a condition.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Distinguishes the pipelines of one run.
-static NEXT: AtomicU32 = AtomicU32::new(0);
+/// Number of the next pipeline. It keeps the names within one test run unique.
+static NEXT_PIPELINE: AtomicU32 = AtomicU32::new(0);
 
-/// One pipeline and everything it owns.
+/// One pipeline and the resources it owns.
 pub struct Pipeline {
     pub keyspace: String,
     pub topic: String,
@@ -43,7 +45,7 @@ pub struct Pipeline {
     source_port: u16,
 }
 
-/// A service that was started.
+/// A service process. Dropping it kills the process.
 pub struct Service {
     pub name: String,
     pub log: PathBuf,
@@ -52,64 +54,68 @@ pub struct Service {
 }
 
 fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: these tests are started by ./test e2e"))
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run these tests with ./test e2e"))
 }
 
-/// Whether the tests that take many minutes were asked for.
-pub fn long() -> bool {
+/// Whether `./test long` runs the tests. Some tests then use longer loads and outages.
+pub fn is_long_run() -> bool {
     variable("PIPELINE_TEST_LONG") == "1"
 }
 
-/// A shipped stream file.
+/// Path of a stream file in `streams/`.
 pub fn shipped(stream: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../streams").join(stream).with_extension("toml")
 }
 
-/// Unix milliseconds.
+/// The current time in Unix milliseconds.
 pub fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
 }
 
-/// A port nobody listens on now.
+/// A port that is free at the moment of the call.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Asks until the answer is there; panics with `what` after `within`.
+/// Polls until `poll` returns a value. Panics with `what` after `within`.
 pub async fn wait_for<T, F: Future<Output = Option<T>>>(
     what: &str,
     within: Duration,
-    mut ask: impl FnMut() -> F,
+    mut poll: impl FnMut() -> F,
 ) -> T {
     let deadline = Instant::now() + within;
-    let mut ticks = tokio::time::interval(ASK_EVERY);
+    let mut ticks = tokio::time::interval(POLL_INTERVAL);
     loop {
         ticks.tick().await;
-        if let Some(answer) = ask().await {
-            return answer;
+        if let Some(value) = poll().await {
+            return value;
         }
-        assert!(Instant::now() < deadline, "not within {} s: {what}", within.as_secs());
+        assert!(Instant::now() < deadline, "timed out after {} s: {what}", within.as_secs());
     }
 }
 
-/// [`wait_for`] a claim to become true.
-pub async fn wait_until<F: Future<Output = bool>>(what: &str, within: Duration, mut ask: impl FnMut() -> F) {
+/// Polls until `check` returns true. Panics with `what` after `within`.
+pub async fn wait_until<F: Future<Output = bool>>(
+    what: &str,
+    within: Duration,
+    mut check: impl FnMut() -> F,
+) {
     wait_for(what, within, || {
-        let answer = ask();
-        async move { answer.await.then_some(()) }
+        let checked = check();
+        async move { checked.await.then_some(()) }
     })
     .await;
 }
 
 impl Pipeline {
-    /// A pipeline of the default stream, changed by `edit`, of which nothing exists yet.
+    /// A pipeline of the default stream with its file changed by `edit`. Creates no keyspace or topics.
     pub async fn with_stream(name: &str, edit: impl Fn(String) -> String) -> Self {
         Self::with_file(name, "user_created", edit).await
     }
 
-    /// A pipeline of a shipped stream, changed by `edit`, of which nothing exists yet.
+    /// A pipeline of the stream file `stream` changed by `edit`. Creates no keyspace or topics.
     pub async fn with_file(name: &str, stream: &str, edit: impl Fn(String) -> String) -> Self {
-        let name = format!("{name}_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("{name}_{}_{}", std::process::id(), NEXT_PIPELINE.fetch_add(1, Ordering::Relaxed));
         let folder = Path::new(&variable("PIPELINE_TEST_FOLDER")).join("tests").join(&name);
         fs::create_dir_all(folder.join("checkpoints")).unwrap();
         let file = format!("{stream}.toml");
@@ -117,9 +123,12 @@ impl Pipeline {
         let stream_file = folder.join(&file);
         fs::write(&stream_file, &text).unwrap();
         let cassandra = variable("PIPELINE_TEST_CASSANDRA");
-        let session =
-            SessionBuilder::new().known_node(&cassandra).build().await.expect("cassandra of the tests");
-        // A test may want a file that does not parse: then the shipped one stands for it.
+        let session = SessionBuilder::new()
+            .known_node(&cassandra)
+            .build()
+            .await
+            .expect("a connection to the test cassandra");
+        // A test may use a stream file that does not parse. The definition of the default stream then replaces it.
         let definition = Definition::parse(&file, &text).unwrap_or_else(|_| {
             Definition::parse("user_created.toml", include_str!("../../../../streams/user_created.toml"))
                 .unwrap()
@@ -138,156 +147,156 @@ impl Pipeline {
         }
     }
 
-    /// The stream file.
+    /// The content of the stream file.
     pub fn stream_text(&self) -> String {
         fs::read_to_string(&self.stream_file).unwrap()
     }
 
-    /// Replaces the stream file by one that may be refused.
+    /// Replaces the stream file. The new content may be invalid.
     pub fn set_stream_text(&self, text: &str) {
         fs::write(&self.stream_file, text).unwrap();
     }
 
-    /// Changes the stream file; services that run keep what they have read.
+    /// Changes the stream file. Running services keep the definition that they read at start.
     pub fn edit_stream(&mut self, edit: impl Fn(String) -> String) {
         let text = edit(fs::read_to_string(&self.stream_file).unwrap());
         self.definition = Definition::parse("edited", &text).unwrap();
         fs::write(&self.stream_file, text).unwrap();
     }
 
-    /// A pipeline of the default stream.
+    /// A pipeline of the default stream. Creates no keyspace or topics.
     pub async fn new(name: &str) -> Self {
         Self::with_stream(name, |text| text).await
     }
 
-    /// A new pipeline with keyspace, tables and topics.
+    /// A pipeline of the default stream with its keyspace, tables and topics.
     pub async fn initialised(name: &str) -> Self {
         let pipeline = Self::new(name).await;
         pipeline.init().await;
         pipeline
     }
 
-    /// `stream-processor init`, which must succeed.
+    /// Runs `stream-processor init`, which must succeed.
     pub async fn init(&self) {
         let output = self.run("stream-processor", &["init"], &[]).await;
         assert!(output.status.success(), "init: {}", text(&output.stderr));
     }
 
-    /// `stream-processor verify --kafka`, which must find no difference.
+    /// Runs `stream-processor verify --kafka`, which must find no difference.
     pub async fn verify(&self) {
         let output = self.run("stream-processor", &["verify", "--kafka"], &[]).await;
         assert!(output.status.success(), "verify: {}{}", text(&output.stdout), text(&output.stderr));
     }
 
-    /// Runs a program to its end.
+    /// Runs a program until it exits. `more` contains further environment variables.
     pub async fn run(&self, program: &str, arguments: &[&str], more: &[(&str, String)]) -> Output {
         self.command(program, arguments, more).output().await.unwrap()
     }
 
-    /// The source simulator, answering.
+    /// Starts the source simulator and waits until it listens.
     pub async fn source(&self) -> Service {
         let listen = format!("127.0.0.1:{}", self.source_port);
         let command = self.command("local-stack", &["source", "--listen", &listen], &[]);
         let service = self.spawn("source", command, self.source_port);
-        wait_until("source simulator listens", SOON, || async {
+        wait_until("the source simulator listens", TIMEOUT, || async {
             tokio::net::TcpStream::connect(&listen).await.is_ok()
         })
         .await;
         service
     }
 
-    /// A source in place of the simulator that answers every request with `page`, until the end of the test.
-    pub async fn source_of(&self, page: String) {
+    /// Starts a source that answers every request with `page` until the test ends. It replaces the simulator.
+    pub async fn source_serving(&self, page: String) {
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", self.source_port)).await.unwrap();
         let router = axum::Router::new().fallback(move || std::future::ready(page.clone()));
         tokio::spawn(async move { axum::serve(listener, router).await });
     }
 
-    /// What goes wrong with the source from now on, as `PUT /faults` takes it.
+    /// Sets the faults of the source simulator. `faults` is the body of `PUT /faults`.
     pub async fn faults(&self, faults: &Value) {
         let url = format!("http://127.0.0.1:{}/faults", self.source_port);
         let answer = http_client().unwrap().put(url).body(faults.to_string()).send().await.unwrap();
         assert!(answer.status().is_success(), "{faults}: {}", answer.text().await.unwrap());
     }
 
-    /// `ingest-producer run`.
+    /// Starts `ingest-producer run`.
     pub fn producer(&self) -> Service {
         self.service("ingest-producer", "ingest-producer", &["run"], &[])
     }
 
-    /// `ingest-producer run` as this instance, with further settings.
+    /// Starts `ingest-producer run` with this instance name and further settings.
     pub fn producer_with(&self, instance: &str, more: &[(&str, String)]) -> Service {
         let more = [&[("PIPELINE_INSTANCE", instance.to_owned())], more].concat();
         self.service(&format!("ingest-producer-{instance}"), "ingest-producer", &["run"], &more)
     }
 
-    /// A command of the producer that goes on for a while, to be killed or stopped.
-    pub fn begun(&self, name: &str, arguments: &[&str], more: &[(&str, String)]) -> Service {
+    /// Starts an `ingest-producer` command without waiting for it, so that the test can kill or stop it.
+    pub fn start_producer_command(&self, name: &str, arguments: &[&str], more: &[(&str, String)]) -> Service {
         self.service(name, "ingest-producer", arguments, more)
     }
 
-    /// `stream-processor run` as this instance.
+    /// Starts `stream-processor run` with this instance name.
     pub fn processor(&self, instance: &str) -> Service {
         self.processor_with(instance, &[])
     }
 
-    /// `stream-processor run` with further settings.
+    /// Starts `stream-processor run` with this instance name and further settings.
     pub fn processor_with(&self, instance: &str, more: &[(&str, String)]) -> Service {
         let more = [&[("PIPELINE_INSTANCE", instance.to_owned())], more].concat();
         self.service(&format!("stream-processor-{instance}"), "stream-processor", &["run"], &more)
     }
 
-    /// `stream-processor run --replay`.
+    /// Starts `stream-processor run --replay` with this instance name.
     pub fn processor_replaying(&self, instance: &str) -> Service {
         let more = [("PIPELINE_INSTANCE", instance.to_owned())];
         self.service(&format!("replaying-{instance}"), "stream-processor", &["run", "--replay"], &more)
     }
 
-    /// The steps of the processor's loop, as its build for tests names them.
+    /// The steps at which the processor's test build can kill itself. Its error for an unknown step lists them.
     pub async fn steps(&self) -> Vec<String> {
         let output = self.run("stream-processor", &["run", "--kill-at", "?=1"], &[]).await;
-        let words = text(&output.stderr);
-        let names = words.lines().find_map(|line| line.split_once("one of ")).map(|(_, names)| names);
-        names.unwrap_or_else(|| panic!("{words}")).split(", ").map(str::to_owned).collect()
+        let stderr = text(&output.stderr);
+        let names = stderr.lines().find_map(|line| line.split_once("one of ")).map(|(_, names)| names);
+        names.unwrap_or_else(|| panic!("{stderr}")).split(", ").map(str::to_owned).collect()
     }
 
-    /// `stream-processor run` that kills itself at a step, given as STEP=N.
+    /// Starts `stream-processor run --kill-at STEP=N`. It kills itself when it reaches the step for the Nth time.
     pub fn processor_killed_at(&self, step: &str) -> Service {
-        // Small batches, so that every step is come to often.
+        // Small batches, so that the processor reaches every step often.
         let more = [("PIPELINE_INSTANCE", "one"), ("PIPELINE_BATCH_RECORDS", "200")];
         let more = more.map(|(name, value)| (name, value.to_owned()));
         self.service(&format!("killed-{step}"), "stream-processor", &["run", "--kill-at", step], &more)
     }
 
-    /// `metrics-dashboard`.
+    /// Starts `metrics-dashboard`.
     pub fn dashboard(&self) -> Service {
         self.dashboard_with(&[])
     }
 
-    /// `metrics-dashboard` with further settings.
+    /// Starts `metrics-dashboard` with further settings.
     pub fn dashboard_with(&self, more: &[(&str, String)]) -> Service {
         self.service("metrics-dashboard", "metrics-dashboard", &[], more)
     }
 
-    /// `ingest-producer stress`, which must deliver every message.
+    /// Runs `ingest-producer stress`, which must deliver every message.
     pub async fn stress(&self, messages: u64) {
         self.stress_with(&["--messages", &messages.to_string()]).await;
     }
 
-    /// `ingest-producer stress` with these arguments, which must deliver every message.
+    /// Runs `ingest-producer stress` with these arguments. It must deliver every message.
     pub async fn stress_with(&self, arguments: &[&str]) {
         let output = self.run("ingest-producer", &[&["stress"], arguments].concat(), &[]).await;
         assert!(output.status.success(), "stress: {}{}", text(&output.stdout), text(&output.stderr));
     }
 
-    /// Empties the checkpoint folder, as a lost volume would be.
+    /// Empties the checkpoint folder, as if its volume were lost.
     pub fn lose_checkpoints(&self) {
         let checkpoints = self.folder.join("checkpoints");
         fs::remove_dir_all(&checkpoints).unwrap();
         fs::create_dir(&checkpoints).unwrap();
     }
 
-    /// Cassandra itself, for tests that put something in between.
+    /// The address of Cassandra, for tests that put a proxy in front of it.
     pub fn cassandra_address(&self) -> String {
         self.cassandra.clone()
     }
@@ -324,77 +333,77 @@ impl Pipeline {
 }
 
 impl Service {
-    /// Waits until `/readyz` says yes.
+    /// Waits until `/readyz` returns success. Panics if the process exits first.
     pub async fn ready(&mut self) {
         let (url, name, log) = (format!("{}/readyz", self.address), self.name.clone(), self.log.clone());
         let client = http_client().unwrap();
-        let deadline = Instant::now() + SOON;
-        let mut ticks = tokio::time::interval(ASK_EVERY);
+        let deadline = Instant::now() + TIMEOUT;
+        let mut ticks = tokio::time::interval(POLL_INTERVAL);
         loop {
             ticks.tick().await;
             if client.get(&url).send().await.is_ok_and(|answer| answer.status().is_success()) {
                 return;
             }
             let ended = self.child.try_wait().unwrap();
-            let words = || fs::read_to_string(&log).unwrap_or_default();
-            assert!(ended.is_none(), "{name} ended ({ended:?}): {}", words());
-            assert!(Instant::now() < deadline, "{name} is not ready: {}", words());
+            let log_text = || fs::read_to_string(&log).unwrap_or_default();
+            assert!(ended.is_none(), "{name} exited ({ended:?}): {}", log_text());
+            assert!(Instant::now() < deadline, "{name} is not ready: {}", log_text());
         }
     }
 
-    /// Whether `/readyz` says yes now.
+    /// Whether `/readyz` returns success.
     pub async fn is_ready(&self) -> bool {
         let url = format!("{}/readyz", self.address);
         http_client().unwrap().get(url).send().await.is_ok_and(|answer| answer.status().is_success())
     }
 
-    /// The JSON at a path, `None` while it cannot be had.
+    /// The JSON answer to a GET of `path`. `None` if the request fails or the answer is not JSON.
     pub async fn json(&self, path: &str) -> Option<Value> {
         let answer = http_client().unwrap().get(format!("{}{path}", self.address)).send().await.ok()?;
         answer.json().await.ok()
     }
 
-    /// The value of a metric without labels, `None` while it cannot be had.
+    /// The value of the series `name`. `None` if the scrape fails or does not contain the series.
     pub async fn metric(&self, name: &str) -> Option<f64> {
         local_stack::servers::metric(&self.address, name).await
     }
 
-    /// SIGKILL, as `kill -9` does it, and the end of the process.
+    /// Sends SIGKILL and waits until the process has exited.
     pub async fn kill(mut self) {
         self.child.start_kill().unwrap();
         self.child.wait().await.unwrap();
     }
 
-    /// SIGTERM, and how the process ended.
+    /// Sends SIGTERM and returns the exit status. Panics after [`TIMEOUT`].
     pub async fn stop(mut self) -> ExitStatus {
         kill_process(self.pid(), Signal::TERM).unwrap();
         let ended = tokio::select! {
             ended = self.child.wait() => Some(ended.unwrap()),
-            () = tokio::time::sleep(SOON) => None,
+            () = tokio::time::sleep(TIMEOUT) => None,
         };
-        ended.unwrap_or_else(|| panic!("{} does not stop: {}", self.name, self.words()))
+        ended.unwrap_or_else(|| panic!("{} does not stop: {}", self.name, self.log_text()))
     }
 
-    /// How the process ended by itself, soon.
+    /// Waits until the process exits on its own, for at most [`TIMEOUT`].
     pub async fn end(&mut self) -> ExitStatus {
-        self.end_within(SOON).await
+        self.end_within(TIMEOUT).await
     }
 
-    /// How the process ended by itself.
+    /// Waits until the process exits on its own. Panics after `within`.
     pub async fn end_within(&mut self, within: Duration) -> ExitStatus {
         let ended = tokio::select! {
             ended = self.child.wait() => Some(ended.unwrap()),
             () = tokio::time::sleep(within) => None,
         };
-        ended.unwrap_or_else(|| panic!("{} does not end: {}", self.name, self.words()))
+        ended.unwrap_or_else(|| panic!("{} does not exit: {}", self.name, self.log_text()))
     }
 
-    /// Everything it logged.
-    pub fn words(&self) -> String {
+    /// The log so far, stdout and stderr together. Empty if the file cannot be read.
+    pub fn log_text(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Files below `folder` that the process has open, by name.
+    /// The state files (`*.redb`) in `folder` that the process has open, sorted by path.
     pub fn open_files(&self, folder: &Path) -> Vec<PathBuf> {
         let open = fs::read_dir(format!("/proc/{}/fd", self.pid().as_raw_nonzero())).unwrap();
         let mut files: Vec<PathBuf> = open
@@ -408,12 +417,12 @@ impl Service {
     }
 
     fn pid(&self) -> Pid {
-        let pid = self.child.id().unwrap_or_else(|| panic!("{} has ended", self.name));
+        let pid = self.child.id().unwrap_or_else(|| panic!("{} has exited", self.name));
         Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
     }
 }
 
-/// What a program printed.
+/// The output of a program as text.
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -1,21 +1,22 @@
-//! Two producers on one stream, each killed at random moments: no gap, no double run, no lost record.
+//! Two producers of one stream that are killed at random times. No interval may be missing or run twice at the same
+//! time, and no record may be lost.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::harness::{PATIENT, Pipeline, Service, long, now_ms, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, Service, is_long_run, now_ms, wait_until};
 use crate::ingest::short_intervals;
 
-/// How long the killing goes on.
+/// Duration of the test in seconds.
 const SECONDS: u64 = 30;
 const LONG_SECONDS: u64 = 240;
 const LEASE_SECONDS: i64 = 3;
 
-/// SplitMix64: the same kills for the same seed.
-struct Luck(u64);
+/// SplitMix64. The same seed gives the same sequence of kills.
+struct Rng(u64);
 
-impl Luck {
+impl Rng {
     fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -25,14 +26,14 @@ impl Luck {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_producers_killed_at_random_leave_no_gap_run_nothing_twice_and_lose_no_record() {
+async fn random_kills_of_two_producers_cause_no_gap_no_concurrent_run_and_no_lost_record() {
     let seed = u64::try_from(now_ms()).unwrap();
     println!("seed {seed}");
-    let mut luck = Luck(seed);
+    let mut rng = Rng(seed);
     let pipeline = Pipeline::with_stream("kills_ingest", |text| short_intervals(text, "1s")).await;
     pipeline.init().await;
     let _source = pipeline.source().await;
-    // Pages that take a while: kills strike in the middle of runs. Some fail besides.
+    // Slow pages, so that kills hit unfinished runs. Some requests also fail.
     let faults =
         json!({"drip_ms": 40, "drip_bytes": 1024, "faults": {"drip": {"rate": 0.6}, "error": {"rate": 0.1}}});
     pipeline.faults(&faults).await;
@@ -42,12 +43,12 @@ async fn two_producers_killed_at_random_leave_no_gap_run_nothing_twice_and_lose_
     for (_, producer) in &mut producers {
         producer.ready().await;
     }
-    let until = Instant::now() + Duration::from_secs(if long() { LONG_SECONDS } else { SECONDS });
+    let until = Instant::now() + Duration::from_secs(if is_long_run() { LONG_SECONDS } else { SECONDS });
     let mut kills = 0;
     while Instant::now() < until {
-        // The moment of a kill is what is random here; nothing is waited for.
-        tokio::time::sleep(Duration::from_millis(300 + luck.below(1700))).await;
-        let index = usize::try_from(luck.below(2)).unwrap();
+        // The sleep makes the time of the kill random. It does not wait for a condition.
+        tokio::time::sleep(Duration::from_millis(300 + rng.below(1700))).await;
+        let index = usize::try_from(rng.below(2)).unwrap();
         let (name, killed) = producers.remove(index);
         killed.kill().await;
         producers.push((name, start(name)));
@@ -55,7 +56,10 @@ async fn two_producers_killed_at_random_leave_no_gap_run_nothing_twice_and_lose_
     }
     pipeline.faults(&json!({})).await;
     let until_ms = now_ms();
-    wait_until("all is finished", PATIENT, || async { pipeline.succeeded_up_to(until_ms).await }).await;
+    wait_until("all intervals have succeeded", LONG_TIMEOUT, || async {
+        pipeline.succeeded_up_to(until_ms).await
+    })
+    .await;
     for (_, producer) in producers {
         producer.stop().await;
     }
@@ -64,17 +68,20 @@ async fn two_producers_killed_at_random_leave_no_gap_run_nothing_twice_and_lose_
     for (start_ms, of_run) in attempts.range(..until_ms - 2 * pipeline.interval_ms()) {
         assert_eq!(of_run.last().unwrap().outcome, "succeeded", "interval {start_ms}: {of_run:?}");
         for pair in of_run.windows(2) {
-            // One whose producer was killed between its own row and the run's is done again, with the same ids, once its
-            // lease has run out; so is one that was lost.
+            // The producer may be killed after it writes the row of a succeeded attempt and before it writes the row of
+            // the run. The run then starts again with the same ids when the lease has expired, as after a lost attempt.
             let lease_ms = LEASE_SECONDS * 1000;
             let ended_ms = match pair[0].outcome.as_str() {
                 "succeeded" => pair[0].started_ms + lease_ms,
                 _ => pair[0].ended_ms(lease_ms),
             };
-            assert!(pair[1].started_ms >= ended_ms, "interval {start_ms}: two at once: {pair:?}");
+            assert!(
+                pair[1].started_ms >= ended_ms,
+                "interval {start_ms}: two attempts at the same time: {pair:?}"
+            );
         }
     }
     let lost = attempts.values().flatten().filter(|a| a.outcome == "lost").count();
-    println!("{checked} intervals, {kills} kills, {lost} attempts lost to them");
-    assert!(lost > 0, "no kill struck a run");
+    println!("{checked} intervals, {kills} kills, {lost} attempts lost");
+    assert!(lost > 0, "no kill interrupted a run");
 }

@@ -1,4 +1,4 @@
-//! What the producer must not do: produce into a topic that is not the registered one, or tell a secret.
+//! What the producer must never do: send to a topic with unregistered partitions, or reveal a secret.
 
 use std::fs;
 
@@ -7,14 +7,14 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use serde_json::json;
 
-use crate::harness::{PATIENT, Pipeline, SOON, text, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, TIMEOUT, text, wait_until};
 use crate::ingest::short_intervals;
 
-/// The exit code of a refusal.
+/// Exit code of a service that refuses to run.
 const REFUSED: i32 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_produced_once_partitions_were_added_and_the_cause_names_both_sides() {
+async fn the_producer_sends_nothing_to_a_topic_with_added_partitions_and_names_both_counts() {
     let edit = |text| short_intervals(text, "2s").replace("catch_up = 2000", "catch_up = 3");
     let pipeline = Pipeline::with_stream("partitions", edit).await;
     pipeline.init().await;
@@ -24,41 +24,44 @@ async fn nothing_is_produced_once_partitions_were_added_and_the_cause_names_both
     let in_state = async |state: &str| {
         pipeline.runs().await.into_values().filter(|run| run.state == state).collect::<Vec<_>>()
     };
-    wait_until("runs succeed", SOON, || async { in_state("succeeded").await.len() >= 4 }).await;
+    wait_until("runs succeed", TIMEOUT, || async { in_state("succeeded").await.len() >= 4 }).await;
 
     let admin: AdminClient<DefaultClientContext> =
         ClientConfig::new().set("bootstrap.servers", &pipeline.kafka).create().unwrap();
     let more = [NewPartitions::new(&pipeline.topic, 12)];
     let added = admin.create_partitions(&more, &AdminOptions::new()).await.unwrap();
     assert!(added.iter().all(Result::is_ok), "{added:?}");
-    wait_until("a run fails", PATIENT, || async { !in_state("failed").await.is_empty() }).await;
+    wait_until("a run fails", LONG_TIMEOUT, || async { !in_state("failed").await.is_empty() }).await;
     let end = pipeline.log_end(&pipeline.topic).await;
-    wait_until("more intervals fail", PATIENT, || async { in_state("failed").await.len() >= 3 }).await;
-    let way_out = "give the stream a new name, or delete the topic, create it again with 6 partitions";
+    wait_until("more intervals fail", LONG_TIMEOUT, || async { in_state("failed").await.len() >= 3 }).await;
+    let remedy = "give the stream a new name, or delete the topic, create it again with 6 partitions";
     for run in in_state("failed").await {
-        let words = ["has 12 partitions", "registered with 6", way_out];
-        assert!(words.iter().all(|words| run.error.contains(words)), "{run:?}");
+        let expected = ["has 12 partitions", "registered with 6", remedy];
+        assert!(expected.iter().all(|part| run.error.contains(part)), "{run:?}");
     }
 
     let spike = ["control", "--wait", "spike", "--rate", "100", "--seconds", "1"];
     let spike = pipeline.run("ingest-producer", &spike, &[]).await;
-    let words = text(&spike.stdout);
-    assert!(spike.status.code() == Some(1) && words.contains("has 12 partitions"), "{words}");
+    let printed = text(&spike.stdout);
+    assert!(spike.status.code() == Some(1) && printed.contains("has 12 partitions"), "{printed}");
     producer.kill().await;
     let listen = [("PIPELINE_HTTP_LISTEN", "127.0.0.1:0".to_owned())];
     for arguments in [&["run"][..], &["stress", "--messages", "100"]] {
         let output = pipeline.run("ingest-producer", arguments, &listen).await;
-        let words = text(&output.stderr);
-        assert!(words.contains(way_out) && !words.contains("PIPELINE_PARTITIONS"), "{arguments:?}: {words}");
-        assert_eq!(output.status.code(), Some(REFUSED), "{arguments:?}: {words}");
+        let printed = text(&output.stderr);
+        assert!(
+            printed.contains(remedy) && !printed.contains("PIPELINE_PARTITIONS"),
+            "{arguments:?}: {printed}"
+        );
+        assert_eq!(output.status.code(), Some(REFUSED), "{arguments:?}: {printed}");
     }
-    assert_eq!(pipeline.log_end(&pipeline.topic).await, end, "something was produced all the same");
+    assert_eq!(pipeline.log_end(&pipeline.topic).await, end, "the producer sent records");
     let ends = pipeline.ends(&pipeline.topic).await;
     assert!(ends.len() == 12 && ends.range(6..).all(|(_, end)| *end == 0), "{ends:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_in_the_query_stands_in_no_log_no_ledger_and_no_output() {
+async fn an_api_key_in_the_query_never_appears_in_logs_ledger_or_output() {
     const KEY: &str = "s3cret-key";
     let url = "/api/?results={page_size}";
     let edit = |text: String| short_intervals(text, "2s").replace("catch_up = 2000", "catch_up = 3");
@@ -69,9 +72,9 @@ async fn a_key_in_the_query_stands_in_no_log_no_ledger_and_no_output() {
     let shipped = pipeline.stream_text();
     pipeline.set_stream_text(&literal);
     let refused = pipeline.run("ingest-producer", &["source", "check"], &[]).await;
-    let words = text(&refused.stderr);
-    assert!(!refused.status.success() && words.contains("query = \"api_key\", key_file = "), "{words}");
-    assert!(!words.contains(KEY), "{words}");
+    let printed = text(&refused.stderr);
+    assert!(!refused.status.success() && printed.contains("query = \"api_key\", key_file = "), "{printed}");
+    assert!(!printed.contains(KEY), "{printed}");
 
     let file = pipeline.folder.join("key");
     fs::write(&file, KEY).unwrap();
@@ -85,26 +88,29 @@ async fn a_key_in_the_query_stands_in_no_log_no_ledger_and_no_output() {
     });
     let source = pipeline.source().await;
     let checked = pipeline.run("ingest-producer", &["source", "check"], &[]).await;
-    let mut said = text(&checked.stdout) + &text(&checked.stderr);
-    assert!(checked.status.success() && said.contains("results=…"), "{said}");
+    let mut all_output = text(&checked.stdout) + &text(&checked.stderr);
+    assert!(checked.status.success() && all_output.contains("results=…"), "{all_output}");
     let debug = [("PIPELINE_LOG", "debug".to_owned())];
     let mut producer = pipeline.producer_with("one", &debug);
     producer.ready().await;
     let any = async |state: &str| pipeline.runs().await.values().any(|run| run.state == state);
-    wait_until("an interval succeeds", SOON, || async { any("succeeded").await }).await;
+    wait_until("an interval succeeds", TIMEOUT, || async { any("succeeded").await }).await;
     pipeline
         .faults(
             &json!({"redirect_to": format!("http://h/?api_key={KEY}"), "faults": {"redirect": {"next": 1}}}),
         )
         .await;
-    wait_until("an interval fails for good", PATIENT, || async { any("failed").await }).await;
+    wait_until("an interval fails for good", LONG_TIMEOUT, || async { any("failed").await }).await;
     source.kill().await;
-    wait_until("an interval waits for the source", PATIENT, || async { any("retrying").await }).await;
-    said += &producer.words();
-    said += &format!("{:?}{:?}", pipeline.runs().await, pipeline.attempts().await);
-    said += &text(&pipeline.run("ingest-producer", &["runs", "list", "--json"], &[]).await.stdout);
-    assert!(said.contains("redirects are not followed; http://h/?api_key=…"), "the redirect was not noted");
-    assert!(said.contains("the source cannot be read"), "the outage was not noted");
-    assert!(!said.contains(KEY), "{said}");
+    wait_until("an interval waits for the source", LONG_TIMEOUT, || async { any("retrying").await }).await;
+    all_output += &producer.log_text();
+    all_output += &format!("{:?}{:?}", pipeline.runs().await, pipeline.attempts().await);
+    all_output += &text(&pipeline.run("ingest-producer", &["runs", "list", "--json"], &[]).await.stdout);
+    assert!(
+        all_output.contains("redirects are not followed; http://h/?api_key=…"),
+        "the redirect is not reported"
+    );
+    assert!(all_output.contains("the source cannot be read"), "the outage is not reported");
+    assert!(!all_output.contains(KEY), "{all_output}");
     producer.stop().await;
 }

@@ -1,5 +1,5 @@
-//! The run ledger and the events topic as they are, read without the producer's own code, and what the source would have
-//! given for an interval.
+//! The actual content of the run ledger and the events topic, read without the producer's own code, and the records
+//! that the source returns for an interval.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,14 +36,15 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// Until when somebody worked on it at most: one that was lost, until its lease ran out.
+    /// The latest time at which a producer can have worked on the attempt, in Unix milliseconds. The end of a lost
+    /// attempt is unknown, so its lease counts: `lease_ms` after its start.
     pub fn ended_ms(&self, lease_ms: i64) -> i64 {
         self.started_ms + if self.outcome == "lost" { lease_ms } else { self.milliseconds }
     }
 }
 
 impl Pipeline {
-    /// All runs, by interval start.
+    /// All runs by interval start in Unix milliseconds.
     pub async fn runs(&self) -> BTreeMap<i64, Run> {
         let query = format!(
             "SELECT interval_start, interval_end, state, run_type, records, acked, error, started_at, finished_at \
@@ -80,7 +81,7 @@ impl Pipeline {
         runs.collect()
     }
 
-    /// The attempts of each run, by interval start, each in order.
+    /// The attempts of each run, ordered by number, by interval start in Unix milliseconds.
     pub async fn attempts(&self) -> BTreeMap<i64, Vec<Attempt>> {
         let query = format!(
             "SELECT interval_start, attempt, outcome, cause, http_status, started_at, milliseconds FROM {}.ingest_attempts",
@@ -105,7 +106,7 @@ impl Pipeline {
         attempts
     }
 
-    /// Every event of the topic: (id, event time) → how often it was sent.
+    /// Number of records in the events topic for each event, which is an id and an event time in Unix milliseconds.
     pub async fn sent(&self) -> BTreeMap<(String, i64), usize> {
         let mut sent = BTreeMap::new();
         for record in self.all_records(&self.topic).await {
@@ -114,7 +115,7 @@ impl Pipeline {
         sent
     }
 
-    /// Ids of the people whom the default stream's source gives for an interval.
+    /// Ids of the people that the default stream's source returns for an interval.
     pub fn people_of(&self, start_ms: i64) -> BTreeSet<String> {
         let (size, seed) = (u64::from(self.definition.source.page_size), format!("user_created-{start_ms}"));
         let people = (1..=2).flat_map(|page| (0..size).map(move |index| (page, index)));
@@ -125,18 +126,18 @@ impl Pipeline {
             .collect()
     }
 
-    /// No gap, no overlap from the first run up to `until_ms`; every run before that succeeded, and every one of its records
-    /// is in Kafka, with a time within its interval. Returns how many runs that are.
+    /// Asserts that the runs up to `until_ms` have no gap and no overlap, that each of them succeeded, and that each of
+    /// their records is in Kafka once with a time within its interval. Returns the number of these runs.
     pub async fn assert_complete(&self, until_ms: i64) -> usize {
         let (runs, sent) = (self.runs().await, self.sent().await);
         let mut times: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
         for (id, time_ms) in sent.keys() {
             times.entry(id).or_default().push(*time_ms);
         }
-        let mut at = *runs.keys().next().expect("a run");
+        let mut at = *runs.keys().next().expect("at least one run");
         let mut checked = 0;
         for run in runs.values().take_while(|run| run.end_ms <= until_ms) {
-            assert_eq!(run.start_ms, at, "a gap or an overlap: {run:?}");
+            assert_eq!(run.start_ms, at, "a gap or an overlap before {run:?}");
             assert!(run.state == "succeeded" && run.records == run.acked, "{run:?}");
             for id in self.people_of(run.start_ms) {
                 let found = times.get(id.as_str()).unwrap_or_else(|| panic!("{id} is not in Kafka: {run:?}"));
@@ -152,15 +153,17 @@ impl Pipeline {
         checked
     }
 
-    /// Length of an interval of a stream with a plain schedule.
+    /// Interval length in milliseconds. Panics for a cron schedule.
     pub fn interval_ms(&self) -> i64 {
         match self.definition.stream.schedule {
             common::stream::Schedule::Every(ms) => ms,
-            common::stream::Schedule::Cron(_) => panic!("a cron schedule has no one length"),
+            common::stream::Schedule::Cron(_) => {
+                panic!("the intervals of a cron schedule have no fixed length")
+            }
         }
     }
 
-    /// Whether every interval that ended by `until_ms` has succeeded.
+    /// Whether the run of every interval that ended by `until_ms` has succeeded.
     pub async fn succeeded_up_to(&self, until_ms: i64) -> bool {
         let runs = self.runs().await;
         let settled = runs.values().take_while(|run| run.state == "succeeded").last();
@@ -168,9 +171,9 @@ impl Pipeline {
     }
 }
 
-/// Id and event time, which together name an event.
+/// The id and the event time in Unix milliseconds, which together identify an event.
 fn identity(record: &OwnedMessage) -> (String, i64) {
-    let time = header(record, "ce_time").expect("a time");
+    let time = header(record, "ce_time").expect("a ce_time header");
     let time = chrono::DateTime::parse_from_rfc3339(&time).unwrap().timestamp_millis();
-    (header(record, "ce_id").expect("an id"), time)
+    (header(record, "ce_id").expect("a ce_id header"), time)
 }

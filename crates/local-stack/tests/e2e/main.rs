@@ -1,5 +1,6 @@
-//! End to end on real Kafka and Cassandra, the services as processes: what a user does, with faults that users meet.
-//! `./test e2e` starts the servers and names them in the environment; `harness.rs` drives the services.
+//! End-to-end tests. They run the services as processes against a real Kafka and Cassandra and inject the faults that
+//! users meet. `./test e2e` starts the servers and passes their addresses in environment variables. `harness.rs` starts
+//! and stops the services.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, helpers included")]
 
 mod checkpoints;

@@ -1,5 +1,5 @@
-//! What is true, read from Kafka and Cassandra without the pipeline's own code: rows counted partition by partition,
-//! panes, progress, topics. Nothing here knows how the processor works.
+//! The actual state of Kafka and Cassandra, read without the pipeline's own code: event rows, panes, progress rows and
+//! topics. Nothing here depends on how the processor works.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::harness::Pipeline;
 
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Sums of `partition_progress`.
+/// The columns of `partition_progress`, summed over all Kafka partitions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     pub next_offsets: i64,
@@ -25,7 +25,7 @@ pub struct Progress {
 }
 
 impl Pipeline {
-    /// Rows of the event table, counted in each Cassandra partition by itself.
+    /// Number of rows in the event table. One query for each Cassandra partition.
     pub async fn rows(&self) -> i64 {
         let table = format!("{}.{}", self.keyspace, self.definition.stream.name);
         let partitions =
@@ -41,7 +41,7 @@ impl Pipeline {
         rows
     }
 
-    /// Events as the panes count them: pane start in ms → count, summed over the Kafka partitions.
+    /// Event counts of the stored panes by pane start in Unix milliseconds, summed over the Kafka partitions.
     pub async fn panes(&self) -> BTreeMap<i64, i64> {
         let table = format!("{}.{}_panes", self.keyspace, self.definition.stream.name);
         let query = format!("SELECT pane_start, dimension, count FROM {table}");
@@ -56,7 +56,7 @@ impl Pipeline {
         panes
     }
 
-    /// Events as the rows say it: pane start in ms → count.
+    /// Event counts computed from the event rows, by pane start in Unix milliseconds.
     pub async fn panes_of_rows(&self) -> BTreeMap<i64, i64> {
         let table = format!("{}.{}", self.keyspace, self.definition.stream.name);
         let pager = self.session.query_iter(format!("SELECT event_time FROM {table}"), ()).await.unwrap();
@@ -69,7 +69,7 @@ impl Pipeline {
         panes
     }
 
-    /// Progress of all Kafka partitions together.
+    /// The summed progress of all Kafka partitions.
     pub async fn progress(&self) -> Progress {
         let query = format!(
             "SELECT next_offset, events, duplicates, dead_letters FROM {}.partition_progress",
@@ -87,7 +87,8 @@ impl Pipeline {
         sum
     }
 
-    /// Everything that must agree when `events` distinct events were sent and all of the log is processed.
+    /// Asserts that rows, panes and progress agree after the processor has read the whole log of `events` distinct
+    /// events.
     pub async fn assert_counted_once(&self, events: i64) {
         assert_eq!(self.rows().await, events, "rows of {}", self.keyspace);
         assert_eq!(self.panes().await, self.panes_of_rows().await, "panes and rows of {}", self.keyspace);
@@ -96,16 +97,16 @@ impl Pipeline {
         assert_eq!(progress.next_offsets, self.log_end(&self.topic).await, "{progress:?}");
     }
 
-    /// Records of a topic, as far as the log says.
+    /// The sum of the end offsets of a topic's partitions.
     pub async fn log_end(&self, topic: &str) -> i64 {
         self.ends(topic).await.values().sum()
     }
 
-    /// Where each partition of a topic ends.
+    /// The end offset of each partition of a topic.
     pub async fn ends(&self, topic: &str) -> BTreeMap<i32, i64> {
         let consumer = self.consumer();
         let topic = topic.to_owned();
-        // A broker that has just come back may not lead its partitions yet.
+        // A broker that has just restarted may not be the leader of its partitions yet.
         let end = |consumer: &BaseConsumer, topic: &str, partition| {
             let deadline = Instant::now() + KAFKA_TIMEOUT;
             loop {
@@ -121,28 +122,28 @@ impl Pipeline {
         ends.await.unwrap()
     }
 
-    /// What comes next in each Kafka partition, as the progress rows say it.
+    /// The next offset of each Kafka partition according to the progress rows.
     pub async fn next_offsets(&self) -> BTreeMap<i32, i64> {
         let query = format!("SELECT kafka_partition, next_offset FROM {}.partition_progress", self.keyspace);
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
         rows.rows::<(i32, i64)>().unwrap().map(Result::unwrap).collect()
     }
 
-    /// Number of partitions of a topic; 0 where it does not exist.
+    /// Number of partitions of a topic. 0 if the topic does not exist.
     pub async fn partitions(&self, topic: &str) -> i32 {
         let consumer = self.consumer();
         let topic = topic.to_owned();
         tokio::task::spawn_blocking(move || partitions(&consumer, &topic)).await.unwrap()
     }
 
-    /// Every record of a topic, partition by partition.
+    /// All records of a topic that has one partition.
     pub async fn records(&self, topic: &str) -> Vec<OwnedMessage> {
         let consumer = self.consumer();
         let topic = topic.to_owned();
         tokio::task::spawn_blocking(move || read(&consumer, &topic, 0)).await.unwrap()
     }
 
-    /// Every record of a topic, partition by partition.
+    /// All records of a topic, partition by partition.
     pub async fn all_records(&self, topic: &str) -> Vec<OwnedMessage> {
         let consumer = self.consumer();
         let topic = topic.to_owned();
@@ -152,14 +153,14 @@ impl Pipeline {
         all.await.unwrap()
     }
 
-    /// Different event ids in the events topic.
+    /// Number of distinct event ids in the events topic.
     pub async fn ids_in_the_log(&self) -> i64 {
         let records = self.all_records(&self.topic).await;
         let ids: BTreeSet<String> = records.iter().filter_map(|record| header(record, "ce_id")).collect();
         i64::try_from(ids.len()).unwrap()
     }
 
-    /// Sends bytes as they are, without headers.
+    /// Sends pairs of key and value to the events topic, without headers.
     pub async fn send_raw(&self, records: Vec<(&'static [u8], &'static [u8])>) {
         let producer: ThreadedProducer<DefaultProducerContext> =
             ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
@@ -176,7 +177,7 @@ impl Pipeline {
         sent.await.unwrap();
     }
 
-    /// Sends one value as it is to a topic of one partition.
+    /// Sends one record without key and headers to `topic`.
     pub async fn send_to(&self, topic: &str, value: String) {
         let producer: ThreadedProducer<DefaultProducerContext> =
             ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
@@ -191,7 +192,7 @@ impl Pipeline {
         sent.await.unwrap();
     }
 
-    /// Sends values to one partition in this order, all with one key and these headers.
+    /// Sends values to one partition of the events topic in order. All records have the same key and headers.
     pub async fn send_to_partition(&self, partition: i32, headers: &[(&str, &str)], values: Vec<String>) {
         let producer: ThreadedProducer<DefaultProducerContext> =
             ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
@@ -209,7 +210,7 @@ impl Pipeline {
         sent.await.unwrap();
     }
 
-    /// Sends one record without a key to one partition.
+    /// Sends one record without a key to one partition of the events topic.
     pub async fn send_keyless(&self, partition: i32, headers: &[(&str, &str)], value: &str) {
         let producer: ThreadedProducer<DefaultProducerContext> =
             ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap();
@@ -235,7 +236,7 @@ impl Pipeline {
     }
 }
 
-/// Every record of a partition up to its end now.
+/// All records of a partition up to its current high watermark.
 fn read(consumer: &BaseConsumer, topic: &str, partition: i32) -> Vec<OwnedMessage> {
     let (low, high) = consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT).unwrap();
     let mut assignment = TopicPartitionList::new();
@@ -244,7 +245,7 @@ fn read(consumer: &BaseConsumer, topic: &str, partition: i32) -> Vec<OwnedMessag
     let mut records: Vec<OwnedMessage> = Vec::new();
     while records.last().map_or(low, |last| last.offset() + 1) < high {
         let record = consumer.poll(KAFKA_TIMEOUT).expect("a record below the high watermark").unwrap();
-        // What was fetched for an earlier assignment may still come.
+        // Records that were fetched for an earlier assignment may still arrive.
         if record.partition() == partition {
             records.push(record.detach());
         }
@@ -258,7 +259,7 @@ fn partitions(consumer: &BaseConsumer, topic: &str) -> i32 {
     found.map_or(0, |found| i32::try_from(found.partitions().len()).unwrap())
 }
 
-/// The text of a record's header.
+/// The value of a record's header. `None` if the header is missing or has no value.
 pub fn header(record: &OwnedMessage, name: &str) -> Option<String> {
     let header = record.headers()?.iter().find(|header| header.key == name)?;
     header.value.map(|value| String::from_utf8_lossy(value).into_owned())

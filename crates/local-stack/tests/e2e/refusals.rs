@@ -1,4 +1,5 @@
-//! Bad input, another shape and lost history: each is refused or set aside with a word that names it.
+//! Invalid input, changed stream layouts and lost history. Each is refused or dead-lettered with an error that names
+//! the cause.
 
 use std::fs;
 
@@ -8,11 +9,11 @@ use rdkafka::config::ClientConfig;
 use rdkafka::message::Message;
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::harness::{PATIENT, Pipeline, SOON, free_port, text, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, TIMEOUT, free_port, text, wait_until};
 use crate::oracle::header;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn garbage_is_dead_lettered_unchanged_and_everything_else_goes_on() {
+async fn undecodable_records_are_dead_lettered_unchanged_and_all_others_are_processed() {
     const GARBAGE: [(&[u8], &[u8]); 3] =
         [(b"a", b"\xff\xfe\x00 not json"), (b"b", b"{\"age\": \"no headers\"}"), (b"c", b"")];
     let pipeline = Pipeline::initialised("garbage").await;
@@ -21,7 +22,7 @@ async fn garbage_is_dead_lettered_unchanged_and_everything_else_goes_on() {
     pipeline.stress(1_000).await;
     pipeline.send_raw(GARBAGE.to_vec()).await;
     pipeline.stress(1_000).await;
-    wait_until("everything is processed", PATIENT, || async {
+    wait_until("everything is processed", LONG_TIMEOUT, || async {
         pipeline.progress().await.next_offsets == 2_003
     })
     .await;
@@ -47,7 +48,7 @@ async fn garbage_is_dead_lettered_unchanged_and_everything_else_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_key_in_the_stream_file_is_refused_by_its_name() {
+async fn an_unknown_key_in_the_stream_file_is_named_in_the_error() {
     let pipeline =
         Pipeline::with_stream("unknown_key", |text| text.replace("shards = 4", "shrads = 4")).await;
     for (program, arguments) in [
@@ -58,49 +59,51 @@ async fn an_unknown_key_in_the_stream_file_is_refused_by_its_name() {
     ] {
         let output =
             pipeline.run(program, arguments, &[("PIPELINE_HTTP_LISTEN", "127.0.0.1:0".to_owned())]).await;
-        let words = text(&output.stderr);
-        assert!(!output.status.success() && words.contains("shrads"), "{program} {arguments:?}: {words}");
+        let stderr = text(&output.stderr);
+        assert!(!output.status.success() && stderr.contains("shrads"), "{program} {arguments:?}: {stderr}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreachable_kafka_is_named_at_start() {
+async fn an_unreachable_kafka_is_named_in_the_start_error() {
     let pipeline = Pipeline::new("no_kafka").await;
     let nowhere = format!("127.0.0.1:{}", free_port());
     let settings = [("PIPELINE_KAFKA_BROKERS", nowhere.clone()), ("PIPELINE_START_SECONDS", "3".to_owned())];
     let mut processor = pipeline.processor_with("one", &settings);
-    let in_force = || async { processor.words().contains("settings in force") };
-    wait_until("the log says the settings in force", SOON, in_force).await;
+    let in_force = || async { processor.log_text().contains("settings in force") };
+    wait_until("the processor logs its settings", TIMEOUT, in_force).await;
     assert!(!processor.is_ready().await);
     assert_eq!(processor.end().await.code(), Some(1));
-    let words = processor.words();
-    assert!(words.contains(&format!("kafka at {nowhere} does not answer")), "{words}");
-    assert!(words.contains("is PIPELINE_KAFKA_BROKERS right?"), "{words}");
+    let log = processor.log_text();
+    assert!(log.contains(&format!("kafka at {nowhere} does not answer")), "{log}");
+    assert!(log.contains("is PIPELINE_KAFKA_BROKERS right?"), "{log}");
 }
 
-/// The exit code of a refusal.
+/// Exit code of a service that refuses to run.
 const REFUSED: i32 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_shape_cluster_or_a_lost_volume_is_refused_with_both_sides_and_the_ways_on() {
-    const WAYS_ON: &str = "or give the changed stream a new name";
+async fn a_changed_layout_another_cluster_and_a_lost_volume_are_refused_with_a_remedy() {
+    const REMEDY: &str = "or give the changed stream a new name";
     let mut pipeline = Pipeline::initialised("other_shape").await;
     pipeline.process(200).await;
     let volume = pipeline.folder.join("checkpoints");
     let aside = pipeline.folder.join("checkpoints-aside");
     let (four, eight) = ("shards = 4", "shards = 8");
     let (ten, five) = ("step = 10\ncount = 10", "step = 5\ncount = 20");
-    for (old, new, sides) in [
+    for (old, new, values) in [
         (four, eight, ["registered as 4", "now 8"]),
         (ten, five, ["from:0.0,step:10.0,count:10", "from:0.0,step:5.0,count:20"]),
     ] {
         pipeline.edit_stream(|text| text.replace(old, new));
-        let [was, is] = sides;
-        pipeline.assert_refused(&["run"], &["registered with another layout", was, is, WAYS_ON]).await;
-        pipeline.assert_refused(&["init"], &[was, is, WAYS_ON]).await;
+        let [registered, declared] = values;
+        pipeline
+            .assert_refused(&["run"], &["registered with another layout", registered, declared, REMEDY])
+            .await;
+        pipeline.assert_refused(&["init"], &[registered, declared, REMEDY]).await;
         fs::rename(&volume, &aside).unwrap();
         fs::create_dir(&volume).unwrap();
-        pipeline.assert_refused(&["run"], &[was, is, WAYS_ON]).await;
+        pipeline.assert_refused(&["run"], &[registered, declared, REMEDY]).await;
         fs::remove_dir_all(&volume).unwrap();
         fs::rename(&aside, &volume).unwrap();
         pipeline.edit_stream(|text| text.replace(new, old));
@@ -113,8 +116,13 @@ async fn another_shape_cluster_or_a_lost_volume_is_refused_with_both_sides_and_t
 
     fs::rename(&volume, &aside).unwrap();
     fs::create_dir(&volume).unwrap();
-    let words = ["no state file at or after offset", "progress row", "--recover auto", "volume back"];
-    pipeline.assert_refused(&["run", "--recover", "refuse"], &words).await;
+    let expected = [
+        "no state file at or after offset",
+        "progress row",
+        "--recover auto",
+        "restore the checkpoint volume",
+    ];
+    pipeline.assert_refused(&["run", "--recover", "refuse"], &expected).await;
     fs::remove_dir_all(&volume).unwrap();
     fs::rename(&aside, &volume).unwrap();
 
@@ -124,74 +132,78 @@ async fn another_shape_cluster_or_a_lost_volume_is_refused_with_both_sides_and_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_lost_or_changed_its_records_is_refused_and_nothing_is_written() {
+async fn a_log_with_lost_or_changed_records_is_refused_and_nothing_is_written() {
     let pipeline = Pipeline::initialised("lost_log").await;
     pipeline.process(300).await;
     let (progress, next_offsets) = (pipeline.progress().await, pipeline.next_offsets().await);
     let next = next_offsets[&0];
 
-    // Records that nobody has read are removed, as retention would.
+    // Remove unprocessed records, as retention would.
     pipeline.stress(300).await;
     pipeline.remove_below(0, next + 5).await;
-    let sides = [format!("offset {next} comes next"), format!("the log begins at {}", next + 5)];
-    let ways_on = "bring the records back, or accept the gap by giving the stream a new name";
-    pipeline.assert_refused(&["run"], &["partition 0", &sides[0], &sides[1], ways_on]).await;
+    let offsets = [format!("the next offset is {next}"), format!("the log starts at {}", next + 5)];
+    let remedy = "restore the records, or accept the gap by giving the stream a new name";
+    pipeline.assert_refused(&["run"], &["partition 0", &offsets[0], &offsets[1], remedy]).await;
 
-    let ways_on = "bring the topic back, or give the stream a new name";
+    let remedy = "restore the topic, or give the stream a new name";
     pipeline.recreate_topic().await;
     pipeline.stress(30).await;
-    let words = ["was reached, but the log ends at", "shrank or was created again", ways_on];
-    pipeline.assert_refused(&["run"], &words).await;
+    let expected = ["was reached, but the log ends at", "truncated or created again", remedy];
+    pipeline.assert_refused(&["run"], &expected).await;
 
-    // As long as before, so that only the records themselves tell; then longer, and without the state files.
+    // The new log is as long as the old one, so only the records differ. Later it is longer, and the state files are
+    // lost.
     pipeline.recreate_topic().await;
     for (partition, next) in &next_offsets {
         let values = (0..*next).map(|number| format!("other {number}")).collect();
         pipeline.send_to_partition(*partition, &[], values).await;
     }
-    let way_on = "bring the old topic back, or give the stream a new name";
-    let words =
-        ["not the one that was processed", "fingerprint", "expected", "deleted and created again", way_on];
-    pipeline.assert_refused(&["run"], &words).await;
+    let remedy = "restore the original topic, or give the stream a new name";
+    let expected =
+        ["not the one that was processed", "fingerprint", "expected", "deleted and created again", remedy];
+    pipeline.assert_refused(&["run"], &expected).await;
     pipeline.stress(300).await;
-    pipeline.assert_refused(&["run"], &words).await;
-    pipeline.assert_refused(&["run", "--replay"], &words).await;
+    pipeline.assert_refused(&["run"], &expected).await;
+    pipeline.assert_refused(&["run", "--replay"], &expected).await;
     pipeline.lose_checkpoints();
-    pipeline.assert_refused(&["run"], &words).await;
+    pipeline.assert_refused(&["run"], &expected).await;
 
     assert_eq!((pipeline.progress().await, pipeline.rows().await), (progress, 300));
     assert_eq!(pipeline.panes().await, pipeline.panes_of_rows().await);
 }
 
 impl Pipeline {
-    /// Sends events until there are `events`, has them processed, and stops the processor.
+    /// Sends events until there are `events` in total, processes them, and stops the processor.
     async fn process(&self, events: i64) {
         let mut processor = self.processor("one");
         processor.ready().await;
-        let there = self.progress().await.events;
-        self.stress(u64::try_from(events - there).unwrap()).await;
-        wait_until("all is processed", PATIENT, || async { self.progress().await.events == events }).await;
+        let processed = self.progress().await.events;
+        self.stress(u64::try_from(events - processed).unwrap()).await;
+        wait_until("all events are processed", LONG_TIMEOUT, || async {
+            self.progress().await.events == events
+        })
+        .await;
         processor.stop().await;
     }
 
-    /// `stream-processor …` must end by itself with the exit code of a refusal, and say all these words.
-    async fn assert_refused(&self, arguments: &[&str], words: &[&str]) {
+    /// Asserts that `stream-processor` refuses to run and that its stderr contains all `expected` texts.
+    async fn assert_refused(&self, arguments: &[&str], expected: &[&str]) {
         let settings = [("PIPELINE_INSTANCE", "one"), ("PIPELINE_HTTP_LISTEN", "127.0.0.1:0")];
         let settings = settings.map(|(name, value)| (name, value.to_owned()));
         let ended = tokio::select! {
             output = self.run("stream-processor", arguments, &settings) => Some(output),
-            () = tokio::time::sleep(SOON) => None,
+            () = tokio::time::sleep(TIMEOUT) => None,
         };
-        let output = ended.unwrap_or_else(|| panic!("{arguments:?} is not refused: it goes on"));
-        // Values are JSON, quoted by the log.
-        let said = text(&output.stderr).replace(['"', '\\'], "");
-        assert_eq!(output.status.code(), Some(REFUSED), "{arguments:?}: {said}");
-        for words in words {
-            assert!(said.contains(words), "{arguments:?} does not say `{words}`: {said}");
+        let output = ended.unwrap_or_else(|| panic!("{arguments:?} is not refused but still runs"));
+        // The log quotes JSON values.
+        let stderr = text(&output.stderr).replace(['"', '\\'], "");
+        assert_eq!(output.status.code(), Some(REFUSED), "{arguments:?}: {stderr}");
+        for part in expected {
+            assert!(stderr.contains(part), "{arguments:?} does not print `{part}`: {stderr}");
         }
     }
 
-    /// The cluster the stream is registered with.
+    /// Id of the Kafka cluster that the stream is registered with.
     async fn cluster_id(&self) -> String {
         let query = format!("SELECT cluster_id FROM {}.streams", self.keyspace);
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
@@ -199,13 +211,13 @@ impl Pipeline {
     }
 
     async fn set_cluster_id(&self, cluster: &str) {
-        // The row was written by a lightweight transaction: so must be what follows.
+        // A lightweight transaction wrote the row, so later writes to it must be lightweight transactions too.
         let update =
             format!("UPDATE {}.streams SET cluster_id = ? WHERE stream = ? IF EXISTS", self.keyspace);
         self.session.query_unpaged(update, (cluster, &self.definition.stream.name)).await.unwrap();
     }
 
-    /// Removes the events topic's records of `partition` below `offset`, as retention would.
+    /// Deletes the records of `partition` of the events topic below `offset`, as retention would.
     pub async fn remove_below(&self, partition: i32, offset: i64) {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(&self.topic, partition, Offset::Offset(offset)).unwrap();
@@ -213,14 +225,15 @@ impl Pipeline {
         removed.elements().iter().for_each(|partition| partition.error().unwrap());
     }
 
-    /// The events topic is deleted and created again, empty.
+    /// Deletes the events topic and creates it again, empty.
     async fn recreate_topic(&self) {
         let deleted = self.admin().delete_topics(&[&self.topic], &AdminOptions::new()).await.unwrap();
         deleted.into_iter().for_each(|topic| assert!(topic.is_ok(), "{topic:?}"));
-        wait_until("the topic is gone", SOON, || async { self.partitions(&self.topic).await == 0 }).await;
+        wait_until("the topic is gone", TIMEOUT, || async { self.partitions(&self.topic).await == 0 }).await;
         self.init().await;
     }
 
+    /// A Kafka admin client.
     pub fn admin(&self) -> AdminClient<DefaultClientContext> {
         ClientConfig::new().set("bootstrap.servers", &self.kafka).create().unwrap()
     }

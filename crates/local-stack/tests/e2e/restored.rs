@@ -1,4 +1,5 @@
-//! Cassandra goes back to an older snapshot, with processors stopped or running: what it lost is processed again from Kafka's log.
+//! Cassandra is restored from an older snapshot while processors are stopped or running. The lost data is processed
+//! again from Kafka's log.
 
 use std::collections::BTreeMap;
 
@@ -6,90 +7,90 @@ use futures::TryStreamExt;
 use scylla::value::CqlTimestamp;
 use serde_json::Value;
 
-use crate::harness::{PATIENT, Pipeline, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, wait_until};
 
-/// How a partition starts whose store lost history, as a metric.
+/// Counts the starts of partitions for which Cassandra had lost acknowledged data.
 const STORE_BEHIND: &str = "processor_partition_starts_total{how=\"store_behind\"}";
 
-/// Every row of the tables that the processor writes, as JSON with its write time.
+/// Each table that the processor writes, with its rows as JSON and their write times in microseconds.
 struct Snapshot(Vec<(String, Vec<(String, i64)>)>);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_older_snapshot_restored_while_the_processor_was_stopped_is_brought_up_to_date() {
+async fn a_restarted_processor_brings_a_restored_older_snapshot_up_to_date() {
     let pipeline = Pipeline::initialised("restored").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(500).await;
+    pipeline.send_up_to(500).await;
     let snapshot = pipeline.snapshot().await;
-    pipeline.processed(1_500).await;
+    pipeline.send_up_to(1_500).await;
     processor.stop().await;
     pipeline.restore(&snapshot).await;
     assert_eq!(pipeline.progress().await.events, 500);
 
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.caught_up(1_500).await;
+    pipeline.wait_until_caught_up(1_500).await;
     assert!(processor.metric(STORE_BEHIND).await.unwrap() > 0.0);
-    assert!(processor.words().contains("cassandra has lost what it had acknowledged"));
+    assert!(processor.log_text().contains("cassandra has lost acknowledged writes"));
     pipeline.verify().await;
     pipeline.assert_running_totals(1_500).await;
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_older_snapshot_restored_under_a_running_processor_is_noticed_and_brought_up_to_date() {
+async fn a_running_processor_detects_a_restored_older_snapshot_and_brings_it_up_to_date() {
     let pipeline = Pipeline::initialised("restored_under").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(500).await;
+    pipeline.send_up_to(500).await;
     let snapshot = pipeline.snapshot().await;
-    pipeline.processed(1_000).await;
-    // Quiet: nothing is written that could notice.
+    pipeline.send_up_to(1_000).await;
+    // No events arrive, so no write of the processor can detect the restore.
     pipeline.restore(&snapshot).await;
-    pipeline.caught_up(1_000).await;
-    assert!(processor.words().contains("an older snapshot was restored"));
-    pipeline.processed(1_500).await;
+    pipeline.wait_until_caught_up(1_000).await;
+    assert!(processor.log_text().contains("an older snapshot was restored"));
+    pipeline.send_up_to(1_500).await;
     pipeline.assert_counted_once(1_500).await;
     pipeline.verify().await;
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_newer_snapshot_than_the_state_files_is_gone_on_from() {
+async fn processing_continues_from_cassandra_when_the_state_files_are_older() {
     let pipeline = Pipeline::initialised("newer").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(500).await;
+    pipeline.send_up_to(500).await;
     processor.stop().await;
     let (volume, aside) = (pipeline.folder.join("checkpoints"), pipeline.folder.join("aside"));
     copy_folder(&volume, &aside);
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(1_000).await;
+    pipeline.send_up_to(1_000).await;
     processor.stop().await;
     std::fs::remove_dir_all(&volume).unwrap();
     copy_folder(&aside, &volume);
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(1_200).await;
-    assert!(processor.words().contains("recovering from the progress row"));
+    pipeline.send_up_to(1_200).await;
+    assert!(processor.log_text().contains("recovering from the progress row"));
     pipeline.assert_counted_once(1_200).await;
     pipeline.verify().await;
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_emptied_keyspace_is_filled_again_while_the_log_is_whole_and_refused_once_it_is_not() {
+async fn an_emptied_keyspace_is_filled_from_a_complete_log_and_refused_with_an_incomplete_one() {
     let pipeline = Pipeline::initialised("emptied").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.processed(600).await;
+    pipeline.send_up_to(600).await;
     processor.stop().await;
     let empty = Snapshot(pipeline.written_tables().into_iter().map(|table| (table, Vec::new())).collect());
     pipeline.restore(&empty).await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    pipeline.caught_up(600).await;
+    pipeline.wait_until_caught_up(600).await;
     pipeline.verify().await;
     processor.stop().await;
 
@@ -97,10 +98,10 @@ async fn an_emptied_keyspace_is_filled_again_while_the_log_is_whole_and_refused_
     pipeline.remove_below(0, 5).await;
     let mut processor = pipeline.processor("one");
     assert_eq!(processor.end().await.code(), Some(3));
-    let words = processor.words();
+    let log = processor.log_text();
     for part in ["partition 0: cassandra acknowledged everything below", "no progress row", "offsets 0 to 4"]
     {
-        assert!(words.contains(part), "`{part}` is not in {words}");
+        assert!(log.contains(part), "`{part}` is not in {log}");
     }
 }
 
@@ -113,67 +114,72 @@ fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
 }
 
 impl Pipeline {
-    /// Sends events until there are `events`, and waits until a running processor has counted them.
-    async fn processed(&self, events: i64) {
-        let there = self.progress().await.events;
-        self.stress(u64::try_from(events - there).unwrap()).await;
-        self.caught_up(events).await;
+    /// Sends events until there are `events` in total, and waits until a running processor has counted them.
+    async fn send_up_to(&self, events: i64) {
+        let processed = self.progress().await.events;
+        self.stress(u64::try_from(events - processed).unwrap()).await;
+        self.wait_until_caught_up(events).await;
     }
 
-    async fn caught_up(&self, events: i64) {
-        wait_until("everything is processed", PATIENT, || async { self.progress().await.events == events })
-            .await;
+    /// Waits until `events` events are processed, and asserts that each counts once.
+    async fn wait_until_caught_up(&self, events: i64) {
+        wait_until("all events are processed", LONG_TIMEOUT, || async {
+            self.progress().await.events == events
+        })
+        .await;
         self.assert_counted_once(events).await;
     }
 
+    /// The tables that the processor writes.
     fn written_tables(&self) -> Vec<String> {
         let stream = &self.definition.stream.name;
         vec![stream.clone(), format!("{stream}_panes"), "partition_progress".into(), "throughput".into()]
     }
 
-    /// What a stopped node's files would hold.
+    /// The current content of the tables, like a snapshot of the node's files.
     async fn snapshot(&self) -> Snapshot {
         let mut tables = Vec::new();
         for table in self.written_tables() {
-            // The time stamp of a column that every row has.
+            // A column that every row has, to read the write time of the row.
             let column = match table.as_str() {
                 "partition_progress" => "next_offset",
                 "throughput" => "total",
                 other if other.ends_with("_panes") => "count",
                 _ => "kafka_offset",
             };
-            let stamps = self.column::<i64>(&format!("WRITETIME({column})"), &table).await;
+            let timestamps = self.column::<i64>(&format!("WRITETIME({column})"), &table).await;
             let rows = self.column::<String>("JSON *", &table).await;
-            tables.push((table, rows.into_iter().zip(stamps).collect()));
+            tables.push((table, rows.into_iter().zip(timestamps).collect()));
         }
         Snapshot(tables)
     }
 
-    async fn column<T>(&self, what: &str, table: &str) -> Vec<T>
+    /// The values of the selector `selected` in all rows of a table.
+    async fn column<T>(&self, selected: &str, table: &str) -> Vec<T>
     where
         T: for<'f, 'm> scylla::deserialize::value::DeserializeValue<'f, 'm> + Send + 'static,
     {
-        let query = format!("SELECT {what} FROM {}.{table}", self.keyspace);
+        let query = format!("SELECT {selected} FROM {}.{table}", self.keyspace);
         let pager = self.session.query_iter(query, ()).await.unwrap();
         pager.rows_stream::<(T,)>().unwrap().map_ok(|(value,)| value).try_collect().await.unwrap()
     }
 
-    /// The tables hold what they held then, and nothing else.
+    /// Replaces the content of the tables with the snapshot.
     async fn restore(&self, Snapshot(tables): &Snapshot) {
         for (table, rows) in tables {
             self.session.query_unpaged(format!("TRUNCATE {}.{table}", self.keyspace), ()).await.unwrap();
             let insert =
                 format!("INSERT INTO {}.{table} JSON ? DEFAULT UNSET USING TIMESTAMP ?", self.keyspace);
             let insert = self.session.prepare(insert).await.unwrap();
-            for (json, stamp) in rows {
+            for (json, timestamp) in rows {
                 let mut row: Value = serde_json::from_str(json).unwrap();
                 row.as_object_mut().unwrap().retain(|_, value| !value.is_null());
-                self.session.execute_unpaged(&insert, (row.to_string(), stamp)).await.unwrap();
+                self.session.execute_unpaged(&insert, (row.to_string(), timestamp)).await.unwrap();
             }
         }
     }
 
-    /// The last running totals of all partitions together.
+    /// Asserts that the latest running totals of all partitions add up to `records` in both resolutions.
     async fn assert_running_totals(&self, records: i64) {
         let query =
             format!("SELECT resolution, kafka_partition, at, total FROM {}.throughput", self.keyspace);

@@ -1,5 +1,5 @@
-//! The shipped stream definitions against the simulator's endpoints of the same shape: the check a new user makes, then
-//! real intervals, counted against what the source has.
+//! The shipped stream definitions against the simulator's endpoints of the same format. The tests run `source check` as
+//! a new user would, fetch intervals, and compare the counts with the records of the source.
 
 use local_stack::source::public::{Api, CHARGES, COMMITS, QUESTIONS};
 use serde_json::Value;
@@ -28,25 +28,26 @@ async fn source_check_shows_the_events_of_every_shipped_stream() {
         let table = check(&[]).await;
         assert!(!table.contains("warning:"), "{file}: {table}");
         let events: Vec<Value> = serde_json::from_str(&check(&["--json", "--events", "1000"]).await).unwrap();
-        assert!(events.len() >= 100, "{file}: a full page, not {} events", events.len());
+        assert!(events.len() >= 100, "{file}: expected a full page, got {} events", events.len());
         assert!(events.iter().all(|e| e["id"].is_string() && e["time"].is_string()), "{file}");
         checked += 1;
     }
-    assert!(checked >= 5, "{checked} files");
+    assert!(checked >= 5, "only {checked} files were checked");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn three_public_shapes_are_ingested_page_by_page_to_the_last_record() {
+async fn three_public_api_formats_are_ingested_completely() {
     let pipeline = Pipeline::new("shapes").await;
     let _source = pipeline.source().await;
     let from_s = (now_ms() / 1000 - 7200).div_euclid(INTERVAL_S) * INTERVAL_S;
     let to_s = from_s + 2 * INTERVAL_S;
-    let cut = |at_s: i64| chrono::DateTime::from_timestamp(at_s, 0).unwrap().to_rfc3339();
+    let rfc3339 = |at_s: i64| chrono::DateTime::from_timestamp(at_s, 0).unwrap().to_rfc3339();
     let count = |api: Api, beyond_s: i64| -> usize {
-        let whole = (from_s..to_s).step_by(usize::try_from(INTERVAL_S).unwrap());
-        whole.map(|at| api.records(at, at + INTERVAL_S + beyond_s).unwrap().len()).sum()
+        let starts = (from_s..to_s).step_by(usize::try_from(INTERVAL_S).unwrap());
+        starts.map(|at| api.records(at, at + INTERVAL_S + beyond_s).unwrap().len()).sum()
     };
-    // Stack Exchange includes the last second; charges are cut into halves, which changes nothing.
+    // Stack Exchange includes the end of an interval. Charges are fetched in half intervals, which does not change the
+    // count.
     let streams = [
         ("github_commits", count(COMMITS, 0)),
         ("stripe_charges", count(CHARGES, 0)),
@@ -61,7 +62,7 @@ async fn three_public_shapes_are_ingested_page_by_page_to_the_last_record() {
             async move {
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
                 let output =
-                    pipeline.run(programs(arguments[0]), &arguments, &[("PIPELINE_TOPIC", topic)]).await;
+                    pipeline.run(program_of(arguments[0]), &arguments, &[("PIPELINE_TOPIC", topic)]).await;
                 assert!(
                     output.status.success(),
                     "{arguments:?}: {}{}",
@@ -71,15 +72,21 @@ async fn three_public_shapes_are_ingested_page_by_page_to_the_last_record() {
             }
         };
         run(vec!["init".to_owned()]).await;
-        run(vec!["backfill".to_owned(), "--from".to_owned(), cut(from_s), "--to".to_owned(), cut(to_s)])
-            .await;
+        run(vec![
+            "backfill".to_owned(),
+            "--from".to_owned(),
+            rfc3339(from_s),
+            "--to".to_owned(),
+            rfc3339(to_s),
+        ])
+        .await;
         assert_eq!(pipeline.log_end(&topic).await, expected as i64, "{stream}");
     }
     let runs = pipeline.runs().await;
     assert!(runs.values().all(|run| run.state == "succeeded"), "{runs:?}");
 }
 
-/// Whose command it is.
-fn programs(command: &str) -> &'static str {
+/// The program that has this command.
+fn program_of(command: &str) -> &'static str {
     if command == "init" { "stream-processor" } else { "ingest-producer" }
 }

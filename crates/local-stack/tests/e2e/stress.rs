@@ -1,22 +1,22 @@
-//! Load, and kills under load: every event counts once.
+//! Kills of the processor under load. Every event must count once.
 
 use std::os::unix::process::ExitStatusExt;
 
-use crate::harness::{PATIENT, Pipeline, long, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, is_long_run, wait_until};
 
-/// How often the processor is killed on the way.
+/// Number of kills before the log is processed.
 const KILLS: i64 = 5;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_stressed_event_arrives_exactly_once_through_five_kills() {
-    let events: i64 = if long() { 500_000 } else { 120_000 };
+async fn every_event_counts_once_although_the_processor_is_killed_five_times() {
+    let events: i64 = if is_long_run() { 500_000 } else { 120_000 };
     let pipeline = Pipeline::initialised("kills").await;
     pipeline.stress(events as u64).await;
     for kill in 1..=KILLS {
         let mut processor = pipeline.processor("one");
         processor.ready().await;
         let enough = events * kill / (KILLS + 1);
-        wait_until("a part of the log is processed", PATIENT, || async {
+        wait_until("part of the log is processed", LONG_TIMEOUT, || async {
             pipeline.progress().await.events >= enough
         })
         .await;
@@ -24,35 +24,35 @@ async fn every_stressed_event_arrives_exactly_once_through_five_kills() {
     }
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("all of the log is processed", PATIENT, || async {
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
         pipeline.progress().await.events >= events
     })
     .await;
     pipeline.assert_counted_once(events).await;
-    assert_eq!(pipeline.progress().await.duplicates, 0, "a replay after a kill is no duplicate");
+    assert_eq!(pipeline.progress().await.duplicates, 0, "a restart after a kill must not create duplicates");
     processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_are_counted_once_whatever_step_the_processor_dies_at() {
+async fn every_event_counts_once_whichever_step_the_processor_is_killed_at() {
     const EVENTS: i64 = 60_000;
     let pipeline = Pipeline::initialised("steps").await;
     pipeline.stress_with(&["--messages", "60000", "--duplicates", "10"]).await;
     let steps = pipeline.steps().await;
-    // Each step twice: with the state files kept, and with them lost as well.
-    for (life, step) in steps.iter().chain(&steps).enumerate() {
-        let mut processor = pipeline.processor_killed_at(&format!("{step}={}", 2 + life % 5));
+    // Each step twice. The first time the state files survive the kill, the second time they are lost.
+    for (run, step) in steps.iter().chain(&steps).enumerate() {
+        let mut processor = pipeline.processor_killed_at(&format!("{step}={}", 2 + run % 5));
         let ended = processor.end().await;
-        assert_eq!(ended.signal(), Some(9), "{step}: {ended:?}: {}", processor.words());
-        if life >= steps.len() {
+        assert_eq!(ended.signal(), Some(9), "{step}: {ended:?}: {}", processor.log_text());
+        if run >= steps.len() {
             pipeline.lose_checkpoints();
         }
     }
-    let left = pipeline.progress().await;
-    assert!(left.next_offsets < EVENTS, "the kills came on the way: {left:?}");
+    let progress = pipeline.progress().await;
+    assert!(progress.next_offsets < EVENTS, "the log was processed before the last kill: {progress:?}");
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("all of the log is processed", PATIENT, || async {
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
         pipeline.progress().await.next_offsets >= EVENTS
     })
     .await;
@@ -65,12 +65,12 @@ async fn events_are_counted_once_whatever_step_the_processor_dies_at() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_are_counted_once_although_the_checkpoints_are_lost() {
+async fn every_event_counts_once_although_the_checkpoints_are_lost() {
     let pipeline = Pipeline::initialised("lost_volume").await;
     pipeline.stress(30_000).await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("a part of the log is processed", PATIENT, || async {
+    wait_until("part of the log is processed", LONG_TIMEOUT, || async {
         pipeline.progress().await.events > 5_000
     })
     .await;
@@ -78,7 +78,7 @@ async fn events_are_counted_once_although_the_checkpoints_are_lost() {
     pipeline.lose_checkpoints();
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("all of the log is processed", PATIENT, || async {
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
         pipeline.progress().await.events >= 30_000
     })
     .await;

@@ -1,5 +1,5 @@
-//! `./run --detach` with servers of its own: what is killed comes back by itself, what refuses stays down and says why, and no
-//! server that stands still keeps a service from stopping.
+//! `./run --detach` with separate servers. Killed processes are restarted, a service that refuses to run stays down
+//! with its reason, and a suspended server does not prevent a service from stopping.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,17 +14,17 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::harness::{PATIENT, text, wait_for, wait_until};
+use crate::harness::{LONG_TIMEOUT, text, wait_for, wait_until};
 
-/// How long the broker stands still: long enough to be fenced when it goes on.
-const STILL: Duration = Duration::from_secs(25);
+/// Duration of the broker's suspension. Long enough that the controller fences the broker.
+const SUSPENSION: Duration = Duration::from_secs(25);
 
-/// Far more than any service's grace.
-const STOPPED: Duration = Duration::from_secs(60);
+/// Timeout for a service to stop. Far longer than the grace period of any service.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
 const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
 
-/// What `./run` needs of a checkout, and everything that runs in it.
+/// A minimal checkout for `./run`, and the processes that run in it.
 struct Checkout {
     folder: TempDir,
     ports: Ports,
@@ -44,6 +44,7 @@ impl Checkout {
         Self { folder, ports: Ports::private().unwrap() }
     }
 
+    /// Runs `local-stack` in the checkout.
     async fn call(&self, arguments: &[&str]) -> Output {
         let program = PathBuf::from(std::env::var("PIPELINE_TEST_BIN").unwrap()).join("local-stack");
         let base = self.ports.kafka.to_string();
@@ -54,10 +55,10 @@ impl Checkout {
 
     fn record(&self, part: &str) -> Record {
         let file = self.folder.path().join(format!(".local/run/{part}.json"));
-        Record::read(&file).unwrap_or_else(|| panic!("no record of {part}"))
+        Record::read(&file).unwrap_or_else(|| panic!("no process record of {part}"))
     }
 
-    /// A part as `./run status --json` shows it.
+    /// The entry of a part in `./run status --json`.
     async fn status(&self, part: &str) -> Option<Value> {
         let list: Value = serde_json::from_slice(&self.call(&["status", "--json"]).await.stdout).ok()?;
         list.as_array()?.iter().find(|one| one["name"] == part).cloned()
@@ -67,6 +68,7 @@ impl Checkout {
         self.status(part).await.is_some_and(|status| status["state"] == state)
     }
 
+    /// The logs of the supervisor and the processor.
     async fn logs(&self) -> String {
         let mut all = String::new();
         for part in ["supervisor", "stream-processor"] {
@@ -75,65 +77,80 @@ impl Checkout {
         all
     }
 
-    async fn kill_and_see_it_return(&self, part: &str, state: &str) {
+    /// Kills a part and waits until the supervisor has restarted it and it is in `state`.
+    async fn kill_and_wait_for_restart(&self, part: &str, state: &str) {
         let before = self.record(part);
         before.signal(Signal::KILL);
-        wait_until(&format!("{part} runs again"), PATIENT, || async {
+        wait_until(&format!("{part} is restarted"), LONG_TIMEOUT, || async {
             let record = self.record(part);
             record.pid != before.pid && record.is_alive() && record.restarts == before.restarts + 1
         })
         .await;
-        wait_until(&format!("{part} is {state} again"), PATIENT, || self.is_in_state(part, state)).await;
+        wait_until(&format!("{part} is {state} again"), LONG_TIMEOUT, || self.is_in_state(part, state)).await;
     }
 
-    /// Each service ends on SIGTERM although neither server answers, and is started again.
-    async fn services_stop_while_the_servers_stand_still(&self) {
+    /// Asserts that each service exits on SIGTERM while both servers are suspended, and that it is restarted.
+    async fn assert_services_stop_while_servers_are_suspended(&self) {
         let servers = ["kafka", "cassandra"].map(|server| self.record(server));
         servers.iter().for_each(|server| server.signal(Signal::STOP));
         let records = SERVICES.map(|service| self.record(service));
         records.iter().for_each(|record| record.signal(Signal::TERM));
         for record in &records {
-            wait_until(&format!("{} has ended", record.name), STOPPED, || async { !record.is_alive() }).await;
+            wait_until(&format!("{} has exited", record.name), STOP_TIMEOUT, || async { !record.is_alive() })
+                .await;
         }
         servers.iter().for_each(|server| server.signal(Signal::CONT));
         for service in SERVICES {
-            wait_until(&format!("{service} is ready"), PATIENT, || self.is_in_state(service, "ready")).await;
+            wait_until(&format!("{service} is ready"), LONG_TIMEOUT, || self.is_in_state(service, "ready"))
+                .await;
         }
     }
 
-    /// Records in Kafka as the page's service says it; `None`: it does not know.
-    async fn produced(&self) -> Option<i64> {
+    /// Number of records in Kafka according to the dashboard service. `None` while the service does not know it.
+    async fn events_produced(&self) -> Option<i64> {
         let url = format!("http://127.0.0.1:{}/api/v1/overview", self.ports.dashboard);
         let overview: Value = http_client().unwrap().get(url).send().await.ok()?.json().await.ok()?;
         overview["events_produced"].as_i64()
     }
 
-    /// The page's service knows nothing of a broker that stands still, and knows it again when it goes on.
-    async fn the_page_goes_on_after_a_broker_stood_still(&self) {
-        wait_until("the log is known", PATIENT, || async { self.produced().await.is_some() }).await;
+    /// Asserts that the dashboard does not know the log while the broker is suspended, and knows it again afterwards.
+    async fn assert_dashboard_recovers_from_a_suspended_broker(&self) {
+        wait_until("the log is known", LONG_TIMEOUT, || async { self.events_produced().await.is_some() })
+            .await;
         let broker = self.record("kafka");
         broker.signal(Signal::STOP);
         let since = Instant::now();
-        wait_until("the log is unknown", PATIENT, || async { self.produced().await.is_none() }).await;
-        wait_until("it stood still long enough", PATIENT, || async { since.elapsed() >= STILL }).await;
+        wait_until("the log is unknown", LONG_TIMEOUT, || async { self.events_produced().await.is_none() })
+            .await;
+        wait_until("the broker was suspended long enough", LONG_TIMEOUT, || async {
+            since.elapsed() >= SUSPENSION
+        })
+        .await;
         broker.signal(Signal::CONT);
-        wait_until("the log is known again", PATIENT, || async { self.produced().await.is_some() }).await;
+        wait_until("the log is known again", LONG_TIMEOUT, || async {
+            self.events_produced().await.is_some()
+        })
+        .await;
     }
 
-    /// The processor is given another layout than the stream was made with.
-    async fn a_refusal_stays_down_and_is_told(&self) {
+    /// Gives the processor a layout that differs from the registered one. Asserts that it is reported as refused and
+    /// not restarted.
+    async fn assert_refusal_is_reported_and_not_restarted(&self) {
         let stream = self.folder.path().join("streams/user_created.toml");
         let definition = fs::read_to_string(&stream).unwrap();
         fs::write(&stream, definition.replace("[\"female\", \"male\"]", "[\"female\"]")).unwrap();
         self.record("stream-processor").signal(Signal::KILL);
-        wait_until("it refuses", PATIENT, || self.is_in_state("stream-processor", "refused")).await;
+        wait_until("the processor is listed as refused", LONG_TIMEOUT, || {
+            self.is_in_state("stream-processor", "refused")
+        })
+        .await;
         let status = self.status("stream-processor").await.unwrap();
         assert_eq!(status["ended"], "exit code 3", "{status}");
         assert!(status["last_words"].as_str().unwrap().contains("registered"), "{status}");
-        let told = self.logs().await;
-        assert!(told.contains("stream-processor refuses to run"), "{told}");
+        let logs = self.logs().await;
+        assert!(logs.contains("stream-processor refuses to run"), "{logs}");
         let url = format!("http://127.0.0.1:{}/api/v1/services", self.ports.dashboard);
-        let reason = wait_for("the page's service says it too", PATIENT, || async {
+        let reason = wait_for("the dashboard lists the processor as refused", LONG_TIMEOUT, || async {
             let answer = http_client().unwrap().get(&url).send().await.ok()?;
             let services = answer.json::<Value>().await.ok()?;
             let mut services = services["services"].as_array()?.iter();
@@ -145,22 +162,22 @@ impl Checkout {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_ends_is_started_again_until_everything_is_stopped() {
+async fn killed_parts_are_restarted_until_the_stack_is_stopped() {
     let checkout = Checkout::new();
     let started = checkout.call(&["up", "--detach"]).await;
     assert!(started.status.success(), "{started:?}");
     let again = checkout.call(&["up", "--detach"]).await;
     assert!(text(&again.stderr).contains("already running"), "{again:?}");
     for service in SERVICES {
-        checkout.kill_and_see_it_return(service, "ready").await;
+        checkout.kill_and_wait_for_restart(service, "ready").await;
     }
     for part in ["source", "prometheus", "kafka", "cassandra"] {
         let state = if part == "prometheus" { "ready" } else { "running" };
-        checkout.kill_and_see_it_return(part, state).await;
+        checkout.kill_and_wait_for_restart(part, state).await;
     }
-    checkout.the_page_goes_on_after_a_broker_stood_still().await;
-    checkout.services_stop_while_the_servers_stand_still().await;
-    checkout.a_refusal_stays_down_and_is_told().await;
+    checkout.assert_dashboard_recovers_from_a_suspended_broker().await;
+    checkout.assert_services_stop_while_servers_are_suspended().await;
+    checkout.assert_refusal_is_reported_and_not_restarted().await;
     let supervisor = checkout.record("supervisor");
     let stopped = checkout.call(&["stop"]).await;
     assert!(stopped.status.success() && !supervisor.is_alive(), "{stopped:?}");
@@ -172,7 +189,7 @@ async fn what_ends_is_started_again_until_everything_is_stopped() {
 }
 
 impl Drop for Checkout {
-    /// A test that failed must not leave servers behind.
+    /// Stops the servers of a failed test.
     fn drop(&mut self) {
         let program = PathBuf::from(std::env::var("PIPELINE_TEST_BIN").unwrap()).join("local-stack");
         let mut command = std::process::Command::new(program);

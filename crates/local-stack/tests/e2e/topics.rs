@@ -1,4 +1,4 @@
-//! Topics as they are in the world: partitions added later, transactions, batches that cannot be read.
+//! Unusual topics: partitions that are added later, transactions, damaged batches, and compression codecs.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,49 +12,58 @@ use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{Offset, TopicPartitionList};
 
-use crate::harness::{PATIENT, Pipeline, SOON, now_ms, text, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, TIMEOUT, now_ms, text, wait_until};
 
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(20);
-/// What a stream is registered with by default.
+/// Number of partitions that a stream is registered with by default.
 const PARTITIONS: i32 = 6;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn partitions_added_later_are_left_alone_and_told_until_the_topic_is_put_right() {
+async fn partitions_added_later_are_reported_and_not_processed() {
     let pipeline = Pipeline::initialised("added").await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
     pipeline.stress(300).await;
-    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events == 300 }).await;
+    wait_until("all events are processed", LONG_TIMEOUT, || async {
+        pipeline.progress().await.events == 300
+    })
+    .await;
     add_partitions(&pipeline.kafka, &pipeline.topic, 12).await.unwrap();
     pipeline.send_events(PARTITIONS + 1, 0..5).await;
     pipeline.send_events(0, 5..8).await;
-    // librdkafka looks for new partitions every half minute.
-    wait_until("readiness tells", PATIENT, || async { !processor.is_ready().await }).await;
-    wait_until("the added ones are counted", SOON, || async {
+    // librdkafka detects new partitions within half a minute.
+    wait_until("the processor is not ready", LONG_TIMEOUT, || async { !processor.is_ready().await }).await;
+    wait_until("the added partitions are counted", TIMEOUT, || async {
         processor.metric("processor_unregistered_partitions").await == Some(6.0)
     })
     .await;
-    wait_until("the registered ones go on", SOON, || async { pipeline.progress().await.events == 303 }).await;
+    wait_until("the registered partitions are processed", TIMEOUT, || async {
+        pipeline.progress().await.events == 303
+    })
+    .await;
     let report = processor.json("/readyz").await.unwrap().to_string();
-    for words in ["was registered with 6", "give the stream a new name"] {
-        assert!(report.contains(words) && processor.words().contains(words), "`{words}` is not in {report}");
+    for part in ["was registered with 6", "give the stream a new name"] {
+        assert!(report.contains(part) && processor.log_text().contains(part), "`{part}` is not in {report}");
     }
     assert_eq!(pipeline.rows().await, 303);
     processor.stop().await;
 
-    // Neither a new start nor `init` takes the added ones for the stream's own.
+    // Neither a restart nor `init` registers the added partitions.
     let processor = pipeline.processor("one");
-    wait_until("the registered ones run again", SOON, || async {
+    wait_until("the registered partitions run after the restart", TIMEOUT, || async {
         processor.metric("processor_partitions").await == Some(6.0)
     })
     .await;
     assert_eq!(pipeline.progress().await.next_offsets, 303);
     processor.stop().await;
     let output = pipeline.run("stream-processor", &["init"], &[]).await;
-    let words = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(3), "{words}");
-    assert!(words.contains("has 12 partitions, but stream `user_created` was registered with 6"), "{words}");
-    assert!(!words.contains("PIPELINE_PARTITIONS=12"), "{words}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(
+        stderr.contains("has 12 partitions, but stream `user_created` was registered with 6"),
+        "{stderr}"
+    );
+    assert!(!stderr.contains("PIPELINE_PARTITIONS=12"), "{stderr}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -67,8 +76,8 @@ async fn transactions_at_the_end_of_a_partition_leave_no_lag() {
     for (id, commits, numbers) in sends {
         pipeline.transaction(id, commits, numbers).await;
     }
-    // Neither markers nor aborted records ever come as records.
-    wait_until("nothing lags", PATIENT, || async {
+    // The consumer receives neither transaction markers nor aborted records.
+    wait_until("no partition has lag", LONG_TIMEOUT, || async {
         pipeline.next_offsets().await == pipeline.ends(&pipeline.topic).await
     })
     .await;
@@ -77,7 +86,7 @@ async fn transactions_at_the_end_of_a_partition_leave_no_lag() {
     processor.stop().await;
     assert_eq!(pipeline.group_offsets().await, pipeline.ends(&pipeline.topic).await);
 
-    // The last record is found again behind the markers, from the state files and without them.
+    // The processor finds the last record in front of the markers, with the state files and without them.
     for lose in [false, true] {
         if lose {
             pipeline.lose_checkpoints();
@@ -92,7 +101,7 @@ async fn transactions_at_the_end_of_a_partition_leave_no_lag() {
                 u32::try_from(events).unwrap() + 100..u32::try_from(events).unwrap() + 110,
             )
             .await;
-        wait_until("the next ones are counted", PATIENT, || async {
+        wait_until("the next events are counted", LONG_TIMEOUT, || async {
             pipeline.progress().await.events == events + 10
         })
         .await;
@@ -102,7 +111,7 @@ async fn transactions_at_the_end_of_a_partition_leave_no_lag() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skipped() {
+async fn a_damaged_batch_halts_only_its_partition_until_an_operator_skips_it() {
     const DAMAGED: i32 = 3;
     let pipeline = Pipeline::initialised("damaged").await;
     pipeline.send_events(DAMAGED, 0..10).await;
@@ -111,19 +120,24 @@ async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skip
     pipeline.send_events(1, 30..40).await;
     pipeline.damage(DAMAGED, 10);
     let processor = pipeline.processor("one");
-    wait_until("the partition stands still", SOON, || async {
+    wait_until("the partition is halted", TIMEOUT, || async {
         processor.metric(&format!("processor_halted{{partition=\"{DAMAGED}\"}}")).await == Some(1.0)
     })
     .await;
-    wait_until("everything else is processed", SOON, || async { pipeline.progress().await.events == 20 })
-        .await;
+    wait_until("all other records are processed", TIMEOUT, || async {
+        pipeline.progress().await.events == 20
+    })
+    .await;
     pipeline.send_events(1, 40..50).await;
-    wait_until("the others go on", SOON, || async { pipeline.progress().await.events == 30 }).await;
+    wait_until("the other partitions are processed", TIMEOUT, || async {
+        pipeline.progress().await.events == 30
+    })
+    .await;
     assert!(!processor.is_ready().await);
     let report = processor.json("/readyz").await.unwrap().to_string();
-    let way_on = "stream-processor skip --partition 3 --from 10 --to 20";
-    for words in ["partition 3 stands at offset 10", "BadMessage", way_on] {
-        assert!(report.contains(words) && processor.words().contains(words), "`{words}` is not in {report}");
+    let remedy = "stream-processor skip --partition 3 --from 10 --to 20";
+    for part in ["partition 3 is halted at offset 10", "BadMessage", remedy] {
+        assert!(report.contains(part) && processor.log_text().contains(part), "`{part}` is not in {report}");
     }
 
     let refused = ["skip", "--partition", "3", "--from", "9", "--to", "20"];
@@ -132,17 +146,18 @@ async fn a_damaged_batch_stops_its_partition_alone_until_an_operator_has_it_skip
     let skip = ["skip", "--partition", "3", "--from", "10", "--to", "20", "--reason", "damaged by a test"];
     let output = pipeline.run("stream-processor", &skip, &[]).await;
     assert!(output.status.success(), "{}", text(&output.stderr));
-    wait_until("the partition goes on", PATIENT, || async { pipeline.progress().await.events == 40 }).await;
-    wait_until("ready again", SOON, || async { processor.is_ready().await }).await;
+    wait_until("the partition continues", LONG_TIMEOUT, || async { pipeline.progress().await.events == 40 })
+        .await;
+    wait_until("the processor is ready again", TIMEOUT, || async { processor.is_ready().await }).await;
     assert_eq!(pipeline.skipped().await, BTreeMap::from([(DAMAGED, 10)]));
     let metric = format!("processor_committed_skipped_offsets_total{{partition=\"{DAMAGED}\"}}");
     assert_eq!(processor.metric(&metric).await, Some(10.0));
     pipeline.verify().await;
     processor.stop().await;
 
-    // A replay meets the same damage, and skips it again without counting it twice.
+    // A replay reaches the same batch. It skips the batch again without counting the offsets twice.
     let replay = pipeline.processor_replaying("one");
-    wait_until("the replay is through", PATIENT, || async {
+    wait_until("the replay has caught up", LONG_TIMEOUT, || async {
         replay.metric(&format!("processor_next_offset{{partition=\"{DAMAGED}\"}}")).await == Some(30.0)
             && replay.is_ready().await
     })
@@ -161,11 +176,12 @@ async fn records_of_every_codec_are_processed() {
     for (codec, sent) in ["gzip", "snappy", "lz4", "zstd", "uncompressed"].into_iter().zip(1..) {
         pipeline.configure(&pipeline.topic, &[("compression.type", codec)]).await;
         pipeline.stress(100).await;
-        wait_until(codec, SOON, || async { pipeline.progress().await.events == 100 * sent }).await;
+        wait_until(codec, TIMEOUT, || async { pipeline.progress().await.events == 100 * sent }).await;
     }
     pipeline.verify().await;
 }
 
+/// Sends one event for each number in one batch.
 fn send(sender: &Sender, partition: Option<i32>, numbers: std::ops::Range<u32>) {
     let ids: Vec<String> = numbers.map(|number| format!("event-{number}")).collect();
     let time = chrono::DateTime::from_timestamp_millis(now_ms()).unwrap().to_rfc3339();
@@ -174,7 +190,7 @@ fn send(sender: &Sender, partition: Option<i32>, numbers: std::ops::Range<u32>) 
 }
 
 impl Pipeline {
-    /// One event per number, in one batch of one partition.
+    /// Sends one event for each number in one batch to one partition.
     async fn send_events(&self, partition: i32, numbers: std::ops::Range<u32>) {
         let (kafka, topic) = (self.kafka.clone(), self.topic.clone());
         let send = move || {
@@ -184,7 +200,7 @@ impl Pipeline {
         tokio::task::spawn_blocking(send).await.unwrap();
     }
 
-    /// One event per number, in one transaction.
+    /// Sends one event for each number in a transaction, which commits or aborts.
     async fn transaction(&self, id: &str, commits: bool, numbers: std::ops::Range<u32>) {
         let (kafka, topic) = (self.kafka.clone(), self.topic.clone());
         let id = format!("{topic}.{id}");
@@ -196,14 +212,14 @@ impl Pipeline {
         tokio::task::spawn_blocking(send).await.unwrap();
     }
 
-    /// Flips a byte in the middle of the batch that begins at `offset`, as a failing disk would.
+    /// Inverts a byte in the batch that starts at `offset`, as a failing disk might.
     fn damage(&self, partition: i32, offset: i64) {
         let mut file = File::options().read(true).write(true).open(self.segment(partition)).unwrap();
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).unwrap();
         let mut at = 0;
         loop {
-            // A batch: base offset, then the length of what follows both.
+            // A batch starts with its base offset and the length of the rest.
             let base = i64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
             let length = i32::from_be_bytes(bytes[at + 8..at + 12].try_into().unwrap());
             let length = usize::try_from(length).unwrap();
@@ -217,13 +233,14 @@ impl Pipeline {
         }
     }
 
+    /// The first log segment of a partition of the events topic in the broker's data folder.
     fn segment(&self, partition: i32) -> PathBuf {
-        let wanted = format!("{}-{partition}", self.topic);
+        let name = format!("{}-{partition}", self.topic);
         let mut folders = vec![self.folder.ancestors().nth(2).unwrap().to_owned()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).into_iter().flatten().map(Result::unwrap) {
                 let path = entry.path();
-                if path.is_dir() && entry.file_name().to_str() == Some(&wanted) {
+                if path.is_dir() && entry.file_name().to_str() == Some(name.as_str()) {
                     return path.join("00000000000000000000.log");
                 }
                 if path.is_dir() {
@@ -231,10 +248,10 @@ impl Pipeline {
                 }
             }
         }
-        panic!("no log of {wanted}");
+        panic!("no log folder {name}");
     }
 
-    /// What was skipped in each partition where something was.
+    /// Number of skipped offsets of each partition that has any.
     async fn skipped(&self) -> BTreeMap<i32, i64> {
         let query = format!("SELECT kafka_partition, skipped FROM {}.partition_progress", self.keyspace);
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
@@ -242,7 +259,7 @@ impl Pipeline {
         rows.filter(|(_, skipped)| *skipped > 0).collect()
     }
 
-    /// Where the consumer group stands, as other tools see it.
+    /// The committed offset of the consumer group in each partition. 0 if there is none.
     async fn group_offsets(&self) -> BTreeMap<i32, i64> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &self.kafka)
@@ -250,7 +267,7 @@ impl Pipeline {
             .create()
             .unwrap();
         let topic = self.topic.clone();
-        let asked = tokio::task::spawn_blocking(move || {
+        let offsets = tokio::task::spawn_blocking(move || {
             let mut list = TopicPartitionList::new();
             list.add_partition_range(&topic, 0, PARTITIONS - 1);
             let committed = consumer.committed_offsets(list, KAFKA_TIMEOUT).unwrap();
@@ -260,6 +277,6 @@ impl Pipeline {
             };
             committed.elements().iter().map(|of| (of.partition(), offset(of.offset()))).collect()
         });
-        asked.await.unwrap()
+        offsets.await.unwrap()
     }
 }

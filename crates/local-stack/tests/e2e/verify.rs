@@ -1,4 +1,4 @@
-//! `verify` finds what is wrong in Cassandra, in as little memory as it is given, and `--rebuild` mends what can be mended.
+//! `verify` finds differences in Cassandra within its memory limit, and `verify --rebuild` repairs the panes.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
@@ -6,54 +6,59 @@ use std::process::Output;
 use chrono::{DateTime, SecondsFormat};
 use serde_json::Value;
 
-use crate::harness::{PATIENT, Pipeline, now_ms, text, wait_until};
+use crate::harness::{LONG_TIMEOUT, Pipeline, now_ms, text, wait_until};
 
 const EVENTS: i64 = 20_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_panes_are_found_and_rebuilt_and_lost_rows_are_found_and_refused() {
+async fn verify_rebuilds_lost_panes_and_refuses_to_rebuild_after_lost_rows() {
     let pipeline = Pipeline::initialised("verify").await;
     pipeline.stress(EVENTS as u64).await;
-    // The state file of one partition is a batch ahead of its progress row.
+    // The kill leaves the state file of one partition one batch ahead of its progress row.
     let mut killed = pipeline.processor_killed_at("before_publish=9");
-    assert_eq!(killed.end().await.signal(), Some(9), "{}", killed.words());
+    assert_eq!(killed.end().await.signal(), Some(9), "{}", killed.log_text());
     pipeline.cql(&format!("TRUNCATE {}.user_created_panes", pipeline.keyspace)).await;
-    let found = pipeline.ask(&["verify"]).await;
+    let found = pipeline.processor_command(&["verify"]).await;
     assert_eq!(found.status.code(), Some(1), "{found:?}");
     assert!(text(&found.stdout).contains("stored 0"), "{found:?}");
-    let rebuilt = pipeline.ask(&["verify", "--rebuild"]).await;
+    let rebuilt = pipeline.processor_command(&["verify", "--rebuild"]).await;
     assert_eq!(rebuilt.status.code(), Some(0), "{rebuilt:?}");
 
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.events >= EVENTS }).await;
-    let beside = pipeline.ask(&["verify", "--rebuild"]).await;
-    assert_eq!(beside.status.code(), Some(1), "{beside:?}");
-    assert!(text(&beside.stderr).contains("stop the processor first"), "{beside:?}");
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
+        pipeline.progress().await.events >= EVENTS
+    })
+    .await;
+    let refused = pipeline.processor_command(&["verify", "--rebuild"]).await;
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(text(&refused.stderr).contains("stop the processor first"), "{refused:?}");
     pipeline.assert_counted_once(EVENTS).await;
     pipeline.verify().await;
     processor.stop().await;
 
     pipeline.lose_a_row().await;
-    let found = pipeline.ask(&["verify", "--kafka"]).await;
+    let found = pipeline.processor_command(&["verify", "--kafka"]).await;
     assert_eq!(found.status.code(), Some(1), "{found:?}");
     assert!(text(&found.stdout).contains("is not in the table"), "{found:?}");
-    let refused = pipeline.ask(&["verify", "--rebuild"]).await;
+    let refused = pipeline.processor_command(&["verify", "--rebuild"]).await;
     assert_eq!(refused.status.code(), Some(3), "{refused:?}");
     assert!(text(&refused.stderr).contains("cannot be rebuilt from rows"), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_partition_larger_than_the_given_memory_is_verified_in_parts() {
+async fn a_partition_larger_than_the_memory_limit_is_verified_in_parts() {
     const EVENTS: i64 = 60_000;
     let pipeline = Pipeline::new("verify_parts").await;
-    let made = pipeline.ask(&["init", "--partitions", "1"]).await;
-    assert!(made.status.success(), "{made:?}");
+    let init = pipeline.processor_command(&["init", "--partitions", "1"]).await;
+    assert!(init.status.success(), "{init:?}");
     pipeline.stress_with(&["--messages", "60000", "--duplicates", "5"]).await;
     let mut processor = pipeline.processor("one");
     processor.ready().await;
-    wait_until("all is processed", PATIENT, || async { pipeline.progress().await.next_offsets == EVENTS })
-        .await;
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
+        pipeline.progress().await.next_offsets == EVENTS
+    })
+    .await;
     processor.stop().await;
     let outcome = pipeline.verify_as_json(&["--kafka", "--memory-mib", "1"], 0).await;
     assert_eq!(outcome["rows"], pipeline.progress().await.events, "{outcome}");
@@ -61,7 +66,7 @@ async fn a_partition_larger_than_the_given_memory_is_verified_in_parts() {
     assert!(outcome["log_passes"].as_i64() > Some(1), "{outcome}");
     assert!(outcome["panes_in_parts"].as_i64() > Some(0), "{outcome}");
 
-    // What is found in parts is what is found at once.
+    // Verification in parts finds the same differences as verification in one pass.
     pipeline.lose_a_row().await;
     for memory in ["1", "256"] {
         let outcome = pipeline.verify_as_json(&["--kafka", "--memory-mib", memory], 1).await;
@@ -72,7 +77,7 @@ async fn a_partition_larger_than_the_given_memory_is_verified_in_parts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_may_have_expired_is_no_difference_and_lost_buckets_are() {
+async fn lost_rows_are_a_difference_unless_their_ttl_may_have_expired() {
     const HOUR: i64 = 3_600_000;
     const DAY: i64 = 24 * HOUR;
     let pipeline = Pipeline::initialised("verify_expired").await;
@@ -86,7 +91,7 @@ async fn what_may_have_expired_is_no_difference_and_lost_buckets_are() {
         pipeline.cql(&insert).await;
         bucket
     };
-    // The stream's TTL is a year.
+    // The TTL of the stream is 365 days.
     pane(366 * DAY).await;
     let outcome = pipeline.verify_as_json(&[], 0).await;
     assert_eq!(outcome["not_compared"]["panes"], 1, "{outcome}");
@@ -105,20 +110,20 @@ async fn what_may_have_expired_is_no_difference_and_lost_buckets_are() {
     let outcome = pipeline.verify_as_json(&["--from", &from, "--to", &to], 1).await;
     assert_eq!((&outcome["from"], &outcome["to"]), (&from.into(), &at(lost + 60_000).into()), "{outcome}");
     let outcome = pipeline.verify_as_json(&["--from", &to], 1).await;
-    assert_eq!(outcome["differences"], 1, "the pane that holds the time is looked at: {outcome}");
+    assert_eq!(outcome["differences"], 1, "the pane that contains `--from` must be compared: {outcome}");
     let outcome = pipeline.verify_as_json(&["--from", &at(lost + 60_000)], 0).await;
     assert_eq!(outcome["differences"], 0, "{outcome}");
 }
 
 impl Pipeline {
-    /// `verify --json`, which must end with this code.
+    /// Runs `verify --json`, which must exit with this code. Returns its report.
     async fn verify_as_json(&self, arguments: &[&str], code: i32) -> Value {
-        let output = self.ask(&[&["verify", "--json"], arguments].concat()).await;
+        let output = self.processor_command(&[&["verify", "--json"], arguments].concat()).await;
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
     }
 
-    async fn ask(&self, arguments: &[&str]) -> Output {
+    async fn processor_command(&self, arguments: &[&str]) -> Output {
         self.run("stream-processor", arguments, &[]).await
     }
 
@@ -126,13 +131,14 @@ impl Pipeline {
         self.session.query_unpaged(statement, ()).await.unwrap();
     }
 
+    /// Deletes one event row.
     async fn lose_a_row(&self) {
         type Key = (scylla::value::CqlTimestamp, i32, scylla::value::CqlTimestamp, String);
         let table = format!("{}.user_created", self.keyspace);
         let select = format!("SELECT bucket, shard, event_time, event_id FROM {table} LIMIT 1");
         let rows = self.session.query_unpaged(select, ()).await.unwrap().into_rows_result().unwrap();
         let key = rows.single_row::<Key>().unwrap();
-        // Rows are stamped with event times: the present is later.
+        // The write time of a row is its event time, so a deletion with the current time is later.
         let delete =
             format!("DELETE FROM {table} WHERE bucket = ? AND shard = ? AND event_time = ? AND event_id = ?");
         self.session.query_unpaged(delete, key).await.unwrap();

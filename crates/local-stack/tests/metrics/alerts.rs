@@ -1,5 +1,5 @@
-//! Alerts provoked for real, one after the other: what breaks, and how long it takes until it is told. Minutes by nature, so
-//! only `./test long` asks for it; it leaves the stack broken and comes last.
+//! Provokes faults one after the other and measures the time until the alerts fire. This takes minutes and leaves the
+//! stack broken, so only `./test long` runs it, after all other tests.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,28 +13,30 @@ use tokio::process::{Child, Command};
 
 use crate::{load, prometheus, sources, variable};
 
-/// Longer than the longest of the alerts provoked here may take: two intervals, a pending time, a scrape.
+/// Time limit for an alert. Longer than the slowest alert here needs: two intervals, its pending time and a scrape.
 const WITHIN: Duration = Duration::from_secs(420);
 
-const ASK_EVERY: Duration = Duration::from_secs(1);
+/// Pause between two checks of a condition.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Records that are no events: enough to be told, too few to pause a partition.
+/// Number of undecodable records that fire an alert but do not pause the partition.
 const POISON: usize = 5;
 
-/// More in a row than a partition takes by default.
-const TOO_MUCH_POISON: usize = 5000;
+/// Number of consecutive undecodable records that pauses the partition with the default settings.
+const PAUSING_POISON: usize = 5000;
 
+/// Sends a signal to a process of the stack.
 fn signal(part: &str, signal: Signal) {
     let file = Path::new(&variable("PIPELINE_TEST_FOLDER")).join(format!("run/{part}.json"));
-    Record::read(&file).unwrap_or_else(|| panic!("{} is not there", file.display())).signal(signal);
+    Record::read(&file).unwrap_or_else(|| panic!("cannot read {}", file.display())).signal(signal);
 }
 
-/// Waits until each of `expected` fires, and says how long that took since `broken`.
+/// Waits until all `expected` alerts fire. Prints the time since `broken` for each.
 #[expect(clippy::print_stdout, reason = "the times are figures for BENCHMARKS.md")]
-async fn told(what: &str, broken: Instant, expected: &[&str]) {
+async fn wait_until_firing(what: &str, broken: Instant, expected: &[&str]) {
     let prometheus = prometheus();
     let mut missing = expected.to_vec();
-    let mut ticks = tokio::time::interval(ASK_EVERY);
+    let mut ticks = tokio::time::interval(POLL_INTERVAL);
     while !missing.is_empty() {
         ticks.tick().await;
         let firing = prometheus.firing().await;
@@ -47,13 +49,13 @@ async fn told(what: &str, broken: Instant, expected: &[&str]) {
         });
         assert!(
             broken.elapsed() < WITHIN,
-            "{what}: {missing:?} do not fire within {} s; {firing:?} do",
+            "{what}: {missing:?} did not fire within {} s; firing: {firing:?}",
             WITHIN.as_secs()
         );
     }
 }
 
-/// Records that are no events, all of one partition.
+/// Sends undecodable records to one partition.
 fn poison(records: usize) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", variable("PIPELINE_TEST_KAFKA")).create().unwrap();
@@ -64,15 +66,15 @@ fn poison(records: usize) {
     producer.flush(Duration::from_secs(10)).unwrap();
 }
 
-/// Every answer of the source says that there is nothing: no retry changes it.
-async fn refuse_all() {
+/// Makes the source answer every request with 404. The producer does not retry this error.
+async fn fail_all_requests() {
     let url = format!("{}/faults", variable("PIPELINE_TEST_SOURCE"));
     let faults = r#"{"faults": {"not_found": {"rate": 1.0}}}"#;
     let answer = http_client().unwrap().put(url).body(faults).send().await.unwrap();
     assert!(answer.status().is_success());
 }
 
-/// The processor as `./run` starts it.
+/// Starts the processor with the settings that `./run` uses.
 fn processor(arguments: &[&str]) -> Child {
     let listen = variable("PIPELINE_TEST_PROCESSOR").replace("http://", "");
     let folder = variable("PIPELINE_TEST_FOLDER");
@@ -97,26 +99,27 @@ fn checkpoints() -> PathBuf {
 }
 
 #[tokio::test]
-async fn provoked_for_real_each_alert_tells_what_broke() {
+async fn alerts_fire_for_the_faults_they_describe() {
     let _load = load(5);
-    let copies = Instant::now();
-    let sent_again = load(80);
-    // A counter that is first seen after it has risen shows no rise.
-    wait_until("counters are known", "count_over_time(processor_committed_dead_letters_total[1m]) > 2").await;
+    let duplicates_since = Instant::now();
+    let duplicating_load = load(80);
+    // `increase` ignores the first sample of a counter, so Prometheus must have scraped it before it rises.
+    wait_until("the counter is scraped", "count_over_time(processor_committed_dead_letters_total[1m]) > 2")
+        .await;
     let since = Instant::now();
     poison(POISON);
-    told("poison", since, &["DeadLetters"]).await;
-    refuse_all().await;
-    told("source without data", since, &["IngestUnresolvedIntervals"]).await;
+    wait_until_firing("undecodable records", since, &["DeadLetters"]).await;
+    fail_all_requests().await;
+    wait_until_firing("source without data", since, &["IngestUnresolvedIntervals"]).await;
     let since = Instant::now();
     signal("source", Signal::KILL);
-    told("source stopped", since, &["IngestNoSuccess"]).await;
-    told("most records sent again", copies, &["DuplicatesJump"]).await;
-    drop(sent_again);
-    from_the_processor_on().await;
+    wait_until_firing("source stopped", since, &["IngestNoSuccess"]).await;
+    wait_until_firing("most records sent twice", duplicates_since, &["DuplicatesJump"]).await;
+    drop(duplicating_load);
+    provoke_processor_and_server_alerts().await;
 }
 
-async fn from_the_processor_on() {
+async fn provoke_processor_and_server_alerts() {
     let since = Instant::now();
     signal("stream-processor", Signal::KILL);
     let alerts = [
@@ -126,42 +129,51 @@ async fn from_the_processor_on() {
         "CheckpointStaleUnknown",
         "LagGrowing",
     ];
-    told("processor stopped", since, &alerts).await;
+    wait_until_firing("processor stopped", since, &alerts).await;
     std::fs::remove_dir_all(checkpoints()).unwrap();
     std::fs::create_dir(checkpoints()).unwrap();
     let since = Instant::now();
     let mut recovered = processor(&[]);
-    told("checkpoints lost", since, &["CheckpointRecovered"]).await;
+    wait_until_firing("checkpoints lost", since, &["CheckpointRecovered"]).await;
     recovered.kill().await.unwrap();
     let since = Instant::now();
     let mut replaying = processor(&["--replay"]);
-    told("started with --replay", since, &["PartitionReplayed"]).await;
+    wait_until_firing("started with --replay", since, &["PartitionReplayed"]).await;
     replaying.kill().await.unwrap();
     let _processor = processor(&[]);
     wait_until(
-        "all is processed",
+        "the whole log is processed",
         "sum(dashboard_lag_messages) < 5000 and sum(up{job='stream-processor'}) == 1",
     )
     .await;
     let since = Instant::now();
-    poison(TOO_MUCH_POISON);
-    told("too much poison", since, &["PartitionPaused", "CheckpointStale stream-processor"]).await;
+    poison(PAUSING_POISON);
+    wait_until_firing(
+        "too many undecodable records",
+        since,
+        &["PartitionPaused", "CheckpointStale stream-processor"],
+    )
+    .await;
     let since = Instant::now();
     signal("cassandra", Signal::KILL);
-    told("cassandra stopped", since, &["SinkErrors", "TargetDown cassandra", "LagOverObjectiveUnknown"])
-        .await;
+    wait_until_firing(
+        "cassandra stopped",
+        since,
+        &["SinkErrors", "TargetDown cassandra", "LagOverObjectiveUnknown"],
+    )
+    .await;
     let since = Instant::now();
     signal("kafka", Signal::KILL);
-    told("kafka stopped", since, &["TargetDown kafka", "KafkaOfflinePartitionsUnknown"]).await;
+    wait_until_firing("kafka stopped", since, &["TargetDown kafka", "KafkaOfflinePartitionsUnknown"]).await;
 }
 
-/// Waits until an expression has a series.
+/// Waits until an expression returns a series.
 async fn wait_until(what: &str, expression: &str) {
     let (mut prometheus, since) = (prometheus(), Instant::now());
-    let mut ticks = tokio::time::interval(ASK_EVERY);
+    let mut ticks = tokio::time::interval(POLL_INTERVAL);
     while prometheus.query(expression).await.unwrap().is_empty() {
-        prometheus.look_again();
+        prometheus.clear_cache();
         ticks.tick().await;
-        assert!(since.elapsed() < WITHIN, "not within {} s: {what}", WITHIN.as_secs());
+        assert!(since.elapsed() < WITHIN, "timed out after {} s: {what}", WITHIN.as_secs());
     }
 }

@@ -1,41 +1,41 @@
-//! Asks the real Prometheus what each expression returns, and says what is missing. It knows no metric by name but the few
-//! that may be away while all is well.
+//! Evaluates expressions in the real Prometheus and reports missing series and labels. It knows no metric by name
+//! except the few that may be absent in a healthy stack.
 
 use std::collections::BTreeMap;
 
 use local_stack::servers::http_client;
 use serde_json::Value;
 
-use crate::promql::{asked, comparing_all};
+use crate::promql::{parse, with_bool_comparisons};
 use crate::sources::{Expression, Kind, list, text};
 
-/// Selectors that may be empty while all is well, each with its reason.
+/// Selectors that may be empty in a healthy stack, each with the reason.
 const LEGITIMATELY_EMPTY: [(&str, &str); 1] =
-    [("ALERTS{alertstate=\"firing\"}", "has series only while an alert fires; the panel says 0 meanwhile")];
+    [("ALERTS{alertstate=\"firing\"}", "has series only while an alert fires; the panel shows 0 otherwise")];
 
-/// One series of an answer.
+/// One series of a query result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
-    /// Its labels.
+    /// The labels, including `__name__` if present.
     pub labels: BTreeMap<String, String>,
-    /// Its value now.
+    /// The current value.
     pub value: f64,
 }
 
-/// The Prometheus of the tests. Answers are kept: within one look everything is asked once.
+/// A client of the test's Prometheus. It caches query results until [`Prometheus::clear_cache`] is called.
 pub struct Prometheus {
     client: reqwest::Client,
     url: String,
-    kept: BTreeMap<String, Result<Vec<Series>, String>>,
+    cache: BTreeMap<String, Result<Vec<Series>, String>>,
 }
 
 impl Prometheus {
-    /// At `http://HOST:PORT`.
+    /// A client for the Prometheus at `http://HOST:PORT`.
     pub fn at(url: &str) -> Prometheus {
-        Prometheus { client: http_client().unwrap(), url: url.to_owned(), kept: BTreeMap::new() }
+        Prometheus { client: http_client().unwrap(), url: url.to_owned(), cache: BTreeMap::new() }
     }
 
-    /// `GET /api/v1/…`: its `data`, or Prometheus's own words.
+    /// Sends `GET /api/v1/PATH`. Returns `data` of the answer, or the error of Prometheus.
     pub async fn get(&self, path: &str, query: &[(&str, &str)]) -> Result<Value, String> {
         let url = reqwest::Url::parse_with_params(&format!("{}/api/v1/{path}", self.url), query).unwrap();
         let answer = self.client.get(url).send().await.map_err(|e| e.to_string())?;
@@ -47,22 +47,22 @@ impl Prometheus {
         }
     }
 
-    /// An instant query.
+    /// Runs an instant query, unless its result is cached.
     pub async fn query(&mut self, expression: &str) -> Result<Vec<Series>, String> {
-        if let Some(kept) = self.kept.get(expression) {
-            return kept.clone();
+        if let Some(cached) = self.cache.get(expression) {
+            return cached.clone();
         }
         let answer = self.get("query", &[("query", expression)]).await.map(|data| series(&data));
-        self.kept.insert(expression.to_owned(), answer.clone());
+        self.cache.insert(expression.to_owned(), answer.clone());
         answer
     }
 
-    /// Forgets all answers: from now on Prometheus is asked again.
-    pub fn look_again(&mut self) {
-        self.kept.clear();
+    /// Drops all cached results.
+    pub fn clear_cache(&mut self) {
+        self.cache.clear();
     }
 
-    /// Alerts that fire: `Name`, or `Name job` where the alert is about one job.
+    /// The firing alerts, each as `Name` or, if it has a job label, as `Name job`.
     pub async fn firing(&self) -> Vec<String> {
         let data = self.get("alerts", &[]).await.unwrap();
         let firing = list(&data, "/alerts").iter().filter(|alert| text(alert, "/state") == "firing");
@@ -70,15 +70,15 @@ impl Prometheus {
         firing.map(|alert| name(alert).trim_end().to_owned()).collect()
     }
 
-    /// What is wrong with an expression; nothing is good.
+    /// The faults of an expression. Empty if the expression is correct.
     pub async fn faults(&mut self, expression: &Expression) -> Vec<String> {
-        let asked = asked(&expression.text);
+        let query = parse(&expression.text);
         let mut faults = Vec::new();
         let mut labels = Vec::new();
-        if asked.selectors.is_empty() {
-            faults.push("asks for no metric".to_owned());
+        if query.selectors.is_empty() {
+            faults.push("contains no selector".to_owned());
         }
-        for selector in &asked.selectors {
+        for selector in &query.selectors {
             if LEGITIMATELY_EMPTY.iter().any(|(text, _)| *text == selector.text) {
                 continue;
             }
@@ -96,23 +96,24 @@ impl Prometheus {
             }
             labels.extend(found);
         }
-        for label in &asked.groupings {
+        for label in &query.groupings {
             if !has(&labels, label) {
-                faults.push(format!("groups by {label}, which no series has"));
+                faults.push(format!("groups by the label {label}, which no series has"));
             }
         }
         faults.extend(self.faults_of_whole(expression, &labels).await);
         faults
     }
 
+    /// Evaluates the whole expression. `selected` contains the series of its selectors.
     async fn faults_of_whole(&mut self, expression: &Expression, selected: &[Series]) -> Vec<String> {
         let expected = match &expression.kind {
             Kind::Variable(label) if has(selected, label) => return Vec::new(),
             Kind::Variable(label) => return vec![format!("no series has the label {label}")],
-            // What an absence asks for was looked for above.
+            // The selectors inside `absent` were checked above.
             Kind::Alert(_) if expression.text.contains("absent(") => return Vec::new(),
             Kind::Panel(_) | Kind::Record(_) => expression.text.clone(),
-            Kind::Alert(_) | Kind::Annotation(_) => comparing_all(&expression.text),
+            Kind::Alert(_) | Kind::Annotation(_) => with_bool_comparisons(&expression.text),
         };
         let found = match self.query(&expected).await {
             Ok(found) => found,
@@ -120,20 +121,24 @@ impl Prometheus {
         };
         let mut faults = Vec::new();
         if found.iter().all(|series| series.value.is_nan()) {
-            faults.push(if found.is_empty() { "is empty".to_owned() } else { "is not a number".to_owned() });
+            faults.push(if found.is_empty() {
+                "returns no series".to_owned()
+            } else {
+                "returns only NaN".to_owned()
+            });
         }
         if let Kind::Panel(labels) | Kind::Annotation(labels) = &expression.kind {
             faults.extend(
                 labels
                     .iter()
                     .filter(|l| !has(&found, l))
-                    .map(|l| format!("its legend names {l}, which no series has")),
+                    .map(|l| format!("its legend uses the label {l}, which no series has")),
             );
         }
         if let Kind::Record(name) = &expression.kind
-            && self.query(name).await.is_ok_and(|kept| kept.is_empty())
+            && self.query(name).await.is_ok_and(|recorded| recorded.is_empty())
         {
-            faults.push(format!("nothing is recorded as {name}"));
+            faults.push(format!("the recorded metric {name} has no series"));
         }
         faults
     }

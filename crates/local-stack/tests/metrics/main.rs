@@ -1,6 +1,6 @@
-//! What is watched, on the real stack: Kafka and Cassandra with their agents, the three services, a source and Prometheus
-//! with the rules, started and named in the environment by `./test metrics`, with load put through. Every expression of
-//! boards, rules and alerts must return series; and the check itself must notice what is wrong.
+//! Tests of the dashboards, rules and alerts on a real stack under load. `./test metrics` starts Kafka and Cassandra
+//! with their JMX agents, the three services, a source and Prometheus, and passes their addresses in environment
+//! variables. Every expression must return series, and the check itself must detect mistakes.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 
 mod alerts;
@@ -14,27 +14,27 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use checker::Prometheus;
-use promql::asked;
-use sources::{Expression, of_boards, of_rules};
+use promql::parse;
+use sources::{Expression, dashboard_expressions, rule_expressions};
 use tokio::process::{Child, Command};
 
-/// Rates look a minute back, so every figure is there within two minutes of load.
+/// Rates cover one minute, so every expression has a value after two minutes of load.
 const WITHIN: Duration = Duration::from_secs(180);
 
-const ASK_EVERY: Duration = Duration::from_secs(3);
+/// Pause between two checks of a condition.
+const POLL_INTERVAL: Duration = Duration::from_secs(3);
 
-/// A variable that `./test metrics` sets.
+/// The value of an environment variable that `./test metrics` sets.
 pub fn variable(name: &str) -> String {
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set: these tests are started by ./test metrics"))
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; run these tests with ./test metrics"))
 }
 
-/// The Prometheus that scrapes the stack.
+/// A client of the Prometheus that scrapes the stack.
 pub fn prometheus() -> Prometheus {
     Prometheus::at(&variable("PIPELINE_TEST_PROMETHEUS"))
 }
 
-/// Events at a steady rate, this many percent of them twice, until it is dropped.
+/// Sends events at a steady rate until the returned process is dropped. `duplicates` percent of them are sent twice.
 pub fn load(duplicates: u32) -> Child {
     let program = std::path::Path::new(&variable("PIPELINE_TEST_BIN")).join("ingest-producer");
     Command::new(program)
@@ -50,83 +50,91 @@ pub fn load(duplicates: u32) -> Child {
         .unwrap()
 }
 
-/// Asks until nothing is wrong; panics with what is still wrong after [`WITHIN`].
-async fn until_nothing_is_wrong(prometheus: &mut Prometheus, expressions: &[Expression]) {
+/// Checks all expressions until none has a fault. Panics with the remaining faults after [`WITHIN`].
+async fn wait_until_no_faults(prometheus: &mut Prometheus, expressions: &[Expression]) {
     let since = Instant::now();
-    let mut ticks = tokio::time::interval(ASK_EVERY);
+    let mut ticks = tokio::time::interval(POLL_INTERVAL);
     loop {
         ticks.tick().await;
-        prometheus.look_again();
-        let mut wrong = Vec::new();
+        prometheus.clear_cache();
+        let mut found = Vec::new();
         for expression in expressions {
             let faults = prometheus.faults(expression).await;
-            wrong.extend(
+            found.extend(
                 faults
                     .into_iter()
                     .map(|fault| format!("{}: {fault}\n    {}", expression.place, expression.text)),
             );
         }
-        if wrong.is_empty() {
+        if found.is_empty() {
             return;
         }
-        assert!(since.elapsed() < WITHIN, "after {} s of load:\n  {}", WITHIN.as_secs(), wrong.join("\n  "));
+        assert!(since.elapsed() < WITHIN, "after {} s of load:\n  {}", WITHIN.as_secs(), found.join("\n  "));
     }
 }
 
 #[tokio::test]
-async fn every_expression_returns_series_and_the_check_notices_each_mistake() {
+async fn every_expression_returns_series_and_the_check_detects_every_mistake() {
     let mut load = load(5);
     let mut prometheus = prometheus();
-    let expressions = [of_boards(), of_rules()].concat();
-    assert!(expressions.len() > 200, "boards and rules are no longer found: {}", expressions.len());
-    until_nothing_is_wrong(&mut prometheus, &expressions).await;
+    let expressions = [dashboard_expressions(), rule_expressions()].concat();
+    assert!(
+        expressions.len() > 200,
+        "only {} expressions are found in dashboards and rules",
+        expressions.len()
+    );
+    wait_until_no_faults(&mut prometheus, &expressions).await;
     assert!(load.try_wait().unwrap().is_none(), "the load has ended before the check");
-    let mut unnoticed = Vec::new();
+    let mut undetected = Vec::new();
     let mut tried = 0;
     for expression in &expressions {
         for (mistake, text) in mistakes(expression) {
             tried += 1;
             let broken = Expression { text, ..expression.clone() };
             if prometheus.faults(&broken).await.is_empty() {
-                unnoticed.push(format!("{}: {mistake}: {}", broken.place, broken.text));
+                undetected.push(format!("{}: {mistake}: {}", broken.place, broken.text));
             }
         }
     }
-    assert!(unnoticed.is_empty(), "mistakes that the check lets pass:\n  {}", unnoticed.join("\n  "));
+    assert!(
+        undetected.is_empty(),
+        "the check does not detect these mistakes:\n  {}",
+        undetected.join("\n  ")
+    );
     assert!(tried > 500, "only {tried} mistakes were tried");
     let firing = prometheus.firing().await;
-    assert!(firing.is_empty(), "alerts fire although all is well: {firing:?}");
+    assert!(firing.is_empty(), "alerts fire on a healthy stack: {firing:?}");
 }
 
-/// A renamed metric, a wrong suffix, a mistyped label: each expression once with each of them, wherever it fits.
+/// Variants of an expression with one mistake each: a renamed metric, a wrong suffix or a mistyped label.
 fn mistakes(expression: &Expression) -> Vec<(&'static str, String)> {
     let text = &expression.text;
-    let asked = asked(text);
-    let mut made = Vec::new();
-    for selector in asked.selectors.iter().filter(|selector| selector.name != "ALERTS") {
+    let query = parse(text);
+    let mut variants = Vec::new();
+    for selector in query.selectors.iter().filter(|selector| selector.name != "ALERTS") {
         let with = |name: &str| {
             let (before, after) = (&text[..selector.at], &text[selector.at + selector.name.len()..]);
             format!("{before}{name}{after}")
         };
-        made.push(("renamed metric", with(&format!("{}_old", selector.name))));
+        variants.push(("renamed metric", with(&format!("{}_old", selector.name))));
         let suffix = match selector.name.strip_suffix("_total") {
             Some(bare) => bare.to_owned(),
             None => format!("{}_total", selector.name),
         };
-        made.push(("wrong suffix", with(&suffix)));
+        variants.push(("wrong suffix", with(&suffix)));
         for label in &selector.labels {
             let matchers = &selector.text[selector.name.len()..];
             let mistyped = matchers.replacen(label.as_str(), &format!("{label}x"), 1);
-            made.push(("mistyped label", text.replacen(matchers, &mistyped, 1)));
+            variants.push(("mistyped label", text.replacen(matchers, &mistyped, 1)));
         }
     }
-    for label in &asked.groupings {
+    for label in &query.groupings {
         let list = |end: &str| (format!("({label}{end}"), format!("({label}x{end}"));
         for (right, wrong) in [list(")"), list(",")] {
             if text.contains(&right) {
-                made.push(("mistyped grouping", text.replacen(&right, &wrong, 1)));
+                variants.push(("mistyped grouping", text.replacen(&right, &wrong, 1)));
             }
         }
     }
-    made
+    variants
 }

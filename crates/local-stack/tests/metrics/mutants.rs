@@ -1,25 +1,25 @@
-//! The promtool tests of the alerts tested: each alert with its expression changed for the worse must fail one of them.
+//! Mutation tests of the promtool tests. Each mutation of an alert's expression must fail one of that alert's tests.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::sources::{Kind, files, of_rules};
+use crate::sources::{Kind, files, rule_expressions};
 use crate::variable;
 
 const COMPARISONS: [(&str, &str); 4] = [(" > ", " <= "), (" < ", " >= "), (" == ", " != "), (" != ", " == ")];
 
 const SET_OPERATORS: [&str; 3] = [" and ", " unless ", " or "];
 
-/// What an expression could have been by mistake: never and always true, each comparison turned round, each threshold ten times
-/// as high and as low, each side of the outermost set operators alone.
+/// The mutations of an expression: always false, always true, each comparison negated, each threshold multiplied and
+/// divided by ten, and each operand of an outermost set operator alone.
 fn mutants(expression: &str) -> Vec<String> {
     let mut mutants = vec!["vector(0) == 1".to_owned(), "vector(1)".to_owned()];
-    for (comparison, turned) in COMPARISONS {
+    for (comparison, negated) in COMPARISONS {
         for (at, _) in expression.match_indices(comparison) {
             let (left, right) = (&expression[..at], &expression[at + comparison.len()..]);
-            mutants.push(format!("{left}{turned}{right}"));
+            mutants.push(format!("{left}{negated}{right}"));
             let digits = right.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(right.len());
             if let Some(threshold) = right[..digits].parse::<f64>().ok().filter(|threshold| *threshold != 0.0)
             {
@@ -41,7 +41,7 @@ fn mutants(expression: &str) -> Vec<String> {
     mutants
 }
 
-/// The rule file with the expressions of its alerts replaced by those of `mutants` that there are.
+/// The rule file with the expressions of the alerts in `mutants` replaced by their mutations.
 fn mutated(text: &str, mutants: &BTreeMap<&str, &str>) -> String {
     let (mut lines, mut alert) = (Vec::new(), None);
     let mut rest = text.lines().peekable();
@@ -58,25 +58,25 @@ fn mutated(text: &str, mutants: &BTreeMap<&str, &str>) -> String {
     lines.join("\n")
 }
 
-/// The alerts of which a test fails.
+/// The names of the alerts with a failing test.
 fn failing(promtool: &str, tests: &Path) -> Vec<String> {
     let names = files("prometheus/tests", ".yml").into_iter().map(|(name, _)| name);
     let output =
         Command::new(promtool).args(["test", "rules"]).args(names).current_dir(tests).output().unwrap();
-    let words = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).replace('\\', "");
-    let names = words.split("alertname=\"").skip(1).map(|rest| rest.split('"').next().unwrap().to_owned());
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).replace('\\', "");
+    let names = printed.split("alertname=\"").skip(1).map(|rest| rest.split('"').next().unwrap().to_owned());
     let names: Vec<String> = names.collect();
-    assert!(output.status.success() || !names.is_empty(), "{words}");
+    assert!(output.status.success() || !names.is_empty(), "{printed}");
     names
 }
 
 #[test]
 fn a_changed_alert_fails_one_of_its_tests() {
     let promtool = variable("PIPELINE_TEST_PROMTOOL");
-    let mut of_alerts = BTreeMap::new();
-    for rule in of_rules() {
+    let mut mutants_by_alert = BTreeMap::new();
+    for rule in rule_expressions() {
         if let Kind::Alert(name) = rule.kind {
-            of_alerts.insert(name, mutants(&rule.text));
+            mutants_by_alert.insert(name, mutants(&rule.text));
         }
     }
     let folder = tempfile::tempdir().unwrap();
@@ -87,9 +87,9 @@ fn a_changed_alert_fails_one_of_its_tests() {
         fs::write(folder.path().join("tests").join(name), text).unwrap();
     }
     let mut survivors = Vec::new();
-    // One mutant of each alert at a time: no alert looks at another.
-    for round in 0..of_alerts.values().map(Vec::len).max().unwrap() {
-        let mutants: BTreeMap<&str, &str> = of_alerts
+    // Each round mutates all alerts at once, because no alert depends on another.
+    for round in 0..mutants_by_alert.values().map(Vec::len).max().unwrap() {
+        let mutants: BTreeMap<&str, &str> = mutants_by_alert
             .iter()
             .filter_map(|(name, mutants)| Some((name.as_str(), mutants.get(round)?.as_str())))
             .collect();
@@ -97,9 +97,9 @@ fn a_changed_alert_fails_one_of_its_tests() {
             fs::write(folder.path().join("rules").join(name), mutated(&text, &mutants)).unwrap();
         }
         let failing = failing(&promtool, &folder.path().join("tests"));
-        let unnoticed =
+        let undetected =
             mutants.into_iter().filter(|(name, _)| !failing.iter().any(|failing| failing == name));
-        survivors.extend(unnoticed.map(|(name, mutant)| format!("{name}: {mutant}")));
+        survivors.extend(undetected.map(|(name, mutant)| format!("{name}: {mutant}")));
     }
     assert!(
         survivors.is_empty(),

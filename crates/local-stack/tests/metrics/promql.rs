@@ -1,7 +1,7 @@
-//! As much of PromQL as must be read to find what an expression asks for: its selectors, the labels it groups by, its
-//! comparisons. Prometheus itself judges whether it is valid. Pure.
+//! A parser for the part of PromQL that the tests need: the selectors, grouping labels and comparisons of an
+//! expression. Prometheus itself checks whether the expression is valid. Pure.
 
-/// Words in front of a parenthesis, or of `by`, that are no metrics.
+/// Aggregation operators. A parenthesis or `by` may follow them, and they are not metrics.
 const AGGREGATIONS: [&str; 12] = [
     "sum",
     "min",
@@ -16,34 +16,34 @@ const AGGREGATIONS: [&str; 12] = [
     "quantile",
     "count_values",
 ];
-/// Words followed by a list of labels.
+/// Keywords that a list of labels follows.
 const LABEL_LISTS: [&str; 6] = ["by", "without", "on", "ignoring", "group_left", "group_right"];
-/// Other words that are no metrics.
-const WORDS: [&str; 7] = ["and", "or", "unless", "bool", "offset", "inf", "nan"];
+/// Other words that are not metrics.
+const KEYWORDS: [&str; 7] = ["and", "or", "unless", "bool", "offset", "inf", "nan"];
 
-/// One metric as an expression names it.
+/// A selector of an expression: a metric name with its label matchers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selector {
-    /// Its name.
+    /// The name of the metric.
     pub name: String,
-    /// With its matchers, as written.
+    /// The selector with its matchers as written in the expression.
     pub text: String,
-    /// Labels that the matchers name.
+    /// The labels in the matchers.
     pub labels: Vec<String>,
-    /// Where the name begins in the expression.
+    /// Byte offset of the selector in the expression.
     pub at: usize,
 }
 
-/// What an expression asks for.
+/// The parts of an expression that depend on exported series.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Asked {
-    /// Metrics in their order.
+pub struct Query {
+    /// The selectors in the order of the expression.
     pub selectors: Vec<Selector>,
-    /// Labels that it groups or joins by.
+    /// The labels that the expression groups or joins by.
     pub groupings: Vec<String>,
 }
 
-/// A position in an expression.
+/// An expression and the current byte offset in it.
 struct Reader<'a> {
     text: &'a str,
     at: usize,
@@ -65,7 +65,7 @@ impl<'a> Reader<'a> {
         self.take_while(char::is_whitespace);
     }
 
-    /// From an opening quote to behind the closing one.
+    /// Skips a string literal. The current character is its opening quote.
     fn string(&mut self) {
         let Some(quote) = self.peek() else { return };
         self.at += 1;
@@ -79,7 +79,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// From `{` to behind `}`: the labels in front of the operators.
+    /// Skips `{…}` and returns the labels in the matchers.
     fn matchers(&mut self) -> Vec<String> {
         let mut labels = Vec::new();
         self.at += 1;
@@ -97,7 +97,7 @@ impl<'a> Reader<'a> {
         labels
     }
 
-    /// `(a, b)`, where there is one.
+    /// Skips a label list such as `(a, b)` and returns its labels. Returns no labels if the next character is not `(`.
     fn label_list(&mut self) -> Vec<String> {
         self.skip_space();
         if self.peek() != Some('(') {
@@ -114,9 +114,9 @@ fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_' || c == ':'
 }
 
-/// Reads an expression whose variables are replaced already.
-pub fn asked(text: &str) -> Asked {
-    let mut asked = Asked::default();
+/// Parses an expression that contains no Grafana variables.
+pub fn parse(text: &str) -> Query {
+    let mut query = Query::default();
     let mut reader = Reader { text, at: 0 };
     while let Some(c) = reader.peek() {
         let at = reader.at;
@@ -127,29 +127,30 @@ pub fn asked(text: &str) -> Asked {
             c if is_word(c) => {
                 let word = reader.take_while(is_word);
                 if LABEL_LISTS.contains(&word) {
-                    asked.groupings.extend(reader.label_list());
+                    query.groupings.extend(reader.label_list());
                     continue;
                 }
-                let behind = reader.at;
+                let name_end = reader.at;
                 reader.skip_space();
                 let is_call = reader.peek() == Some('(');
-                if is_call || AGGREGATIONS.contains(&word) || WORDS.contains(&word.to_lowercase().as_str()) {
+                if is_call || AGGREGATIONS.contains(&word) || KEYWORDS.contains(&word.to_lowercase().as_str())
+                {
                     continue;
                 }
                 let labels = if reader.peek() == Some('{') { reader.matchers() } else { Vec::new() };
-                let end = if text[at..reader.at].ends_with('}') { reader.at } else { behind };
+                let end = if text[at..reader.at].ends_with('}') { reader.at } else { name_end };
                 let text = text[at..end].to_owned();
-                asked.selectors.push(Selector { name: word.to_owned(), text, labels, at });
+                query.selectors.push(Selector { name: word.to_owned(), text, labels, at });
             }
             c => reader.at += c.len_utf8(),
         }
     }
-    asked
+    query
 }
 
-/// The same expression with every comparison telling 0 or 1 instead of leaving out what is not so: with it an alert that
-/// has nothing to say still has series, unless what it compares does not fit together.
-pub fn comparing_all(text: &str) -> String {
+/// Adds `bool` to every comparison, so that it returns 0 or 1 instead of dropping series. The expression of an alert
+/// then has series even if the alert does not fire. It is empty only if the labels of the compared series do not match.
+pub fn with_bool_comparisons(text: &str) -> String {
     let mut all = String::with_capacity(text.len() + 16);
     let mut reader = Reader { text, at: 0 };
     while let Some(c) = reader.peek() {
@@ -171,7 +172,7 @@ pub fn comparing_all(text: &str) -> String {
     all
 }
 
-/// The expression of a board with Grafana's variables replaced as Grafana would, all values chosen.
+/// Replaces the variables of a Grafana expression as Grafana does when all values are selected.
 pub fn with_variables(text: &str, rate_interval: &str) -> String {
     let mut all = String::with_capacity(text.len());
     let mut rest = text;
@@ -191,19 +192,19 @@ mod tests {
     use super::*;
 
     fn check(text: &str, selectors: &[&str], groupings: &[&str]) {
-        let asked = asked(text);
-        let found: Vec<&str> = asked.selectors.iter().map(|s| s.text.as_str()).collect();
+        let query = parse(text);
+        let found: Vec<&str> = query.selectors.iter().map(|s| s.text.as_str()).collect();
         assert_eq!(
-            (found.as_slice(), asked.groupings),
+            (found.as_slice(), query.groupings),
             (selectors, groupings.iter().map(|g| (*g).to_owned()).collect())
         );
-        for selector in &asked.selectors {
+        for selector in &query.selectors {
             assert!(text[selector.at..].starts_with(&selector.text), "{text}");
         }
     }
 
     #[test]
-    fn selectors_and_groupings_are_found_and_nothing_else() {
+    fn parse_finds_exactly_the_selectors_and_groupings() {
         check("up", &["up"], &[]);
         check(
             "sum by (le, job) (rate(a_bucket{x=\"}y\", z!~'q'}[5m]))",
@@ -219,20 +220,20 @@ mod tests {
     }
 
     #[test]
-    fn labels_of_matchers_are_found() {
-        assert_eq!(asked("a{x=\"y\", z!~\"b=c,d\"}").selectors[0].labels, ["x", "z"]);
+    fn parse_finds_the_labels_of_matchers() {
+        assert_eq!(parse("a{x=\"y\", z!~\"b=c,d\"}").selectors[0].labels, ["x", "z"]);
     }
 
     #[test]
-    fn comparisons_outside_of_matchers_tell_all() {
-        let check = |text: &str, all: &str| assert_eq!(comparing_all(text), all);
+    fn only_comparisons_outside_matchers_become_bool() {
+        let check = |text: &str, all: &str| assert_eq!(with_bool_comparisons(text), all);
         check("a{x!=\"1\"} > 2 and b == 0", "a{x!=\"1\"} > bool 2 and b == bool 0");
         check("a >= bool 2", "a >= bool 2");
         check("max(a <= b) != 1", "max(a <= bool b) != bool 1");
     }
 
     #[test]
-    fn variables_of_boards_are_replaced() {
+    fn grafana_variables_are_replaced() {
         assert_eq!(
             with_variables("rate(a{t=~\"$topic\"}[$__rate_interval])", "1m"),
             "rate(a{t=~\".+\"}[1m])"

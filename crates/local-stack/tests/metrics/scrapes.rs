@@ -1,5 +1,5 @@
-//! What the parts export: the agents' families and types against the golden scrapes, and the stages' seconds against the
-//! clock.
+//! Tests of the exported metrics. The families of the JMX agents must match the golden scrapes, and the seconds of the
+//! stages must match the elapsed time.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use local_stack::servers::http_client;
 
 use crate::{WITHIN, load, sources, variable};
 
-/// Families with their types, as `# TYPE` tells them.
+/// The type of each metric family, from the `# TYPE` lines.
 pub fn types(scrape: &str) -> BTreeMap<String, String> {
     let line = |line: &str| {
         let (name, kind) = line.strip_prefix("# TYPE ")?.split_once(' ')?;
@@ -32,12 +32,12 @@ async fn both_agents_export_the_families_of_the_golden_scrapes() {
         let now = types(&scrape(&variable(agent)).await);
         assert_eq!(
             now, golden,
-            "{server}: after a wanted change write its scrape to tests/golden/{server}.prom"
+            "{server}: if the change is intended, save the new scrape in tests/golden/{server}.prom"
         );
     }
 }
 
-/// Seconds of each partition's stage: those in `states`, together.
+/// The seconds of each stage of each partition, summed over `states`.
 fn stage_seconds(scrape: &str, states: &[&str]) -> BTreeMap<String, f64> {
     let mut seconds = BTreeMap::new();
     for line in scrape.lines().filter(|line| line.starts_with("processor_stage_seconds_total{")) {
@@ -52,34 +52,34 @@ fn stage_seconds(scrape: &str, states: &[&str]) -> BTreeMap<String, f64> {
 }
 
 #[tokio::test]
-async fn the_seconds_of_each_stage_add_up_to_the_time_that_passed_under_load() {
+async fn the_seconds_of_each_stage_add_up_to_the_elapsed_time_under_load() {
     const ALL: [&str; 3] = ["idle", "busy", "backpressured"];
     let _load = load(5);
     let processor = variable("PIPELINE_TEST_PROCESSOR");
-    let begun = Instant::now();
+    let started = Instant::now();
     let first_text = scrape(&processor).await;
     let first_read = Instant::now();
     let (first, busy) = (stage_seconds(&first_text, &ALL), stage_seconds(&first_text, &["busy"]));
     let mut ticks = tokio::time::interval(std::time::Duration::from_millis(500));
-    let (second, second_asked) = loop {
+    let (second, second_start) = loop {
         ticks.tick().await;
-        let asked = Instant::now();
+        let start = Instant::now();
         let text = scrape(&processor).await;
-        let all_worked =
+        let all_were_busy =
             stage_seconds(&text, &["busy"]).iter().all(|(stage, seconds)| *seconds > busy[stage]);
-        if all_worked {
-            break (stage_seconds(&text, &ALL), asked);
+        if all_were_busy {
+            break (stage_seconds(&text, &ALL), start);
         }
-        assert!(begun.elapsed() < WITHIN, "not every stage works under load:\n{text}");
+        assert!(started.elapsed() < WITHIN, "some stages are never busy under load:\n{text}");
     };
-    let most = begun.elapsed().as_secs_f64();
-    let least = (second_asked - first_read).as_secs_f64();
-    assert_eq!(first.len(), 12, "two stages of six partitions: {first:?}");
+    let most = started.elapsed().as_secs_f64();
+    let least = (second_start - first_read).as_secs_f64();
+    assert_eq!(first.len(), 12, "expected two stages of six partitions: {first:?}");
     for (stage, seconds) in &second {
         let passed = seconds - first[stage];
         assert!(
             least - 0.001 <= passed && passed <= most + 0.001,
-            "{stage}: {passed} s counted, {least} to {most} s passed"
+            "{stage}: counted {passed} s, but between {least} and {most} s elapsed"
         );
     }
 }

@@ -1,5 +1,5 @@
-//! Every expression of the project, each with the place where it stands: panels, variables and annotations of the boards,
-//! recording rules and alerts. Reads files, asks nobody.
+//! Collects every PromQL expression of the project with its location: panels, variables and annotations of the Grafana
+//! dashboards, recording rules and alerts. Reads only files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,41 +7,41 @@ use serde_json::Value;
 
 use crate::promql::with_variables;
 
-/// What `$__rate_interval` is in Grafana: four times the longest scrape interval, which the datasource names.
+/// The value of `$__rate_interval` in Grafana: four times the scrape interval that the data source sets.
 pub const RATE_INTERVAL: &str = "1m";
 
-/// What an expression is for, which decides what it must return.
+/// The use of an expression, which determines what it must return.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// Shown; the labels that its legend names.
+    /// A query of a panel, with the labels that its legend uses.
     Panel(Vec<String>),
-    /// Marks that appear only when something happens; the labels that its title names.
+    /// An annotation query, with the labels that its title uses. It may have no series.
     Annotation(Vec<String>),
-    /// Values of one label.
+    /// A dashboard variable that lists the values of this label.
     Variable(String),
-    /// Kept under this name.
+    /// A recording rule with this name.
     Record(String),
-    /// Fires under this name.
+    /// An alert with this name.
     Alert(String),
 }
 
-/// One expression.
+/// A PromQL expression.
 #[derive(Debug, Clone)]
 pub struct Expression {
-    /// Where it stands, for people.
+    /// The location of the expression, for error messages.
     pub place: String,
-    /// As Prometheus is asked.
+    /// The expression with all Grafana variables replaced.
     pub text: String,
-    /// What for.
+    /// The use of the expression.
     pub kind: Kind,
 }
 
-/// Root of the checkout.
+/// The root folder of the checkout.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// Files of a folder of the checkout with this ending, by name.
+/// Name and content of the files in a folder of the checkout that end with `ending`, sorted by name.
 pub fn files(folder: &str, ending: &str) -> Vec<(String, String)> {
     let mut files: Vec<(String, String)> = std::fs::read_dir(root().join(folder))
         .unwrap()
@@ -57,65 +57,68 @@ pub fn files(folder: &str, ending: &str) -> Vec<(String, String)> {
     files
 }
 
-/// All boards by file name.
-pub fn boards() -> Vec<(String, Value)> {
+/// The Grafana dashboards with their file names.
+pub fn dashboards() -> Vec<(String, Value)> {
     files("grafana/dashboards", ".json")
         .into_iter()
         .map(|(name, text)| {
-            let board = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
-            (name, board)
+            let dashboard = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+            (name, dashboard)
         })
         .collect()
 }
 
-/// A list in a board; absent is empty.
+/// The list at a JSON pointer. Empty if it is absent.
 pub fn list<'a>(value: &'a Value, path: &str) -> &'a [Value] {
     value.pointer(path).and_then(Value::as_array).map_or(&[], Vec::as_slice)
 }
 
-/// A text in a board; absent is empty.
+/// The string at a JSON pointer. Empty if it is absent.
 pub fn text<'a>(value: &'a Value, path: &str) -> &'a str {
     value.pointer(path).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Everything that the boards ask.
-pub fn of_boards() -> Vec<Expression> {
-    boards().iter().flat_map(|(_, board)| of_board(board)).collect()
+/// All expressions of the Grafana dashboards.
+pub fn dashboard_expressions() -> Vec<Expression> {
+    dashboards().iter().flat_map(|(_, dashboard)| expressions_of_dashboard(dashboard)).collect()
 }
 
-fn of_board(board: &Value) -> Vec<Expression> {
-    let title = text(board, "/title");
+fn expressions_of_dashboard(dashboard: &Value) -> Vec<Expression> {
+    let title = text(dashboard, "/title");
     let mut found = Vec::new();
     let mut add = |place: String, expression: &str, kind| {
         found.push(Expression { place, text: with_variables(expression, RATE_INTERVAL), kind });
     };
-    for panel in list(board, "/panels") {
+    for panel in list(dashboard, "/panels") {
         for target in list(panel, "/targets") {
             let place = format!("{title} / {} / {}", text(panel, "/title"), text(target, "/refId"));
             add(place, text(target, "/expr"), Kind::Panel(braced(text(target, "/legendFormat"))));
         }
     }
-    for variable in list(board, "/templating/list") {
+    for variable in list(dashboard, "/templating/list") {
         let query = text(variable, "/definition");
         let inner = query.strip_prefix("label_values(").and_then(|q| q.strip_suffix(')'));
         let (metric, label) =
             inner.and_then(|q| q.rsplit_once(',')).unwrap_or_else(|| panic!("{title}: {query}"));
         add(format!("{title} / variable"), metric, Kind::Variable(label.trim().to_owned()));
     }
-    for annotation in list(board, "/annotations/list").iter().filter(|a| a.get("expr").is_some()) {
+    for annotation in list(dashboard, "/annotations/list").iter().filter(|a| a.get("expr").is_some()) {
         let place = format!("{title} / annotation {}", text(annotation, "/name"));
         add(place, text(annotation, "/expr"), Kind::Annotation(braced(text(annotation, "/titleFormat"))));
     }
     found
 }
 
-/// Everything in the rule files: each rule begins with `record` or `alert`, its expression stands in `expr`, on the same line
-/// or folded below.
-pub fn of_rules() -> Vec<Expression> {
-    files("prometheus/rules", ".yml").iter().flat_map(|(file, text)| of_rule_file(file, text)).collect()
+/// All expressions of the rule files. Each rule starts with `record` or `alert`. Its expression follows `expr` on the
+/// same line or as a folded block below it.
+pub fn rule_expressions() -> Vec<Expression> {
+    files("prometheus/rules", ".yml")
+        .iter()
+        .flat_map(|(file, text)| expressions_of_rule_file(file, text))
+        .collect()
 }
 
-fn of_rule_file(file: &str, text: &str) -> Vec<Expression> {
+fn expressions_of_rule_file(file: &str, text: &str) -> Vec<Expression> {
     let mut found = Vec::new();
     let mut kind = None;
     let mut lines = text.lines().peekable();
@@ -132,7 +135,7 @@ fn of_rule_file(file: &str, text: &str) -> Vec<Expression> {
                 text =
                     std::iter::from_fn(|| lines.next_if(deep)).map(str::trim).collect::<Vec<_>>().join(" ");
             }
-            let kind = kind.take().unwrap_or_else(|| panic!("{file}: `{line}` belongs to no rule"));
+            let kind = kind.take().unwrap_or_else(|| panic!("{file}: `{line}` does not belong to a rule"));
             let place = match &kind {
                 Kind::Record(name) | Kind::Alert(name) => format!("{file} / {name}"),
                 _ => file.to_owned(),
@@ -143,7 +146,7 @@ fn of_rule_file(file: &str, text: &str) -> Vec<Expression> {
     found
 }
 
-/// Labels in double braces.
+/// The label names in double braces.
 fn braced(text: &str) -> Vec<String> {
     text.split("{{").skip(1).filter_map(|rest| Some(rest.split_once("}}")?.0.trim().to_owned())).collect()
 }

@@ -1,6 +1,7 @@
-//! `GET /api/v1/throughput?minutes=M`: events per second, and lag where it is remembered, in at most 2,000 points.
+//! `GET /api/v1/throughput?minutes=M`: events per second, and the lag where this instance knows it, in at most 2,000
+//! points.
 
-use super::{Api, Refusal, bad, unknown};
+use super::{Api, Refusal, bad_request, unavailable};
 use crate::rates::{self, History, Point, SETTLE_SECONDS, WINDOW_SECONDS};
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -13,13 +14,13 @@ const MAX_MINUTES: i64 = 7 * 24 * 60;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Asked {
+pub(super) struct Parameters {
     minutes: Option<String>,
 }
 
 #[derive(Serialize)]
 pub(super) struct Chart {
-    /// Seconds that one point stands for.
+    /// Length of the step that one point covers.
     step_seconds: i64,
     points: Vec<ChartPoint>,
 }
@@ -28,26 +29,27 @@ pub(super) struct Chart {
 struct ChartPoint {
     #[serde(flatten)]
     rate: Point,
-    /// Worst within the step; null where this instance did not know it then.
+    /// Highest lag within the step. `None` if this instance did not know it at that time.
     lag_messages: Option<i64>,
     lag_seconds: Option<f64>,
 }
 
 pub(super) async fn throughput(
     State(api): State<Api>,
-    asked: Result<Query<Asked>, QueryRejection>,
+    parameters: Result<Query<Parameters>, QueryRejection>,
 ) -> Result<Json<Chart>, Refusal> {
-    let Query(asked) = asked.map_err(|e| bad(format!("{e}; the one parameter is `minutes`")))?;
-    let seconds = 60 * minutes(asked.minutes.as_deref()).map_err(bad)?;
+    let Query(parameters) =
+        parameters.map_err(|e| bad_request(format!("{e}; the only parameter is `minutes`")))?;
+    let seconds = 60 * minutes(parameters.minutes.as_deref()).map_err(bad_request)?;
     let store = api.connected_store()?;
     let now = Utc::now().timestamp();
     if seconds <= WINDOW_SECONDS {
         let (history, read_until) = store.last_hour();
-        // Seconds that could not be read are unknown, not idle: the chart ends before them.
+        // Seconds that could not be read are unknown rather than idle, so the chart ends before them.
         return Ok(Json(chart(&api, &history, (now.min(read_until) - SETTLE_SECONDS, seconds, 1))));
     }
-    let _place = api.place_to_read()?;
-    let history = store.minutes(now - seconds, now).await.map_err(|e| unknown(e.reason()))?;
+    let _permit = api.read_permit()?;
+    let history = store.minutes(now - seconds, now).await.map_err(|e| unavailable(e.reason()))?;
     Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, 60))))
 }
 
@@ -65,8 +67,8 @@ fn chart(api: &Api, history: &History, (now, seconds, step): (i64, i64, i64)) ->
     Chart { step_seconds: width, points: api.board.with_lag(with_lag) }
 }
 
-fn minutes(asked: Option<&str>) -> Result<i64, String> {
-    let Some(text) = asked else { return Ok(15) };
+fn minutes(parameter: Option<&str>) -> Result<i64, String> {
+    let Some(text) = parameter else { return Ok(15) };
     match text.parse() {
         Ok(minutes) if (1..=MAX_MINUTES).contains(&minutes) => Ok(minutes),
         _ => Err(format!("minutes `{text}`: must be a whole number from 1 to {MAX_MINUTES}")),

@@ -1,4 +1,4 @@
-// What the browser tests stand on: a browser, a scripted service, and the real service without its servers.
+// Fixtures of the browser tests: a browser, a scripted service, and the real service without its servers.
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -10,10 +10,10 @@ import { join, resolve } from "node:path";
 import { type BrowserContext, chromium } from "playwright-core";
 import type { Instance, Overview, Partition } from "../src/api";
 
-/** `web/`: tests run in `.build/e2e`. */
+/** The folder `web/`. The tests run in `.build/e2e`. */
 const WEB = resolve(process.cwd(), "../..");
 const REPOSITORY = resolve(WEB, "../../..");
-/** The policy of the real service; the test of the real service checks that the page lives under its own. */
+/** The content security policy of the real service. The test with the real service checks the page with the actual one. */
 const POLICY =
   "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -22,10 +22,10 @@ export interface Browser {
   close(): Promise<void>;
 }
 
-/** Debian's chromium with a user data folder of its own. */
+/** Opens Debian's Chromium with a temporary user data folder. */
 export async function openBrowser(): Promise<Browser> {
   const program = process.env["CHROMIUM"] ?? "/usr/bin/chromium";
-  if (!existsSync(program)) throw new Error(`no browser at ${program}: install chromium, or name one with CHROMIUM`);
+  if (!existsSync(program)) throw new Error(`no browser at ${program}: install chromium, or set CHROMIUM to the path of a browser`);
   const folder = await mkdtemp(join(tmpdir(), "page-test-"));
   const flags = [
     "--no-sandbox",
@@ -83,7 +83,7 @@ export const overview = (change: Partial<Overview> = {}): Overview => ({
   ...change,
 });
 
-/** The built page with figures that the test chooses. */
+/** Serves the built page with figures that the test chooses. */
 export class ScriptedService {
   private current = overview();
   private feeds = new Set<ServerResponse>();
@@ -101,7 +101,7 @@ export class ScriptedService {
     for (const feed of this.feeds) this.send(feed);
   }
 
-  /** Breaks every open feed and refuses new ones until `mend`. */
+  /** Whether the service drops all API requests. Set by `break` and cleared by `mend`. */
   down = false;
 
   break(): void {
@@ -171,7 +171,7 @@ export class ScriptedService {
         finished_at: state === "running" ? null : now - (i - 1) * minute + 1234,
         error,
       });
-      const failed = run(3, "failed", "the source answered 503 three times");
+      const failed = run(3, "failed", "the source responded with status 503 three times");
       return { runs: [run(1, "running", null), run(2, "succeeded", null), failed, run(4, "succeeded", null)], reason: null };
     }
     if (path === "/api/v1/services") {
@@ -179,7 +179,7 @@ export class ScriptedService {
         instance: "host-1", version: "0.1.0", started_at: now - 3_700_000, seen_at: now, state: "ready", reason: null, partitions: {},
       };
       const services: Instance[] = ["ingest-producer", "metrics-dashboard"].map((service) => ({ service, ...one }));
-      services.push({ ...one, service: "stream-processor", state: "refused", reason: "the stream is registered in another shape" });
+      services.push({ ...one, service: "stream-processor", state: "refused", reason: "the stream is registered with another layout" });
       return { services, reason: null };
     }
     return undefined;
@@ -193,13 +193,13 @@ export class ScriptedService {
   }
 }
 
-/** The real service, its servers out of reach. */
+/** Starts the real service with the addresses of servers that do not run. */
 export async function startRealService(): Promise<{ url: string; process: ChildProcess }> {
   const target = process.env["CARGO_TARGET_DIR"] ?? join(REPOSITORY, "target");
   const known = ["debug", "release"].map((profile) => join(target, profile, "metrics-dashboard")).filter(existsSync);
   const program = process.env["METRICS_DASHBOARD_BIN"] ?? known[0];
   if (program === undefined) {
-    throw new Error(`no metrics-dashboard under ${target}: run \`cargo build -p metrics-dashboard\`, or name it with METRICS_DASHBOARD_BIN`);
+    throw new Error(`no metrics-dashboard under ${target}: run \`cargo build -p metrics-dashboard\`, or set METRICS_DASHBOARD_BIN to the path of the program`);
   }
   const port = await freePort();
   const closed = await freePort();
@@ -219,11 +219,11 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-/** Waits until `ready` holds; fails with `what` after `limit` ms. */
+/** Waits until `ready` returns true. Fails with the description `what` after `limit` milliseconds. */
 export async function until(what: string, ready: () => Promise<boolean>, limit = 15_000): Promise<void> {
   const end = Date.now() + limit;
   while (!(await ready().catch(() => false))) {
-    if (Date.now() > end) throw new Error(`${what}: not within ${limit / 1000} s`);
+    if (Date.now() > end) throw new Error(`not within ${limit / 1000} s: ${what}`);
     await new Promise((done) => setTimeout(done, 100));
   }
 }

@@ -1,5 +1,5 @@
-// The page in a real browser. Screenshots go to the folder named by SCREENSHOTS, where one is.
-// E2E_SKIP=real-service leaves out, by name, what needs the compiled service; nothing else can be skipped.
+// Tests the page in a real browser. Saves screenshots to the folder in SCREENSHOTS, if it is set.
+// E2E_SKIP=real-service skips the test that needs the compiled service. No other test can be skipped.
 
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
@@ -26,7 +26,7 @@ after(async () => {
   await service?.stop();
 });
 
-/** Opens the page; whatever the browser complains about (errors, refused resources) makes the test fail at its end. */
+/** Opens the page and calls `use`. Fails afterwards if the browser reported an error or a blocked resource. */
 async function withPage(address: string, use: (page: Page) => Promise<void>, complaintsAllowed = /^$/): Promise<void> {
   const page = await browser.context.newPage();
   const complaints: string[] = [];
@@ -57,7 +57,7 @@ async function shoot(page: Page, name: string): Promise<void> {
 }
 
 async function violations(page: Page): Promise<string[]> {
-  // By the protocol, not by a script element: the page's policy stays as it is.
+  // Injected through the DevTools protocol instead of a script element, which the policy of the page would block.
   await page.evaluate(await readFile(axeFile, "utf8"));
   const found = await page.evaluate(async () => {
     const axe = (window as unknown as { axe: { run(): Promise<{ violations: { id: string; nodes: { html: string }[] }[] }> } }).axe;
@@ -66,7 +66,7 @@ async function violations(page: Page): Promise<string[]> {
   return found;
 }
 
-test("every figure of the overview is shown, live", async () => {
+test("every figure of the overview is shown and updated live", async () => {
   service.show({});
   await withPage(url, async (page) => {
     await live(page);
@@ -89,18 +89,18 @@ test("every figure of the overview is shown, live", async () => {
     await until("runs are listed", async () => (await page.locator("#runs tr").count()) === 4);
     await until("services are listed", async () => (await page.locator("#services tr").count()) === 3);
     const refused = page.locator("#services tr", { hasText: "stream-processor" });
-    assert.match(await refused.innerText(), /refused.*registered in another shape/s);
-    await until("the chart is told in words", async () => /on average/.test(await page.locator("#chart-words").innerText()));
+    assert.match(await refused.innerText(), /refused.*registered with another layout/s);
+    await until("the chart is described", async () => /on average/.test(await page.locator("#chart-words").innerText()));
     assert.equal(await page.locator("#chart canvas").count(), 1);
     await shoot(page, "live-light");
     service.show({ rows_written: 1_233_001 });
-    await until("a new figure comes by itself", async () => (await figure(page, "rows_written").innerText()) === "1,233,001");
+    await until("a new figure is shown", async () => (await figure(page, "rows_written").innerText()) === "1,233,001");
   });
 });
 
-test("what is null is unknown, with its reason, and never 0", async () => {
-  const said = "kafka at 127.0.0.1:9092 does not answer; is it running?";
-  const reason: Reason = { source: "kafka", message: said, detail: "Local: Broker transport failure" };
+test("a figure that is null is shown as unknown with its reason, never as 0", async () => {
+  const message = "kafka at 127.0.0.1:9092 does not answer; is it running?";
+  const reason: Reason = { source: "kafka", message, detail: "Local: Broker transport failure" };
   const names = ["events_produced", "lag_messages", "lag_seconds", "replication"] as const;
   const reasons = Object.fromEntries(names.map((name) => [name, reason]));
   const unknown = { high_offset: null, lag_messages: null, lag_seconds: null, standing: null };
@@ -110,11 +110,11 @@ test("what is null is unknown, with its reason, and never 0", async () => {
     await live(page);
     for (const name of names) {
       assert.equal(await figure(page, name).innerText(), "unknown", name);
-      assert.equal(await page.locator(`[data-why="${name}"]`).innerText(), `unknown: ${said}`, name);
+      assert.equal(await page.locator(`[data-why="${name}"]`).innerText(), `unknown: ${message}`, name);
     }
-    const inFull = `${said} (Local: Broker transport failure)`;
-    assert.equal(await page.locator("#partitions td.unknown").first().getAttribute("title"), `unknown: ${inFull}`);
-    assert.deepEqual(await page.locator("#reasons li").allInnerTexts(), [inFull], "one cause is told once");
+    const withDetail = `${message} (Local: Broker transport failure)`;
+    assert.equal(await page.locator("#partitions td.unknown").first().getAttribute("title"), `unknown: ${withDetail}`);
+    assert.deepEqual(await page.locator("#reasons li").allInnerTexts(), [withDetail], "the same reason is listed once");
     assert.equal(await figure(page, "rows_written").innerText(), "1,233,000");
     await shoot(page, "unknown");
     service.show({});
@@ -123,8 +123,8 @@ test("what is null is unknown, with its reason, and never 0", async () => {
   });
 });
 
-test("a partition that is not processed is told with the reason", async () => {
-  const halted = { instance: "one", does: "halted: partition 1 stands at offset 7: BadMessage" };
+test("a partition that is not processed is listed with the reason", async () => {
+  const halted = { instance: "one", does: "halted: partition 1 is halted at offset 7: BadMessage" };
   const nobody: Reason = { source: "dashboard", message: "no processor holds partition 2", detail: null };
   const alone = partition(2, { holder: null, reasons: { holder: nobody } });
   service.show({ partitions: [partition(0), partition(1, { holder: halted }), alone] });
@@ -139,7 +139,7 @@ test("a partition that is not processed is told with the reason", async () => {
   });
 });
 
-test("a page whose service is gone says so, and goes on when it is back", async () => {
+test("the page shows that the service is gone and recovers when it is back", async () => {
   service.show({});
   await withPage(
     url,
@@ -155,7 +155,7 @@ test("a page whose service is gone says so, and goes on when it is back", async 
   );
 });
 
-test("no rule of axe is broken, light and dark, wide and narrow", async () => {
+test("axe finds no violations in light and dark colours, wide and narrow", async () => {
   service.show({});
   for (const [scheme, width] of [["light", 1320], ["dark", 1320], ["dark", 390]] as const) {
     await withPage(url, async (page) => {
@@ -171,7 +171,7 @@ test("no rule of axe is broken, light and dark, wide and narrow", async () => {
   }
 });
 
-test("colours are switched by a button and kept", async () => {
+test("a button switches the colours and the choice is kept", async () => {
   await withPage(url, async (page) => {
     const ground = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
     await page.emulateMedia({ colorScheme: "light" });
@@ -186,11 +186,11 @@ test("colours are switched by a button and kept", async () => {
   });
 });
 
-test("the real service serves the page under its own policy, and without servers shows only reasons", async (t) => {
+test("the real service serves the page with its policy and shows only reasons while its servers are down", async (t) => {
   if (process.env["E2E_SKIP"] === "real-service") return t.skip("E2E_SKIP=real-service");
   const real = await startRealService();
   try {
-    await until("the service answers", async () => (await fetch(`${real.url}/healthz`)).ok);
+    await until("the service responds", async () => (await fetch(`${real.url}/healthz`)).ok);
     const answer = await fetch(real.url);
     assert.match(answer.headers.get("content-security-policy") ?? "", /^default-src 'none'; script-src 'self';/);
     assert.equal((await fetch(`${real.url}/readyz`)).status, 503);
@@ -198,7 +198,7 @@ test("the real service serves the page under its own policy, and without servers
       real.url,
       async (page) => {
         await live(page);
-        await until("the reason of lag is shown", async () =>
+        await until("the reason of the unknown lag is shown", async () =>
           /does not answer/.test(await page.locator('[data-why="lag_messages"]').innerText()),
         );
         for (const name of ["events_produced", "rows_written", "rate_now", "replication"]) {

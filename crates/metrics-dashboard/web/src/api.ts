@@ -1,6 +1,6 @@
-// The shapes of the service's JSON (GET /api/v1/…). A figure that cannot be known is null; `reasons` says why.
+// Types of the JSON that the service returns (GET /api/v1/…). An unknown figure is null, and `reasons` contains the reason.
 
-/** Why something is not known: one line for people, and the client library's own words. */
+/** Why a figure is unknown: a message in one line, and the error of the client library. */
 export interface Reason {
   source: "kafka" | "cassandra" | "dashboard" | "request";
   message: string;
@@ -12,7 +12,7 @@ export type Reasons = Record<string, Reason>;
 /** The processor that holds a partition. */
 export interface Holder {
   instance: string;
-  /** "running", or another word and the reason. */
+  /** "running", or another state with a reason. */
   does: string;
 }
 
@@ -95,7 +95,7 @@ export interface Instance {
 
 export type Listed<T> = { list: T[]; reason: null } | { list: null; reason: Reason };
 
-/** An answer that is not the one asked for. */
+/** An error response of the service. */
 export class Refusal extends Error {
   constructor(readonly reason: Reason) {
     super(reason.message);
@@ -106,22 +106,22 @@ function dashboard(message: string): Reason {
   return { source: "dashboard", message, detail: null };
 }
 
-/** Why `error` was thrown. */
+/** Converts any thrown error to a reason. */
 export function reasonOf(error: unknown): Reason {
   if (error instanceof Refusal) return error.reason;
   return dashboard(error instanceof Error ? error.message : String(error));
 }
 
-/** Fetches JSON from the service; throws what the service said instead. */
+/** Fetches JSON from the service. Throws a `Refusal` if the service responds with an error. */
 export async function fetchJson(path: string): Promise<unknown> {
   const answer = await fetch(path, { headers: { accept: "application/json" } });
   const body: unknown = await answer.json().catch(() => null);
   if (answer.ok) return body;
   if (body !== null && typeof body === "object" && "error" in body) throw new Refusal(body.error as Reason);
-  throw new Refusal(dashboard(`the service answered with HTTP ${answer.status}`));
+  throw new Refusal(dashboard(`the service responded with HTTP status ${answer.status}`));
 }
 
-/** Fetches one of the lists, whose name is also its key. */
+/** Fetches the list at `/api/v1/<name>`, whose key in the JSON is also `name`. Never throws. */
 export async function fetchList<T>(name: string): Promise<Listed<T>> {
   try {
     const body = (await fetchJson(`/api/v1/${name}`)) as Record<string, unknown>;

@@ -1,4 +1,4 @@
-// The chart: events per second as an area, lag as a line on an axis of its own.
+// The chart: events per second as an area, and lag as a line with its own axis.
 
 import uPlot from "uplot";
 import type { ChartPoint } from "./api";
@@ -25,7 +25,7 @@ export class ThroughputChart {
     this.plot.setData(columns(points));
   }
 
-  /** Colours have changed. */
+  /** Redraws the chart with the current colours of the page. */
   repaint(): void {
     if (this.plot === null) return;
     this.plot.destroy();
@@ -60,7 +60,7 @@ export class ThroughputChart {
         series: [
           { label: "Time (UTC)", value: (_: uPlot, value: number | null) => (value === null ? "–" : timeLabels([value], true)[0] ?? "") },
           { label: "Events per second", scale: "y", stroke: rates, width: 2, fill: `${rates}2e`, value: shown(rate) },
-          { label: "Lag, messages", scale: "lag", stroke: lags, width: 2, dash: [6, 4], value: shown(count) },
+          { label: "Lag (messages)", scale: "lag", stroke: lags, width: 2, dash: [6, 4], value: shown(count) },
         ],
       },
       columns(this.points),

@@ -1,8 +1,8 @@
-// Whether what the page shows is what is. Pure: told when something came, asked how things stand.
+// Tracks whether the figures on the page are up to date. Pure: the caller reports messages and errors, and passes the time.
 
-/** A message comes every second: after this long without one the figures are old. */
+/** The figures are stale after this time without a message. A message arrives every second. */
 export const STALE_AFTER_MS = 4_000;
-/** After this long nobody is there. */
+/** The service counts as disconnected after this time without a message. */
 export const LOST_AFTER_MS = 12_000;
 
 export type State = "connecting" | "live" | "stale" | "disconnected";
@@ -31,12 +31,12 @@ export class Connection {
     if (this.lastMessage === null) {
       const waiting = now - this.since;
       if (!this.broken && waiting < STALE_AFTER_MS) return { state: "connecting", text: "Connecting" };
-      return { state: "disconnected", text: "No answer from the dashboard service; trying again" };
+      return { state: "disconnected", text: "No response from the dashboard service; retrying" };
     }
     const age = now - this.lastMessage;
     const seconds = Math.floor(age / 1000);
     if (age >= LOST_AFTER_MS || (this.broken && age >= STALE_AFTER_MS)) {
-      return { state: "disconnected", text: `Disconnected: figures are ${seconds} s old; trying again` };
+      return { state: "disconnected", text: `Disconnected: figures are ${seconds} s old; reconnecting` };
     }
     if (age >= STALE_AFTER_MS) return { state: "stale", text: `Stale: figures are ${seconds} s old` };
     return { state: "live", text: "Live" };

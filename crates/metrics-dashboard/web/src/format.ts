@@ -1,4 +1,4 @@
-// Figures as text. Pure.
+// Formats figures as text. Pure.
 
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const tenth = new Intl.NumberFormat("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
@@ -9,7 +9,7 @@ export function count(value: number): string {
   return whole.format(value);
 }
 
-/** Events per second: tenths below 100, where they matter. */
+/** Events per second, with one decimal below 100. */
 export function rate(value: number): string {
   return value > 0 && value < 100 ? tenth.format(value) : whole.format(value);
 }
@@ -19,7 +19,7 @@ export function short(value: number): string {
   return compact.format(value);
 }
 
-/** A span of time in the two largest units that matter: `0.4 s`, `42 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`. */
+/** A duration in its two largest units: `0.4 s`, `42 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`. */
 export function span(seconds: number): string {
   if (seconds < 10) return `${(Math.round(seconds * 10) / 10).toString()} s`;
   const s = Math.round(seconds);
@@ -37,7 +37,7 @@ export function span(seconds: number): string {
   return `${s} s`;
 }
 
-/** Time of day, UTC: `14:03:00`; with the date where it is not today's. */
+/** Time of day in UTC, such as `14:03:00`, with the date if it is not today. */
 export function clock(ms: number, nowMs: number): string {
   const iso = new Date(ms).toISOString();
   const time = iso.slice(11, 19);

@@ -1,4 +1,4 @@
-// The page: follows the feed, fetches the chart and the lists, and says when what it shows is old.
+// The entry point of the page: follows the feed, fetches the chart and the lists, and shows when the figures are stale.
 
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
@@ -8,10 +8,10 @@ import { Connection } from "./connection";
 import { inWords } from "./series";
 import { showChart, showConnection, showOverview, showRuns, showServices } from "./view";
 
-/** The browser reconnects by itself, except after an answer that is no feed: then the page does, after this long. */
+/** The browser reconnects automatically unless a response is not an event stream. The page then reconnects after this time. */
 const REOPEN_MS = 5_000;
 const LISTS_MS = 1_000;
-/** An hour or less is live; more moves slowly. */
+/** Refresh interval of a chart of at most `LIVE_MINUTES`. A longer chart changes slowly and is refreshed less often. */
 const CHART_MS = 2_000;
 const LONG_CHART_MS = 30_000;
 const LIVE_MINUTES = 60;
@@ -31,7 +31,10 @@ function follow(): void {
   });
 }
 
-/** Calls `work` again and again, `pause()` after each end, and at once when the page is looked at again. */
+/**
+ * Calls `work` repeatedly, with a pause of `pause()` milliseconds after each call, and immediately when the page becomes
+ * visible again. Returns a function that triggers an immediate call.
+ */
 function repeat(work: () => Promise<void>, pause: () => number): () => void {
   let timer: ReturnType<typeof setTimeout> | undefined;
   let turn = 0;

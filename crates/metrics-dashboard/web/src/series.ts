@@ -1,28 +1,28 @@
-// Chart points as the columns uPlot wants, and the chart in words for who cannot see it. Pure.
+// Converts chart points to the columns that uPlot expects, and to a text for screen readers. Pure.
 
 import type { ChartPoint } from "./api";
 import { count, rate, span } from "./format";
 
 export type Columns = [number[], number[], (number | null)[]];
 
-/** Start of each step, events per second, lag in messages. */
+/** Columns: start of each step, events per second, lag in messages. */
 export function columns(points: ChartPoint[]): Columns {
   return [points.map((p) => p.at), points.map((p) => p.events_per_second), points.map((p) => p.lag_messages)];
 }
 
-/** One sentence about the chart. */
+/** Describes the chart in one sentence. */
 export function inWords(points: ChartPoint[], minutes: number): string {
   const period = span(minutes * 60);
-  if (points.length === 0) return `No throughput known for the last ${period}.`;
+  if (points.length === 0) return `The throughput of the last ${period} is unknown.`;
   const rates = points.map((p) => p.events_per_second);
   const mean = rates.reduce((sum, r) => sum + r, 0) / rates.length;
   const peak = rates.reduce((a, b) => Math.max(a, b), 0);
   const lags = points.map((p) => p.lag_messages).filter((lag): lag is number => lag !== null);
-  const lag = lags.length > 0 ? `lag at most ${count(Math.max(...lags))} messages` : "lag not known";
+  const lag = lags.length > 0 ? `lag at most ${count(Math.max(...lags))} messages` : "lag unknown";
   return `Last ${period}: ${rate(mean)} events per second on average, ${rate(peak)} at most; ${lag}.`;
 }
 
-/** Labels of a time axis, UTC: the date where a day begins, seconds only where ticks (or `exact`) need them. */
+/** Labels of a time axis in UTC: a date at the start of a day, and seconds only if a tick or `exact` needs them. */
 export function timeLabels(ticks: number[], exact = false): string[] {
   const seconds = exact || ticks.some((t) => t % 60 !== 0);
   return ticks.map((t) => {

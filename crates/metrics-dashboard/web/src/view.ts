@@ -1,4 +1,4 @@
-// Puts figures into the elements of index.html. What is null is shown as unknown, with its reason.
+// Shows the figures in the elements of index.html. A figure that is null is shown as "unknown", with its reason.
 
 import type { Instance, Listed, Overview, Partition, Reason, Replication, Run } from "./api";
 import type { Standing } from "./connection";
@@ -74,17 +74,17 @@ export function showOverview(overview: Overview): void {
   mark("dead_letters", overview.dead_letters !== null && overview.dead_letters > 0 ? "bad" : "");
 }
 
-/** A reason in one line. */
+/** The message of a reason, one line. */
 function message(reason: Reason | undefined): string {
   return reason?.message ?? "no reason given";
 }
 
-/** A reason with its detail. */
+/** The message of a reason with its detail. */
 function whole(reason: Reason | undefined): string {
   return reason?.detail ? `${reason.message} (${reason.detail})` : message(reason);
 }
 
-/** Every reason once, in full, and every partition that is held but not processed. */
+/** Lists all distinct reasons with their details, and all partitions that a processor holds but does not process. */
 function showReasons(overview: Overview): void {
   const partitions = overview.partitions ?? [];
   const unknown = [overview, ...partitions].flatMap((part) => Object.values(part.reasons)).map(whole);
@@ -104,7 +104,7 @@ function showReasons(overview: Overview): void {
   );
 }
 
-/** Whether a processor holds the partition without processing it, other than for the moment of opening it. */
+/** Whether a processor holds the partition but neither processes nor opens it. */
 function isIdle({ holder }: Partition): boolean {
   return holder !== null && !["running", "opening"].includes(holder.does);
 }
@@ -140,7 +140,7 @@ function fillTable(id: string, rows: Cell[][], empty: string): void {
   const columns = body.closest("table")?.querySelectorAll("thead th").length ?? 1;
   const lines = rows.length > 0 ? rows : [[{ text: empty }]];
   const wanted = JSON.stringify(lines);
-  // Rebuilding only what changed keeps a selection and the reader's place.
+  // An unchanged table is not rebuilt, so that selections and scroll positions are kept.
   if (body.dataset["shown"] === wanted) return;
   body.dataset["shown"] = wanted;
   body.replaceChildren(
@@ -200,7 +200,7 @@ function showPartitions(overview: Overview): void {
       number(p.dead_letters, why["dead_letters"]),
     ];
   });
-  const none = overview.partitions === null ? `unknown: ${message(overview.reasons["partitions"])}` : "No partition yet.";
+  const none = overview.partitions === null ? `unknown: ${message(overview.reasons["partitions"])}` : "No partitions yet.";
   fillTable("partitions", rows, none);
 }
 
@@ -219,7 +219,7 @@ export function showRuns(runs: Listed<Run>, nowMs: number): void {
       { text: run.error ?? "" },
     ];
   });
-  fillTable("runs", rows, runs.list === null ? `unknown: ${message(runs.reason)}` : "No run yet: the producer has not begun an interval.");
+  fillTable("runs", rows, runs.list === null ? `unknown: ${message(runs.reason)}` : "No runs yet: the producer has not started an interval.");
 }
 
 export function showServices(services: Listed<Instance>, nowMs: number): void {
@@ -234,7 +234,7 @@ export function showServices(services: Listed<Instance>, nowMs: number): void {
       { text: one.reason ?? "" },
     ];
   });
-  fillTable("services", rows, services.list === null ? `unknown: ${message(services.reason)}` : "No service has been seen in the last minute.");
+  fillTable("services", rows, services.list === null ? `unknown: ${message(services.reason)}` : "No service has sent a heartbeat in the last minute.");
 }
 
 export function showChart(words: string, reason: Reason | null): void {

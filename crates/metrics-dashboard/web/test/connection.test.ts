@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Connection, LOST_AFTER_MS, STALE_AFTER_MS } from "../src/connection";
 
-test("figures are live while messages come and grow stale without them", () => {
+test("figures are live while messages arrive and become stale without them", () => {
   const c = new Connection(0);
   assert.equal(c.standing(10).state, "connecting");
   c.message(1_000);
@@ -13,7 +13,7 @@ test("figures are live while messages come and grow stale without them", () => {
   assert.equal(c.standing(60_001).state, "live");
 });
 
-test("a broken feed with old figures is disconnected at once", () => {
+test("a broken feed with stale figures is disconnected", () => {
   const c = new Connection(0);
   c.message(1_000);
   c.failed();
@@ -21,9 +21,9 @@ test("a broken feed with old figures is disconnected at once", () => {
   assert.equal(c.standing(1_000 + STALE_AFTER_MS).state, "disconnected");
 });
 
-test("a service that never answered is said to be missing", () => {
+test("a service that never responds is disconnected", () => {
   assert.equal(new Connection(0).standing(STALE_AFTER_MS).state, "disconnected");
   const c = new Connection(0);
   c.failed();
-  assert.match(c.standing(1).text, /No answer/);
+  assert.match(c.standing(1).text, /No response/);
 });

@@ -7,7 +7,7 @@ test("counts have thousands separators", () => {
   assert.equal(count(1234567), "1,234,567");
 });
 
-test("rates show tenths only where they matter", () => {
+test("rates have one decimal below 100", () => {
   assert.equal(rate(0), "0");
   assert.equal(rate(0.26), "0.3");
   assert.equal(rate(99.94), "99.9");
@@ -15,7 +15,7 @@ test("rates show tenths only where they matter", () => {
   assert.equal(rate(98765.4), "98,765");
 });
 
-test("spans of time show the two units that matter", () => {
+test("durations show their two largest units", () => {
   const cases: [number, string][] = [
     [0, "0 s"],
     [0.42, "0.4 s"],
@@ -29,12 +29,12 @@ test("spans of time show the two units that matter", () => {
   for (const [seconds, text] of cases) assert.equal(span(seconds), text, String(seconds));
 });
 
-test("times of another day carry their date", () => {
+test("times of another day include the date", () => {
   const noon = Date.UTC(2026, 10, 23, 12);
   assert.equal(clock(noon - 1000, noon), "11:59:59");
   assert.equal(clock(noon - 86_400_000, noon), "2026-11-22 12:00:00");
 });
 
-test("stored words read as words", () => {
+test("stored names are shown with spaces", () => {
   assert.equal(words("catch_up"), "catch up");
 });

@@ -1,4 +1,5 @@
-//! Tables of good and bad records, and the property that no bytes whatever make the decoder panic or lose a record.
+//! Tables of valid and invalid records, and properties: arbitrary bytes neither make the decoder panic nor lose a
+//! record.
 
 use super::{Decoder, Record};
 use crate::chunk::Chunk;
@@ -28,7 +29,7 @@ const TIME: &str = "2027-01-15T08:00:00.123Z";
 const GOOD: &str = r#"{"first_name":"Ada","last_name":"L","age":42,"postcode":1234,"nationality":"DE","x":[1],"gender":null}"#;
 
 #[test]
-fn a_good_record_becomes_cells_groups_and_measures() {
+fn a_valid_record_becomes_cells_groups_and_measures() {
     let chunk = decode("id-1", TIME, Some(GOOD.as_bytes()));
     assert!(chunk.poison.is_empty(), "{:?}", chunk.poison);
     let event = &chunk.events[0];
@@ -37,9 +38,9 @@ fn a_good_record_becomes_cells_groups_and_measures() {
     let cells: Vec<_> = chunk.columns_of(0).collect();
     assert_eq!(cells[0], Some(b"Ada".as_slice()));
     assert_eq!(cells[2], None, "null is unset");
-    assert_eq!(cells[7], Some(b"1234".as_slice()), "a number in a text column");
+    assert_eq!(cells[7], Some(b"1234".as_slice()), "a number in a text column keeps its text");
     assert_eq!(cells[9], Some(42i32.to_be_bytes().as_slice()));
-    assert_eq!(event.groups, [2, 4, 4, 0], "gender is absent, DE, the forties");
+    assert_eq!(event.groups, [2, 4, 4, 0], "(other) for the absent gender, DE, ages 40 to 49");
     assert_eq!(chunk.measures_of(0), [42.0]);
     assert!((8..12).contains(&event.shard));
 }
@@ -53,16 +54,20 @@ fn check(value: &str, class: &str, part: &str) {
 }
 
 #[test]
-fn a_value_that_does_not_fit_is_poison_and_its_column_is_named() {
+fn an_invalid_value_is_undecodable_and_the_reason_names_its_column() {
     check("garbage", "InvalidJson", "line 1");
     check("[1]", "InvalidColumn", "a flat JSON object");
     check(r#"{"first_name":"A"}"#, "MissingColumn", "`last_name`");
-    check(r#"{"first_name":"A","last_name":"B","age":"x"}"#, "InvalidColumn", "column `age`: `x` is no int");
+    check(
+        r#"{"first_name":"A","last_name":"B","age":"x"}"#,
+        "InvalidColumn",
+        "column `age`: `x` is not a valid int",
+    );
     check(r#"{"first_name":"A","last_name":"B","age":3000000000}"#, "InvalidColumn", "column `age`");
     check(
         r#"{"first_name":"A","last_name":{"a":1}}"#,
         "InvalidColumn",
-        "column `last_name`: `an object` is no text",
+        "column `last_name`: an object is not a valid text",
     );
     check(
         r#"{"first_name":"A","last_name":"\ud800"}"#,
@@ -74,12 +79,12 @@ fn a_value_that_does_not_fit_is_poison_and_its_column_is_named() {
     check(
         r#"{"first_name":"A","last_name":"B","age":1e999}"#,
         "InvalidColumn",
-        "column `age`: `1e999` is no int",
+        "column `age`: `1e999` is not a valid int",
     );
 }
 
 #[test]
-fn headers_decide_about_id_and_time() {
+fn id_and_time_are_taken_from_the_headers_and_validated() {
     let class = |id: &str, time: &str| decode(id, time, Some(GOOD.as_bytes())).poison[0].reason.class;
     assert_eq!(class("", TIME), "InvalidEventId");
     assert_eq!(class("a", "yesterday"), "InvalidEventTime");
@@ -95,18 +100,18 @@ fn headers_decide_about_id_and_time() {
 }
 
 #[test]
-fn what_the_producer_refused_is_poison_for_its_reason_even_where_it_could_be_read() {
+fn a_record_refused_by_the_producer_keeps_its_reason_even_if_it_could_be_decoded() {
     let decoder = decoder();
     let mut chunk = decoder.chunk();
-    let refused = ("ingest_refused", Some(b"event.id: nothing stands at `/id`".as_slice()));
+    let refused = ("ingest_refused", Some(b"event.id: no value at `/id`".as_slice()));
     let headers = [headers("a", TIME), vec![refused]].concat();
     let value = Some(GOOD.as_bytes());
     decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers: &headers }, &mut chunk);
     let reason = &chunk.poison[0].reason;
-    assert_eq!(reason.to_string(), "RefusedByProducer: event.id: nothing stands at `/id`");
+    assert_eq!(reason.to_string(), "RefusedByProducer: event.id: no value at `/id`");
 }
 
-/// The cell of a column of that type whose value is written as `raw`.
+/// Returns the cell of a column of type `cql_type` for the JSON value `raw`. `None` if the record is undecodable.
 fn cell(cql_type: &str, raw: &str) -> Option<Vec<u8>> {
     let text = include_str!("../../../../streams/user_created.toml");
     let text = text
@@ -120,7 +125,7 @@ fn cell(cql_type: &str, raw: &str) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn numbers_keep_their_digits() {
+fn numbers_keep_all_their_digits() {
     let text = |raw: &str| cell("text", raw).map(|bytes| String::from_utf8(bytes).unwrap());
     for raw in ["12345678901234567890124", "18446744073709551616", "0.10", "-1e400", "2.50e-3"] {
         assert_eq!(text(raw).as_deref(), Some(raw));
@@ -136,7 +141,7 @@ fn numbers_keep_their_digits() {
 
 proptest! {
     #[test]
-    fn a_double_is_the_nearest_one_to_what_is_written(bits in any::<u64>(), digits in 0usize..20) {
+    fn a_double_is_the_nearest_one_to_the_json_text(bits in any::<u64>(), digits in 0usize..20) {
         let number = f64::from_bits(bits);
         prop_assume!(number.is_finite());
         for raw in [format!("{number:?}"), format!("{number:e}"), format!("{number:.digits$e}")] {
@@ -148,14 +153,14 @@ proptest! {
 
 proptest! {
     #[test]
-    fn any_bytes_are_an_event_or_poison_and_never_a_panic(
+    fn arbitrary_bytes_are_an_event_or_undecodable_and_never_panic(
         value in proptest::collection::vec(any::<u8>(), 0..200), id in ".{0,8}", time in "[0-9TZ:. -]{0,30}",
     ) {
         prop_assert_eq!(decode(&id, &time, Some(&value)).len(), 1);
     }
 
     #[test]
-    fn any_json_in_declared_columns_is_an_event_or_poison(
+    fn arbitrary_json_in_declared_columns_is_an_event_or_undecodable(
         name in "(age|first_name|registered_at|x)", text in "[-0-9.eE\"a-z\\[\\]{}:,]{0,20}",
     ) {
         let value = format!("{{\"first_name\":\"A\",\"last_name\":\"B\",\"{name}\":{text}}}");

@@ -1,5 +1,5 @@
-//! One flat JSON object → CQL bytes of the declared columns, in one pass and without a tree in between. A member is taken as
-//! its text: numbers keep every digit, and a double is the nearest one to what is written.
+//! Decodes one flat JSON object into the CQL bytes of the declared columns, in one pass and without an intermediate
+//! tree. Each member is read as raw text, so numbers keep every digit and a double is the nearest one to the text.
 
 use super::{Decoder, reason};
 use crate::chunk::{Chunk, Reason, UNSET};
@@ -10,10 +10,10 @@ use std::borrow::Cow;
 use std::fmt;
 use uuid::Uuid;
 
-/// Most characters of a value that a reason repeats.
+/// Maximum number of characters of a value that a reason quotes.
 const MAX_SHOWN: usize = 64;
 
-/// Writes the members of the object that are declared columns into the cells from `first_cell` on.
+/// Writes the members that are declared columns into the cells of an event, which start at `first_cell`.
 pub(super) fn decode_object(
     json: &[u8],
     decoder: &Decoder,
@@ -21,8 +21,9 @@ pub(super) fn decode_object(
     first_cell: usize,
 ) -> Result<(), Reason> {
     let mut parser = serde_json::Deserializer::from_slice(json);
-    let read = ObjectSeed { decoder, chunk, first_cell }.deserialize(&mut parser).and_then(|()| parser.end());
-    read.map_err(|e| reason(if e.is_data() { "InvalidColumn" } else { "InvalidJson" }, e.to_string()))
+    let decoded =
+        ObjectSeed { decoder, chunk, first_cell }.deserialize(&mut parser).and_then(|()| parser.end());
+    decoded.map_err(|e| reason(if e.is_data() { "InvalidColumn" } else { "InvalidJson" }, e.to_string()))
 }
 
 struct ObjectSeed<'a> {
@@ -61,7 +62,7 @@ impl<'de> Visitor<'de> for ObjectSeed<'_> {
     }
 }
 
-/// A member's name → the column's number.
+/// Maps a member name to the index of its column. `None` if no such column is declared.
 struct KeySeed<'a>(&'a Decoder);
 
 impl<'de> DeserializeSeed<'de> for KeySeed<'_> {
@@ -81,7 +82,7 @@ impl Visitor<'_> for KeySeed<'_> {
     }
 }
 
-/// A member's text → its CQL bytes at the end of the arena; `Err`: why it does not fit.
+/// Appends the CQL bytes of a member to the arena. Returns why the value is invalid for the column type otherwise.
 fn cell(raw: &str, cql_type: CqlType, arena: &mut Vec<u8>) -> Result<(u32, i32), String> {
     let mut put = |bytes: &[u8]| Ok(super::append(arena, bytes));
     match (raw.as_bytes()[0], cql_type) {
@@ -89,33 +90,33 @@ fn cell(raw: &str, cql_type: CqlType, arena: &mut Vec<u8>) -> Result<(u32, i32),
         (b'"', CqlType::Text) => put(string(raw)?.as_bytes()),
         (b'"', CqlType::Timestamp) => match chrono::DateTime::parse_from_rfc3339(&string(raw)?) {
             Ok(at) => put(&at.timestamp_millis().to_be_bytes()),
-            Err(_) => wrong(raw, cql_type),
+            Err(_) => invalid(raw, cql_type),
         },
         (b'"', CqlType::Uuid) => match Uuid::parse_str(&string(raw)?) {
             Ok(uuid) => put(uuid.as_bytes()),
-            Err(_) => wrong(raw, cql_type),
+            Err(_) => invalid(raw, cql_type),
         },
-        (b'{' | b'[' | b'"', _) => wrong(raw, cql_type),
+        (b'{' | b'[' | b'"', _) => invalid(raw, cql_type),
         (b't' | b'f', CqlType::Boolean) => put(&[u8::from(raw == "true")]),
         (_, CqlType::Text) => put(raw.as_bytes()),
         (_, CqlType::Int) => match raw.parse::<i32>() {
             Ok(number) => put(&number.to_be_bytes()),
-            Err(_) => wrong(raw, cql_type),
+            Err(_) => invalid(raw, cql_type),
         },
         (_, CqlType::Bigint | CqlType::Timestamp) => match raw.parse::<i64>() {
             Ok(number) => put(&number.to_be_bytes()),
-            Err(_) => wrong(raw, cql_type),
+            Err(_) => invalid(raw, cql_type),
         },
-        // A number that no double holds would become infinite.
+        // A number outside the range of a double would become infinite.
         (_, CqlType::Double) => match raw.parse::<f64>() {
             Ok(number) if number.is_finite() => put(&number.to_be_bytes()),
-            _ => wrong(raw, cql_type),
+            _ => invalid(raw, cql_type),
         },
-        (_, CqlType::Boolean | CqlType::Uuid) => wrong(raw, cql_type),
+        (_, CqlType::Boolean | CqlType::Uuid) => invalid(raw, cql_type),
     }
 }
 
-/// The characters of a string; without an escape they stand in the text as they are.
+/// Returns the characters of a quoted string. A string without escapes is borrowed from the text.
 fn string(quoted: &str) -> Result<Cow<'_, str>, String> {
     if quoted.contains('\\') {
         return serde_json::from_str(quoted).map(Cow::Owned).map_err(|e| e.to_string());
@@ -123,11 +124,11 @@ fn string(quoted: &str) -> Result<Cow<'_, str>, String> {
     Ok(Cow::Borrowed(&quoted[1..quoted.len() - 1]))
 }
 
-fn wrong<T>(raw: &str, cql_type: CqlType) -> Result<T, String> {
-    let shown: String = match raw.as_bytes()[0] {
+fn invalid<T>(raw: &str, cql_type: CqlType) -> Result<T, String> {
+    let shown = match raw.as_bytes()[0] {
         b'{' => "an object".to_owned(),
         b'[' => "a list".to_owned(),
-        _ => raw.trim_matches('"').chars().take(MAX_SHOWN).collect(),
+        _ => format!("`{}`", raw.trim_matches('"').chars().take(MAX_SHOWN).collect::<String>()),
     };
-    Err(format!("`{shown}` is no {}", cql_type.name()))
+    Err(format!("{shown} is not a valid {}", cql_type.name()))
 }

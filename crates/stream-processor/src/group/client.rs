@@ -1,5 +1,5 @@
-//! The Kafka client of one membership in the consumer group: how it is set up, what it reports, and how it is closed without
-//! waiting forever.
+//! The Kafka client of one membership in the consumer group: its settings, the rebalance events it reports, and how it
+//! is closed within a bounded time.
 
 use crate::error::ProcessorError;
 use common::admin::Health;
@@ -13,14 +13,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// Pre-fetched bytes per partition.
+/// Maximum pre-fetched data per partition, in KiB.
 const QUEUED_KBYTES: &str = "4096";
-/// How long a client may take to close before it is left behind.
+/// How long a client may take to close before it is abandoned.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(3);
-/// Clients that may be left behind unclosed before the process ends, to be started afresh.
-const ABANDONED_MOST: usize = 8;
+/// Maximum number of abandoned clients. With more, the process exits, so that its supervisor restarts it.
+const MAX_ABANDONED: usize = 8;
 
-/// Clients whose close has not returned: each keeps its memory and threads.
+/// Number of clients whose close has not returned. Each keeps its memory and threads.
 static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 
 /// How an instance joins the group.
@@ -30,23 +30,23 @@ pub struct MemberSettings {
     pub brokers: String,
     /// Consumer group.
     pub group_id: String,
-    /// Static member name: an instance that was killed is back without waiting for its session to end.
+    /// Static member name. An instance that was killed rejoins under it without waiting for its session to expire.
     pub instance: String,
 }
 
-/// A change of what this member owns.
+/// A change of the partitions that this member owns.
 pub enum Change {
-    /// The group gives it these partitions.
+    /// The group assigned these partitions.
     Assign(TopicPartitionList),
-    /// The group takes these partitions away.
+    /// The group revoked these partitions.
     Revoke(TopicPartitionList),
-    /// The member's session ended without it: other members may own its partitions already.
+    /// The member's session expired. Other members may already own its partitions.
     Lost,
     /// The rebalance failed.
     Error(String),
 }
 
-/// Passes what librdkafka reports on to the group's own thread, which alone acts on it.
+/// Forwards librdkafka's rebalance events to the group's thread. Only that thread acts on them.
 pub struct GroupContext {
     changes: mpsc::Sender<Change>,
     closing: AtomicBool,
@@ -56,9 +56,9 @@ pub struct GroupContext {
 impl ClientContext for GroupContext {
     fn error(&self, error: KafkaError, reason: &str) {
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
-            self.health.set("kafka", Err(format!("no broker answers: {reason}")));
+            self.health.set("kafka", Err(format!("no broker is reachable: {reason}")));
         } else {
-            tracing::debug!(%error, reason, "kafka");
+            tracing::debug!(%error, reason, "kafka client error");
         }
     }
 }
@@ -66,9 +66,9 @@ impl ClientContext for GroupContext {
 impl ConsumerContext for GroupContext {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, err: RDKafkaRespErr, tpl: &mut TopicPartitionList) {
         if self.closing.load(Ordering::SeqCst) {
-            // The workers have ended: nothing is left to stop before the partitions are given up.
+            // The workers have already ended, so the partitions can be given up at once.
             if let Err(error) = consumer.unassign() {
-                tracing::debug!(%error, "leaving the group");
+                tracing::debug!(%error, "cannot unassign while closing");
             }
             return;
         }
@@ -80,12 +80,12 @@ impl ConsumerContext for GroupContext {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => Change::Revoke(tpl.clone()),
             other => Change::Error(RDKafkaErrorCode::from(other).to_string()),
         };
-        // The receiver lives as long as the membership; a client that is being closed has nobody to tell.
-        let _received = self.changes.send(change);
+        // Fails only while the client is being closed: the receiver lives as long as the membership.
+        let _sent = self.changes.send(change);
     }
 }
 
-/// A consumer that is not yet subscribed, and the changes it will report.
+/// Creates a consumer that is not yet subscribed, and the channel of the changes it reports.
 pub fn build(
     settings: &MemberSettings,
     health: &Arc<Health>,
@@ -112,12 +112,13 @@ pub fn build(
         .set("check.crcs", "true");
     let consumer: BaseConsumer<GroupContext> = config
         .create_with_context(context)
-        .map_err(|e| ProcessorError::Fatal(format!("kafka consumer: {e}")))?;
+        .map_err(|e| ProcessorError::Fatal(format!("cannot create the kafka consumer: {e}")))?;
     Ok((Arc::new(consumer), changes))
 }
 
-/// Commits `offsets` and closes the client, on a thread of its own: librdkafka can wait forever for a group that does not answer
-/// (rust-rdkafka#611). A client that does not close in time is left behind. Fails once too many are.
+/// Commits `offsets` and closes the client on a separate thread, because librdkafka can wait forever for a group
+/// coordinator that does not answer (rust-rdkafka#611). A client that does not close in time is abandoned. Fails once
+/// too many are.
 pub fn close(
     consumer: Arc<BaseConsumer<GroupContext>>,
     offsets: Option<TopicPartitionList>,
@@ -129,34 +130,37 @@ pub fn close(
         if let Some(offsets) = offsets
             && let Err(error) = consumer.commit(&offsets, CommitMode::Sync)
         {
-            tracing::debug!(%error, "group offsets not committed");
+            tracing::debug!(%error, "cannot commit the group offsets");
         }
         drop(consumer);
         ABANDONED.fetch_sub(1, Ordering::SeqCst);
-        // Nobody waits any more where it took too long.
+        // Fails if the deadline has passed and the receiver is gone.
         let _in_time = closed.send(());
     });
-    closing.map_err(|e| ProcessorError::Fatal(format!("starting a thread: {e}")))?;
+    closing.map_err(|e| {
+        ProcessorError::Fatal(format!("cannot start the thread that closes the kafka client: {e}"))
+    })?;
     if is_closed.recv_timeout(CLOSE_DEADLINE).is_err() {
-        tracing::warn!("a kafka client did not close in time and is left behind");
+        tracing::warn!("kafka client abandoned: it did not close in time");
     }
     match ABANDONED.load(Ordering::SeqCst) {
-        abandoned if abandoned > ABANDONED_MOST => Err(ProcessorError::Fatal(format!(
-            "{abandoned} kafka clients could not be closed: this process must start afresh"
+        abandoned if abandoned > MAX_ABANDONED => Err(ProcessorError::Fatal(format!(
+            "{abandoned} kafka clients could not be closed: the process must be restarted"
         ))),
         _ => Ok(()),
     }
 }
 
-/// A list of offsets for the group coordinator or for an assignment.
+/// Builds a list of offsets, for a commit or an assignment.
 pub fn offset_list(
     topic: &str,
     offsets: impl IntoIterator<Item = (i32, i64)>,
 ) -> Result<TopicPartitionList, ProcessorError> {
     let mut list = TopicPartitionList::new();
     for (partition, offset) in offsets {
-        list.add_partition_offset(topic, partition, Offset::Offset(offset))
-            .map_err(|e| ProcessorError::Fatal(format!("kafka: partition {partition} of {topic}: {e}")))?;
+        list.add_partition_offset(topic, partition, Offset::Offset(offset)).map_err(|e| {
+            ProcessorError::Fatal(format!("invalid offset {offset} for partition {partition}: {e}"))
+        })?;
     }
     Ok(list)
 }

@@ -1,8 +1,8 @@
-//! One membership in the consumer group, from joining to leaving: which partitions are this instance's, and what becomes of
-//! each. A partition is given up only when its worker has ended and its state file is closed.
+//! One membership in the consumer group, from joining to leaving. Opens, runs, halts and stops the assigned partitions.
+//! A partition is given up only after its worker has ended and its state file is closed.
 
 use super::client::{self, Change, GroupContext, offset_list};
-use super::slot::{Running, Slot, Standing};
+use super::slot::{HaltRetry, Running, Slot};
 use super::{Lost, Parts};
 use crate::error::{Halt, ProcessorError};
 use crate::store::{DeadLetters, Store};
@@ -18,33 +18,33 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 /// Poll interval of the client.
-const POLL: Duration = Duration::from_millis(100);
-/// How often the group's own offsets follow the checkpoints: they only inform other tools.
-const COMMIT_EVERY: Duration = Duration::from_secs(1);
-/// How often Kafka is asked whether it is back.
-const PROBE_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// How often the checkpoints' offsets are committed to the group. Other tools read them; this program does not.
+const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
+/// How often to check whether Kafka is available again.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
-/// Errors that an earlier assignment can have left at most.
-const STALE_MOST: usize = 10_000;
-/// How long other partitions may still take to open once one is refused, so that all refusals are told at once.
-const REFUSALS_WITHIN: Duration = Duration::from_secs(10);
+/// Maximum number of errors of an earlier assignment to discard from a partition's queue.
+const MAX_STALE_ERRORS: usize = 10_000;
+/// How long to wait for the other partitions to open after one is refused, to report all refusals in one error.
+const REFUSAL_GRACE: Duration = Duration::from_secs(10);
 
-/// How a membership ended, unless the process must end with it.
+/// How a membership ended without an error.
 pub(super) enum End {
-    /// Shutdown began.
+    /// Shutdown started.
     Shutdown,
-    /// The client is of no use any more.
+    /// The client must be replaced.
     Lost(Lost),
 }
 
-/// Refusals of single partitions, gathered to be told at once.
+/// Refusals of partitions, collected to report them in one error.
 #[derive(Default)]
 struct Refusals {
     since: Option<Instant>,
     texts: Vec<String>,
 }
 
-/// A member of the group.
+/// This instance as a member of the group.
 pub(super) struct Membership<S, D> {
     parts: Arc<Parts<S, D>>,
     runtime: Handle,
@@ -66,9 +66,10 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         Ok(Membership { parts, runtime, consumer, changes, joined: Instant::now(), slots, refusals })
     }
 
-    /// Takes part until shutdown begins, the client is lost or an error ends the process; then leaves.
+    /// Processes the assigned partitions until shutdown starts, the client is lost or an error occurs. Then stops them
+    /// and leaves the group.
     pub(super) fn run(mut self) -> Result<End, ProcessorError> {
-        let ended = self.follow();
+        let ended = self.poll_until_end();
         let is_member = !matches!(ended, Ok(End::Lost(_)));
         if is_member {
             self.commit();
@@ -80,41 +81,41 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         let ended = match (ended, stopped) {
             (Ok(end), Ok(())) => Ok(end),
             (Ok(_), Err(error)) | (Err(error), Ok(())) => Err(error),
-            (Err(first), Err(second)) => Err(graver(first, second)),
+            (Err(first), Err(second)) => Err(more_severe(first, second)),
         };
         ended.and_then(|end| closed.map(|()| end))
     }
 
-    fn follow(&mut self) -> Result<End, ProcessorError> {
+    fn poll_until_end(&mut self) -> Result<End, ProcessorError> {
         let (mut committed_at, mut probed_at) = (Instant::now(), Instant::now());
         while !self.parts.shutdown.has_begun() {
             self.parts.health.beat();
-            match self.consumer.poll(POLL) {
+            match self.consumer.poll(POLL_INTERVAL) {
                 None => {}
-                Some(Err(error)) => self.note(&error),
+                Some(Err(error)) => self.report(&error),
                 Some(Ok(_)) => {
                     return Err(ProcessorError::Fatal(
-                        "kafka: a record was delivered outside its partition's queue".into(),
+                        "kafka delivered a record outside its partition's queue".into(),
                     ));
                 }
             }
-            if let Some(lost) = self.lost() {
+            if let Some(lost) = self.loss() {
                 return Ok(End::Lost(lost));
             }
             while let Ok(change) = self.changes.try_recv() {
                 if matches!(change, Change::Lost) {
                     return Ok(End::Lost(Lost::Session));
                 }
-                self.change(change)?;
+                self.apply(change)?;
             }
-            self.tend()?;
-            if committed_at.elapsed() >= COMMIT_EVERY {
+            self.advance_slots()?;
+            if committed_at.elapsed() >= COMMIT_INTERVAL {
                 committed_at = Instant::now();
                 self.commit();
             }
-            if probed_at.elapsed() >= PROBE_EVERY && !self.parts.health.is_up("kafka") {
+            if probed_at.elapsed() >= PROBE_INTERVAL && !self.parts.health.is_up("kafka") {
                 probed_at = Instant::now();
-                if self.is_answered() {
+                if self.broker_answers() {
                     self.parts.health.set("kafka", Ok(()));
                 }
             }
@@ -122,32 +123,32 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         Ok(End::Shutdown)
     }
 
-    /// Why the client must be built again, if it must.
-    fn lost(&self) -> Option<Lost> {
+    /// Why the client must be replaced; `None` if it is usable.
+    fn loss(&self) -> Option<Lost> {
         match self.consumer.client().fatal_error() {
             Some((RDKafkaErrorCode::FencedInstanceId, _)) => Some(Lost::Fenced),
             Some((_, text)) => Some(Lost::Fatal(text)),
             None => {
                 let verdict = self.parts.ownership.verdict(self.joined, Instant::now());
-                // Another client would fare no better with a broker that does not answer.
-                verdict.filter(|_| self.is_answered()).map(Lost::Watchdog)
+                // A new client would not help while no broker answers.
+                verdict.filter(|_| self.broker_answers()).map(Lost::Watchdog)
             }
         }
     }
 
-    fn note(&self, error: &KafkaError) {
+    fn report(&self, error: &KafkaError) {
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
                 let topic = &self.parts.settings.topic;
                 let text = format!("topic `{topic}` does not exist; run `stream-processor init`");
                 self.parts.health.set("kafka", Err(text));
             }
-            _ => tracing::warn!(%error, "kafka"),
+            _ => tracing::warn!(%error, "kafka client error"),
         }
     }
 
-    /// Whether a broker answers now, and knows the topic.
-    fn is_answered(&self) -> bool {
+    /// Whether a broker answers and knows the topic.
+    fn broker_answers(&self) -> bool {
         let topic = &self.parts.settings.topic;
         let found = self.consumer.fetch_metadata(Some(topic), PROBE_DEADLINE);
         found.is_ok_and(|found| {
@@ -158,43 +159,44 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         })
     }
 
-    fn change(&mut self, change: Change) -> Result<(), ProcessorError> {
+    fn apply(&mut self, change: Change) -> Result<(), ProcessorError> {
         match change {
             Change::Assign(list) => self.assign(&partitions(&list)),
             Change::Revoke(list) => {
                 let revoked = partitions(&list);
-                tracing::info!(partitions = ?revoked, "revoked");
+                tracing::info!(partitions = ?revoked, "partitions revoked");
                 self.commit();
                 let assigned: Vec<i32> = revoked.iter().copied().filter(|p| self.is_assigned(*p)).collect();
                 self.stop(&revoked).1?;
                 self.unassign(assigned)
             }
             Change::Error(error) => {
-                tracing::warn!(error, "rebalance");
+                tracing::warn!(error, "rebalance failed");
                 Ok(())
             }
             Change::Lost => Ok(()),
         }
     }
 
-    /// Takes the partitions over from the group; each is fetched once it is open.
+    /// Starts to open the assigned partitions. A partition is fetched once it is open.
     fn assign(&mut self, assigned: &[i32]) -> Result<(), ProcessorError> {
-        tracing::info!(partitions = ?assigned, "assigned");
+        tracing::info!(partitions = ?assigned, "partitions assigned");
         for partition in assigned {
             let slot = if *partition < self.parts.opener.partitions {
                 self.open(*partition, None)
             } else {
-                self.leave_alone(*partition)
+                self.ignore_unregistered(*partition)
             };
             self.slots.insert(*partition, slot);
         }
         self.consumer
             .incremental_assign(&TopicPartitionList::new())
-            .map_err(|e| ProcessorError::Fatal(format!("kafka: taking partitions: {e}")))
+            .map_err(|e| ProcessorError::Fatal(format!("cannot accept the assigned partitions: {e}")))
     }
 
-    /// Events in a partition that was added later have other copies elsewhere: to count them would count twice.
-    fn leave_alone(&self, partition: i32) -> Slot {
+    /// Does not process a partition that was added to the topic later. The new partition count assigns keys to other
+    /// partitions, so its events may have copies that another partition counts.
+    fn ignore_unregistered(&self, partition: i32) -> Slot {
         let added = RegistryError::AddedPartition {
             stream: self.parts.who.stream.clone(),
             topic: self.parts.settings.topic.clone(),
@@ -207,105 +209,116 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         Slot::Unregistered
     }
 
-    /// Opens a partition in the background: Cassandra or another owner may take their time, and the client must be polled.
-    fn open(&self, partition: i32, standing: Option<Standing>) -> Slot {
+    /// Opens a partition in the background, because it may wait for Cassandra or for the state file's previous owner
+    /// while the client must be polled.
+    fn open(&self, partition: i32, retry: Option<HaltRetry>) -> Slot {
         let stop = CancellationToken::new();
         let (parts, runtime, stopped) = (Arc::clone(&self.parts), self.runtime.clone(), stop.clone());
         let opening = self
             .runtime
             .spawn_blocking(move || parts.opener.open(partition, &stopped, &runtime).map(Box::new));
-        self.parts.holdings.set(partition, standing.as_ref().map_or(Hold::Opening, |_| Hold::Halted));
-        Slot::Opening { opening, stop, standing }
+        self.parts.holdings.set(partition, retry.as_ref().map_or(Hold::Opening, |_| Hold::Halted));
+        Slot::Opening { opening, stop, retry }
     }
 
     fn is_assigned(&self, partition: i32) -> bool {
         matches!(self.slots.get(&partition), Some(Slot::Running(_)))
     }
 
-    /// Ends librdkafka's part of a revocation too, where `partitions` is empty.
+    /// Acknowledges a revocation to librdkafka. Also needed when `partitions` is empty.
     fn unassign(&self, partitions: Vec<i32>) -> Result<(), ProcessorError> {
         let list = offset_list(&self.parts.settings.topic, partitions.into_iter().map(|p| (p, 0)))?;
         self.consumer
             .incremental_unassign(&list)
-            .map_err(|e| ProcessorError::Fatal(format!("kafka: giving up partitions: {e}")))
+            .map_err(|e| ProcessorError::Fatal(format!("cannot give up the revoked partitions: {e}")))
     }
 
-    /// Moves every partition on that has something to do.
-    fn tend(&mut self) -> Result<(), ProcessorError> {
+    /// Acts on every slot that is ready.
+    fn advance_slots(&mut self) -> Result<(), ProcessorError> {
         let now = Instant::now();
         let ready: Vec<i32> = self.slots.iter().filter(|(_, s)| s.is_ready(now)).map(|(p, _)| *p).collect();
         for partition in ready {
             let Some(slot) = self.slots.remove(&partition) else { continue };
             let next = match slot {
-                Slot::Opening { opening, standing, .. } => {
+                Slot::Opening { opening, retry, .. } => {
                     let opened = self.runtime.block_on(opening);
                     let opened = opened.unwrap_or_else(|e| {
-                        Err(ProcessorError::Fatal(format!("opening partition {partition}: {e}")))
+                        Err(ProcessorError::Fatal(format!("opening partition {partition} failed: {e}")))
                     });
                     match opened {
-                        Ok(opened) => self.begin(*opened, standing).map(Some),
-                        Err(error) => self.after(partition, error, standing),
+                        Ok(opened) => self.start_fetching(*opened, retry).map(Some),
+                        Err(error) => self.handle_error(partition, error, retry),
                     }
                 }
-                Slot::Running(running) => self.ended(partition, running),
-                Slot::Halted(standing) => Ok(Some(self.open(partition, Some(standing)))),
+                Slot::Running(running) => self.handle_worker_end(partition, running),
+                Slot::Halted(retry) => Ok(Some(self.open(partition, Some(retry)))),
                 Slot::Unregistered => Ok(Some(Slot::Unregistered)),
             };
             if let Some(next) = next? {
                 self.slots.insert(partition, next);
             }
         }
-        self.recovered();
-        self.refused(now)
+        self.clear_recovered_halts();
+        self.check_refusals(now)
     }
 
-    /// Starts to fetch: assigned with the offset to start at, never sought.
-    fn begin(&self, opened: crate::open::Opened, standing: Option<Standing>) -> Result<Slot, ProcessorError> {
+    /// Starts to fetch an opened partition. The assignment carries the start offset, so no seek is needed.
+    fn start_fetching(
+        &self,
+        opened: crate::open::Opened,
+        retry: Option<HaltRetry>,
+    ) -> Result<Slot, ProcessorError> {
         let (topic, partition) = (&self.parts.settings.topic, opened.partition_id);
         let list = offset_list(topic, [(partition, opened.start.fetch_from)])?;
-        // Split before it is assigned: no record can be delivered elsewhere.
+        // Split the queue before the assignment, so that no record is delivered to the consumer's main queue.
         let queue = self.consumer.split_partition_queue(topic, partition).ok_or_else(|| {
-            ProcessorError::Fatal(format!("kafka: no queue for partition {partition} of {topic}"))
+            ProcessorError::Fatal(format!("kafka has no queue for partition {partition} of {topic}"))
         })?;
-        // Errors of an earlier assignment may still wait there: librdkafka does not take them back.
-        let _stale = std::iter::from_fn(|| queue.poll(Duration::ZERO)).take(STALE_MOST).count();
+        // The queue may still hold errors of an earlier assignment: librdkafka does not remove them.
+        let _discarded = std::iter::from_fn(|| queue.poll(Duration::ZERO)).take(MAX_STALE_ERRORS).count();
         let mut running = Running::start(&self.parts, (queue, &self.consumer), opened, &self.runtime)?;
-        self.parts.metrics.halted(partition, standing.is_some());
-        running.standing = standing;
-        self.consumer
-            .incremental_assign(&list)
-            .map_err(|e| ProcessorError::Fatal(format!("kafka: taking partition {partition}: {e}")))?;
+        self.parts.metrics.halted(partition, retry.is_some());
+        running.retry = retry;
+        self.consumer.incremental_assign(&list).map_err(|e| {
+            ProcessorError::Fatal(format!("cannot start to fetch partition {partition}: {e}"))
+        })?;
         Ok(Slot::Running(running))
     }
 
-    /// A worker has ended by itself.
-    fn ended(&mut self, partition: i32, running: Running) -> Result<Option<Slot>, ProcessorError> {
+    /// Handles a worker that ended although nobody asked it to stop.
+    fn handle_worker_end(
+        &mut self,
+        partition: i32,
+        running: Running,
+    ) -> Result<Option<Slot>, ProcessorError> {
         self.unassign(vec![partition])?;
-        let standing = running.standing.clone();
+        let retry = running.retry.clone();
         let (_, ended) = running.stop(partition, &self.parts, &self.runtime, tokio::time::Instant::now());
         let error = ended.err().unwrap_or_else(|| {
-            ProcessorError::Reopen(format!("partition {partition}: fetching ended without an error"))
+            ProcessorError::Reopen(format!(
+                "the fetch thread of partition {partition} ended without an error"
+            ))
         });
-        self.after(partition, error, standing)
+        self.handle_error(partition, error, retry)
     }
 
-    /// What follows an error of one partition; `None`: it is refused.
-    fn after(
+    /// Returns the slot of a partition after an error; `None` if the partition is refused.
+    fn handle_error(
         &mut self,
         partition: i32,
         error: ProcessorError,
-        standing: Option<Standing>,
+        retry: Option<HaltRetry>,
     ) -> Result<Option<Slot>, ProcessorError> {
         match error {
-            ProcessorError::Stopped => Ok(Some(self.open(partition, standing))),
-            ProcessorError::Halted(halt) => Ok(Some(self.halt(Standing::after(standing, halt)))),
+            ProcessorError::Stopped => Ok(Some(self.open(partition, retry))),
+            ProcessorError::Halted(halt) => Ok(Some(self.halt(HaltRetry::after_halt(retry, halt)))),
             ProcessorError::Reopen(cause) => {
-                tracing::warn!(partition, cause, "opening the partition again");
-                let again = Standing::reopened(standing, partition, cause);
-                if again.waits() {
-                    Ok(Some(self.halt(again)))
+                tracing::warn!(partition, cause, "reopening the partition");
+                let next = HaltRetry::after_reopen(retry, partition, cause);
+                if next.is_waiting() {
+                    Ok(Some(self.halt(next)))
                 } else {
-                    Ok(Some(self.open(partition, Some(again))))
+                    Ok(Some(self.open(partition, Some(next))))
                 }
             }
             ProcessorError::Refused(text) => {
@@ -317,41 +330,41 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         }
     }
 
-    fn halt(&self, standing: Standing) -> Slot {
-        let Halt { partition, .. } = standing.halt;
-        tracing::error!(partition, error = %standing.halt, "the partition stands still");
-        self.parts.health.set(&partition_dependency(partition), Err(standing.halt.to_string()));
+    fn halt(&self, retry: HaltRetry) -> Slot {
+        let Halt { partition, .. } = retry.halt;
+        tracing::error!(partition, error = %retry.halt, "partition halted");
+        self.parts.health.set(&partition_dependency(partition), Err(retry.halt.to_string()));
         self.parts.holdings.set(partition, Hold::Halted);
         self.parts.metrics.halted(partition, true);
-        Slot::Halted(standing)
+        Slot::Halted(retry)
     }
 
-    /// Partitions that have passed the offset they stood at.
-    fn recovered(&mut self) {
+    /// Marks halted partitions as running again once they have recovered.
+    fn clear_recovered_halts(&mut self) {
         for (partition, slot) in &mut self.slots {
             if let Slot::Running(running) = slot
-                && running.has_passed_its_halt()
+                && running.has_recovered()
             {
-                running.standing = None;
-                tracing::info!(partition, "the partition goes on");
+                running.retry = None;
+                tracing::info!(partition, "partition continues after a halt");
                 self.parts.health.forget(&partition_dependency(*partition));
                 self.parts.metrics.halted(*partition, false);
             }
         }
     }
 
-    /// Ends the process with all refusals, once every other partition has had time to be refused too.
-    fn refused(&self, now: Instant) -> Result<(), ProcessorError> {
+    /// Fails with all refusals once every other partition has opened or [`REFUSAL_GRACE`] has passed.
+    fn check_refusals(&self, now: Instant) -> Result<(), ProcessorError> {
         let Some(since) = self.refusals.since else { return Ok(()) };
         let still_opening = self.slots.values().any(|slot| matches!(slot, Slot::Opening { .. }));
-        if still_opening && now.saturating_duration_since(since) < REFUSALS_WITHIN {
+        if still_opening && now.saturating_duration_since(since) < REFUSAL_GRACE {
             return Ok(());
         }
         Err(ProcessorError::Refused(self.refusals.texts.join("\n")))
     }
 
-    /// Stops these partitions: each worker finishes its batch, or is cut off at the deadline; then its state file is closed.
-    /// Gives the offsets at which they ended, and the gravest error.
+    /// Stops `partitions`. Each worker finishes its batch or is aborted at the revoke deadline; then its state file is
+    /// closed. Returns the committed next offsets and the most severe error.
     fn stop(&mut self, partitions: &[i32]) -> (Vec<(i32, i64)>, Result<(), ProcessorError>) {
         let stopping: Vec<(i32, Slot)> =
             partitions.iter().filter_map(|p| Some((*p, self.slots.remove(p)?))).collect();
@@ -363,14 +376,14 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
             offsets.extend(offset.map(|offset| (partition, offset)));
             result = match (result, ended) {
                 (Ok(()), ended) => ended,
-                (Err(first), Err(second)) => Err(graver(first, second)),
+                (Err(first), Err(second)) => Err(more_severe(first, second)),
                 (first, Ok(())) => first,
             };
         }
         (offsets, result)
     }
 
-    /// Tells the group coordinator how far the checkpoints are.
+    /// Commits the checkpoints' next offsets to the group coordinator.
     fn commit(&self) {
         let running = self.slots.iter().filter_map(|(partition, slot)| match slot {
             Slot::Running(running) => Some((*partition, running.committed())),
@@ -380,17 +393,17 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         if list.count() > 0
             && let Err(error) = self.consumer.commit(&list, CommitMode::Async)
         {
-            tracing::debug!(%error, "group offsets not committed");
+            tracing::debug!(%error, "cannot commit the group offsets");
         }
     }
 }
 
-/// The error that the process ends with: the first, but lost history is never masked by another error.
-fn graver(first: ProcessorError, second: ProcessorError) -> ProcessorError {
+/// Returns the error to exit with: the first one, unless only the second one is a refusal. Logs the other one.
+fn more_severe(first: ProcessorError, second: ProcessorError) -> ProcessorError {
     let refused = |error: &ProcessorError| matches!(error, ProcessorError::Refused(_));
-    let second_counts = refused(&second) && !refused(&first);
-    let (kept, masked) = if second_counts { (second, first) } else { (first, second) };
-    tracing::error!(error = %masked, "another partition ended too");
+    let second_is_worse = refused(&second) && !refused(&first);
+    let (kept, masked) = if second_is_worse { (second, first) } else { (first, second) };
+    tracing::error!(error = %masked, "another error occurred while partitions stopped");
     kept
 }
 
@@ -408,7 +421,7 @@ mod tests {
         let fatal = || ProcessorError::Fatal("disk".into());
         for (first, second, code) in [(fatal(), refused(), 3), (refused(), fatal(), 3), (fatal(), fatal(), 1)]
         {
-            assert_eq!(graver(first, second).exit_code(), code);
+            assert_eq!(more_severe(first, second).exit_code(), code);
         }
     }
 }

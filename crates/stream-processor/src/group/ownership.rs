@@ -1,6 +1,6 @@
-//! Watches what nobody foresaw: a partition that no live instance holds, or one that is held here and fetches nothing although
-//! its log has more. Reads the instances' announcements in Cassandra and the ends of the log; the group's thread acts on the
-//! verdict.
+//! A watchdog for failures that Kafka does not report: a partition that no live instance holds, or one that this
+//! instance holds but fetches nothing from although its log has more records. Reads the instances' announcements in
+//! Cassandra and the end offsets of the log. The group's thread acts on the verdict.
 
 use crate::metrics::Metrics;
 use common::admin::Health;
@@ -13,30 +13,30 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-const EVERY: Duration = Duration::from_secs(2);
-/// How long a partition may be without an owner before this instance is not ready: a rebalance takes as long.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+/// How long a partition may have no owner before this instance is not ready. A rebalance can take this long.
 const UNREADY_AFTER: Duration = Duration::from_secs(10);
-/// How long it may be without an owner, or without progress, before the client is built again.
+/// How long a partition may have no owner, or make no progress, before the client is replaced.
 const REBUILD_AFTER: Duration = Duration::from_secs(30);
-/// A verdict on older observations is none.
+/// Older observations yield no verdict.
 const FRESH_FOR: Duration = Duration::from_secs(10);
 const LOG_END_DEADLINE: Duration = Duration::from_secs(2);
-/// The name under which readiness tells of partitions without an owner.
+/// Name of the readiness check for partitions without an owner.
 const DEPENDENCY: &str = "ownership";
 
-/// What to watch, and with what.
+/// Inputs of the watchdog.
 pub struct Watched {
-    /// Cassandra.
+    /// Cassandra session.
     pub session: Arc<Session>,
     /// This instance.
     pub who: Instance,
-    /// Asks for the ends of the log.
+    /// Client that reads the end offsets of the log.
     pub probe: Arc<Replaced<BaseConsumer>>,
     /// Events topic.
     pub topic: String,
-    /// Partitions that the stream was registered with.
+    /// Number of partitions that the stream was registered with.
     pub partitions: i32,
-    /// What this instance holds.
+    /// Partitions that this instance holds.
     pub holdings: Holdings,
     /// Readiness.
     pub health: Arc<Health>,
@@ -44,32 +44,34 @@ pub struct Watched {
     pub metrics: Arc<Metrics>,
 }
 
-/// What was observed last. Shared with the group's thread.
+/// The latest observations. Shared with the group's thread.
 #[derive(Debug, Default)]
 pub struct Ownership(Mutex<Observed>);
 
 #[derive(Debug, Default)]
 struct Observed {
     at: Option<Instant>,
-    /// Since when no live instance has held a partition.
+    /// Partitions that no live instance holds, and since when.
     unowned: BTreeMap<i32, Instant>,
-    /// Since when a partition here has fetched nothing although its log has more, and its offset.
+    /// Partitions of this instance that fetch nothing although their log has more records: committed next offset, and
+    /// since when.
     stuck: BTreeMap<i32, (i64, Instant)>,
 }
 
-/// Why a client must be built again.
+/// Why a client must be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Verdict {
-    /// Though this instance takes part in the group.
-    #[error("no instance has held partition {0} for too long")]
+    /// No instance holds the partition although this one is a member of the group.
+    #[error("partition {0} has had no owner for too long")]
     Unowned(i32),
-    /// Though its log has more.
+    /// The partition fetches nothing although its log has more records.
     #[error("partition {0} has fetched nothing for too long")]
     Stuck(i32),
 }
 
 impl Ownership {
-    /// Whether the client that joined at `joined` must be built again.
+    /// Returns why the client that joined at `joined` must be replaced; `None` if it need not be. Time before `joined`
+    /// does not count.
     pub fn verdict(&self, joined: Instant, now: Instant) -> Option<Verdict> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).verdict(joined, now)
     }
@@ -97,7 +99,8 @@ impl Observed {
         }
     }
 
-    /// `waiting`: committed next offset and end of the log of each partition here that waits for records.
+    /// `waiting` holds the committed next offset and the log's end offset of each partition here that waits for
+    /// records.
     fn note_progress(&mut self, waiting: &BTreeMap<i32, (i64, i64)>, now: Instant) {
         let behind = |partition: &i32| waiting.get(partition).filter(|(committed, end)| committed < end);
         self.stuck
@@ -113,19 +116,19 @@ impl Observed {
     }
 }
 
-/// Observes until shutdown.
+/// Runs the watchdog until shutdown.
 pub async fn watch(watched: Watched, ownership: Arc<Ownership>, shutdown: Shutdown) {
     let mut sightings = Sightings::default();
     loop {
         tokio::select! {
             () = shutdown.begun() => return,
-            () = tokio::time::sleep(EVERY) => {}
+            () = tokio::time::sleep(WATCH_INTERVAL) => {}
         }
         let ends = log_ends(&watched).await;
         let rows = match announced(&watched.session, &watched.who).await {
             Ok(rows) => rows,
             Err(error) => {
-                tracing::debug!(%error, "instances not read");
+                tracing::debug!(%error, "cannot read the instances' announcements");
                 continue;
             }
         };
@@ -145,7 +148,7 @@ pub async fn watch(watched: Watched, ownership: Arc<Ownership>, shutdown: Shutdo
     }
 }
 
-/// The partitions that live instances hold, this one included.
+/// The partitions that live instances hold, including this one.
 fn held_by_anyone(
     rows: &[Announced],
     watched: &Watched,
@@ -158,7 +161,7 @@ fn held_by_anyone(
     alive.flat_map(|row| row.partitions.keys().copied()).chain(watched.holdings.all().into_keys()).collect()
 }
 
-/// Committed next offset and end of the log of the partitions here whose workers wait for records.
+/// The committed next offset and the log's end offset of each partition here whose worker waits for records.
 async fn log_ends(watched: &Watched) -> BTreeMap<i32, (i64, i64)> {
     let mut waiting = watched.holdings.committed();
     waiting.retain(|partition, _| watched.metrics.waits_for_records(*partition));
@@ -166,7 +169,7 @@ async fn log_ends(watched: &Watched) -> BTreeMap<i32, (i64, i64)> {
         return BTreeMap::new();
     }
     let (probe, topic) = (Arc::clone(&watched.probe), watched.topic.clone());
-    let asked = tokio::task::spawn_blocking(move || {
+    let request = tokio::task::spawn_blocking(move || {
         let mut ends = BTreeMap::new();
         let Ok(client) = probe.get() else { return ends };
         for (partition, committed) in waiting {
@@ -180,7 +183,7 @@ async fn log_ends(watched: &Watched) -> BTreeMap<i32, (i64, i64)> {
         }
         ends
     });
-    asked.await.unwrap_or_default()
+    request.await.unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -192,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partition_that_nobody_holds_is_told_after_a_rebalance_could_have_ended() {
+    fn a_partition_without_an_owner_is_reported_once_a_rebalance_would_have_ended() {
         let (mut observed, start) = (Observed::default(), Instant::now());
         let mut note = |held: &[i32], seconds| {
             observed.note_owners(3, &held.iter().copied().collect(), after(start, seconds));
@@ -201,12 +204,12 @@ mod tests {
         };
         assert_eq!(note(&[0, 2], 0), (vec![], None));
         assert_eq!(note(&[0, 2], 10), (vec![1], None));
-        assert_eq!(note(&[0, 1], 20), (vec![], None), "1 has an owner again, 2 has none since now");
+        assert_eq!(note(&[0, 1], 20), (vec![], None), "1 has an owner again, 2 has just lost its owner");
         assert_eq!(note(&[0, 1], 51), (vec![2], Some(Verdict::Unowned(2))));
     }
 
     #[test]
-    fn a_new_client_gets_its_own_time_and_old_observations_say_nothing() {
+    fn a_new_client_gets_its_full_time_and_old_observations_yield_no_verdict() {
         let (mut observed, start) = (Observed::default(), Instant::now());
         observed.note_owners(1, &BTreeSet::new(), start);
         observed.note_owners(1, &BTreeSet::new(), after(start, 31));
@@ -225,7 +228,7 @@ mod tests {
             observed.verdict(start, after(start, seconds))
         };
         assert_eq!(note(5, 5, 0), None);
-        assert_eq!(note(5, 9, 40), None, "it is behind since now");
+        assert_eq!(note(5, 9, 40), None, "it has just fallen behind");
         assert_eq!(note(6, 9, 60), None, "it moved");
         assert_eq!(note(6, 9, 91), Some(Verdict::Stuck(0)));
         assert_eq!(note(9, 9, 95), None);

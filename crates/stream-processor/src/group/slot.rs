@@ -1,4 +1,4 @@
-//! One partition of a membership: opening, running, standing still, or left alone.
+//! The state of one assigned partition: opening, running, halted or unregistered.
 
 use super::Parts;
 use super::client::GroupContext;
@@ -19,90 +19,92 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// First pause of a partition that stands still; doubles with each try.
-const HALT_PAUSE: Duration = Duration::from_secs(2);
-/// Longest pause.
-const HALT_PAUSE_MOST: Duration = Duration::from_secs(60);
-/// A partition that runs so long without an error stands still no more, even where its log has nothing new.
-const WELL_AFTER: Duration = Duration::from_secs(30);
-/// How often in a row a partition is opened again at once, before it pauses as one that stands still.
-const REOPENS_AT_ONCE: u32 = 1;
+/// Initial backoff before a halted partition is retried; doubles with each attempt.
+const INITIAL_HALT_BACKOFF: Duration = Duration::from_secs(2);
+/// Maximum backoff before a halted partition is retried.
+const MAX_HALT_BACKOFF: Duration = Duration::from_secs(60);
+/// A partition that has run for this long without an error is no longer halted, even if its log has no new records.
+const RECOVERED_AFTER: Duration = Duration::from_secs(30);
+/// Consecutive times that a partition is reopened without a backoff.
+const IMMEDIATE_REOPENS: u32 = 1;
 
-/// Why a partition stands still, and when it is tried again.
+/// Why a partition is halted, and when it is retried.
 #[derive(Debug, Clone)]
-pub(super) struct Standing {
+pub(super) struct HaltRetry {
     pub(super) halt: Halt,
-    tries: u32,
+    attempts: u32,
     retry_at: Instant,
 }
 
-impl Standing {
-    fn new(halt: Halt, tries: u32, pause: Duration) -> Standing {
-        Standing { halt, tries, retry_at: Instant::now() + pause }
+impl HaltRetry {
+    fn new(halt: Halt, attempts: u32, backoff: Duration) -> HaltRetry {
+        HaltRetry { halt, attempts, retry_at: Instant::now() + backoff }
     }
 
-    /// After `halt`, where `before` is what the partition stood still for until now.
-    pub(super) fn after(before: Option<Standing>, halt: Halt) -> Standing {
-        let tries = before.map_or(1, |before| before.tries.saturating_add(1));
-        Standing::new(halt, tries, pause_after(tries))
+    /// The retry after `halt`. `previous` is the retry that led to it; `None` if the partition was not halted before.
+    pub(super) fn after_halt(previous: Option<HaltRetry>, halt: Halt) -> HaltRetry {
+        let attempts = previous.map_or(1, |previous| previous.attempts.saturating_add(1));
+        HaltRetry::new(halt, attempts, backoff_after(attempts))
     }
 
-    /// After the partition had to be opened again: at once, but not endlessly.
-    pub(super) fn reopened(before: Option<Standing>, partition: i32, cause: String) -> Standing {
-        let (tries, offset) =
-            before.map_or((1, 0), |before| (before.tries.saturating_add(1), before.halt.offset));
-        let pause = if tries <= REOPENS_AT_ONCE { Duration::ZERO } else { pause_after(tries) };
-        Standing::new(Halt { partition, offset, cause, readable_from: None }, tries, pause)
+    /// The retry of a partition that must be reopened because of `cause`: immediate at first, then with a backoff.
+    pub(super) fn after_reopen(previous: Option<HaltRetry>, partition: i32, cause: String) -> HaltRetry {
+        let (attempts, offset) =
+            previous.map_or((1, 0), |previous| (previous.attempts.saturating_add(1), previous.halt.offset));
+        let backoff = if attempts <= IMMEDIATE_REOPENS { Duration::ZERO } else { backoff_after(attempts) };
+        HaltRetry::new(Halt { partition, offset, cause, readable_from: None }, attempts, backoff)
     }
 
-    /// Whether there is a pause before the next try.
-    pub(super) fn waits(&self) -> bool {
+    /// Whether the backoff has not yet elapsed.
+    pub(super) fn is_waiting(&self) -> bool {
         self.retry_at > Instant::now()
     }
 }
 
-fn pause_after(tries: u32) -> Duration {
-    HALT_PAUSE.saturating_mul(1 << (tries - 1).min(10)).min(HALT_PAUSE_MOST)
+fn backoff_after(attempts: u32) -> Duration {
+    INITIAL_HALT_BACKOFF.saturating_mul(1 << (attempts - 1).min(10)).min(MAX_HALT_BACKOFF)
 }
 
-/// What is done with a partition.
+/// The state of an assigned partition.
 pub(super) enum Slot {
-    /// It finds out where to start.
+    /// The partition is being opened in the background. `retry` is set if it was halted or reopened before.
     Opening {
         opening: JoinHandle<Result<Box<Opened>, ProcessorError>>,
         stop: CancellationToken,
-        standing: Option<Standing>,
+        retry: Option<HaltRetry>,
     },
-    /// It is fetched and processed.
+    /// The partition is being fetched and processed.
     Running(Running),
-    /// It cannot go on, and is opened again after a pause.
-    Halted(Standing),
-    /// The stream was registered with fewer partitions.
+    /// The partition cannot continue. It is reopened after a backoff.
+    Halted(HaltRetry),
+    /// The stream was registered with fewer partitions, so this one is not processed.
     Unregistered,
 }
 
-/// A partition with its fetcher and worker.
+/// A partition with its fetch thread and worker.
 pub(super) struct Running {
-    pub(super) standing: Option<Standing>,
+    /// Set until the partition has recovered from the halt.
+    pub(super) retry: Option<HaltRetry>,
     worker: JoinHandle<Result<(), ProcessorError>>,
     fetcher: std::thread::JoinHandle<()>,
     stop: CancellationToken,
     committed: Arc<AtomicI64>,
-    began: (Instant, i64),
+    /// When the partition started, and its next offset then.
+    started: (Instant, i64),
 }
 
 impl Slot {
-    /// Whether it has something to do.
+    /// Whether the membership must act on the slot.
     pub(super) fn is_ready(&self, now: Instant) -> bool {
         match self {
             Slot::Opening { opening, .. } => opening.is_finished(),
             Slot::Running(running) => running.worker.is_finished(),
-            Slot::Halted(standing) => standing.retry_at <= now,
+            Slot::Halted(retry) => retry.retry_at <= now,
             Slot::Unregistered => false,
         }
     }
 
-    /// Asks it to stop.
+    /// Requests the partition to stop, without waiting.
     pub(super) fn cancel(&self) {
         match self {
             Slot::Opening { stop, .. } | Slot::Running(Running { stop, .. }) => stop.cancel(),
@@ -110,7 +112,7 @@ impl Slot {
         }
     }
 
-    /// Waits until it has stopped; gives its committed next offset, where it was running.
+    /// Waits until the partition has stopped. Returns its committed next offset if it was running.
     pub(super) fn stop<S: Store, D: DeadLetters>(
         self,
         partition: i32,
@@ -136,7 +138,7 @@ impl Slot {
                 (None, Ok(()))
             }
         };
-        parts.metrics.given_up(partition);
+        parts.metrics.released(partition);
         parts.health.forget(&partition_dependency(partition));
         parts.holdings.remove(partition);
         stopped
@@ -144,7 +146,7 @@ impl Slot {
 }
 
 impl Running {
-    /// Starts fetcher and worker of an opened partition.
+    /// Starts the fetch thread and the worker of an opened partition.
     pub(super) fn start<S: Store + 'static, D: DeadLetters + 'static>(
         parts: &Parts<S, D>,
         (queue, consumer): (PartitionQueue<GroupContext>, &Arc<BaseConsumer<GroupContext>>),
@@ -166,11 +168,11 @@ impl Running {
         let limits = parts.settings.limits;
         let (chunks, fetcher) =
             fetch::spawn(source, decoder, &opened.start, limits, (stop.clone(), clock))
-                .map_err(|e| ProcessorError::Fatal(format!("starting a fetch thread: {e}")))?;
+                .map_err(|e| ProcessorError::Fatal(format!("cannot start a fetch thread: {e}")))?;
         let position = opened.start.position;
         opener.metrics.started(id, opened.start.how.name(), &position.totals, position.next_offset);
-        let began = (Instant::now(), opened.start.position.next_offset);
-        let committed = Arc::new(AtomicI64::new(began.1));
+        let started = (Instant::now(), opened.start.position.next_offset);
+        let committed = Arc::new(AtomicI64::new(started.1));
         parts.holdings.runs(id, Arc::clone(&committed));
         let worker = Worker {
             id,
@@ -187,24 +189,24 @@ impl Running {
             committed: Arc::clone(&committed),
         };
         let worker = runtime.spawn(worker.run(chunks, stop.clone()));
-        Ok(Running { standing: None, worker, fetcher, stop, committed, began })
+        Ok(Running { retry: None, worker, fetcher, stop, committed, started })
     }
 
-    /// Its committed next offset.
+    /// The partition's committed next offset.
     pub(super) fn committed(&self) -> i64 {
         self.committed.load(Ordering::Acquire)
     }
 
-    /// Whether it has gone on past the offset it stood still at.
-    pub(super) fn has_passed_its_halt(&self) -> bool {
-        let (since, offset) = self.began;
-        self.standing.as_ref().is_some_and(|standing| {
-            self.committed() > standing.halt.offset.max(offset) || since.elapsed() >= WELL_AFTER
+    /// Whether a halted partition has continued past the offset where it was halted.
+    pub(super) fn has_recovered(&self) -> bool {
+        let (since, offset) = self.started;
+        self.retry.as_ref().is_some_and(|retry| {
+            self.committed() > retry.halt.offset.max(offset) || since.elapsed() >= RECOVERED_AFTER
         })
     }
 
-    /// Waits for the worker until `deadline`, then cuts it off: nothing of its batch is committed. Gives its committed next
-    /// offset.
+    /// Waits for the worker until `deadline`, then aborts it; an aborted batch is not committed. Returns the
+    /// partition's committed next offset.
     pub(super) fn stop<S: Store, D: DeadLetters>(
         mut self,
         partition: i32,
@@ -221,7 +223,7 @@ impl Running {
             }
         });
         let ended = ended.unwrap_or_else(|| {
-            tracing::warn!(partition, "batch abandoned: it did not finish within the revoke deadline");
+            tracing::warn!(partition, "batch aborted: it did not finish before the revoke deadline");
             self.worker.abort();
             runtime.block_on(&mut self.worker)
         });
@@ -229,10 +231,13 @@ impl Running {
             Ok(Err(ProcessorError::Stopped)) => Ok(()),
             Ok(ended) => ended,
             Err(error) if error.is_cancelled() => Ok(()),
-            Err(error) => Err(ProcessorError::Fatal(format!("worker of partition {partition}: {error}"))),
+            Err(error) => {
+                Err(ProcessorError::Fatal(format!("the worker of partition {partition} failed: {error}")))
+            }
         };
         if self.fetcher.join().is_err() {
-            result = Err(ProcessorError::Fatal(format!("fetcher of partition {partition} panicked")));
+            result =
+                Err(ProcessorError::Fatal(format!("the fetch thread of partition {partition} panicked")));
         }
         parts.opener.metrics.stopped(partition);
         (self.committed.load(Ordering::Acquire), result)
@@ -248,18 +253,18 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_up_to_a_bound() {
-        let seconds: Vec<u64> = [1, 2, 3, 6, 7, 40].map(|tries| pause_after(tries).as_secs()).into();
+    fn the_backoff_grows_up_to_its_maximum() {
+        let seconds: Vec<u64> = [1, 2, 3, 6, 7, 40].map(|attempts| backoff_after(attempts).as_secs()).into();
         assert_eq!(seconds, [2, 4, 8, 60, 60, 60]);
     }
 
     #[test]
-    fn a_partition_is_opened_again_at_once_only_the_first_time() {
-        let first = Standing::reopened(None, 0, "x".into());
-        assert!(!first.waits());
-        assert!(Standing::reopened(Some(first), 0, "x".into()).waits());
-        let halted = Standing::after(None, halt(7));
-        assert!(halted.waits());
-        assert_eq!(Standing::after(Some(halted), halt(7)).tries, 2);
+    fn a_partition_is_reopened_without_a_backoff_only_the_first_time() {
+        let first = HaltRetry::after_reopen(None, 0, "x".into());
+        assert!(!first.is_waiting());
+        assert!(HaltRetry::after_reopen(Some(first), 0, "x".into()).is_waiting());
+        let halted = HaltRetry::after_halt(None, halt(7));
+        assert!(halted.is_waiting());
+        assert_eq!(HaltRetry::after_halt(Some(halted), halt(7)).attempts, 2);
     }
 }

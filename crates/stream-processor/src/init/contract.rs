@@ -1,5 +1,5 @@
-//! What topics and keyspace must be like: one description, from which `init` makes them and with which `init` and `run` compare
-//! what is there. Pure.
+//! The requirements for topics and keyspace. `init` creates them from this description, and `init` and `run` compare
+//! existing ones with it. Pure.
 
 use common::kafka::MAX_MESSAGE_BYTES;
 use common::schema::{
@@ -7,23 +7,24 @@ use common::schema::{
 };
 use std::collections::BTreeMap;
 
-/// How many copies there are, and how many of them must have a record before Kafka acknowledges it.
+/// Number of replicas, and how many of them must have a record before Kafka acknowledges it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replicas {
-    /// Copies of each topic partition and of each row.
+    /// Replicas of each topic partition and of each row.
     pub factor: i32,
     /// `min.insync.replicas` of the topics.
     pub min_insync: i32,
 }
 
 impl Replicas {
-    /// The usual number that must be in sync: a majority, less one where the factor is even, so that a broker may be away.
-    pub fn usual_min_insync(factor: i32) -> i32 {
+    /// Default for `min.insync.replicas`: half of the replicas, rounded up. With three or more replicas, writes
+    /// continue while one broker is down.
+    pub fn default_min_insync(factor: i32) -> i32 {
         (factor + 1) / 2
     }
 }
 
-/// How a topic's setting is compared. -1 means without a limit.
+/// How a topic setting is compared. The value -1 means unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rule {
     Exactly,
@@ -31,35 +32,35 @@ enum Rule {
     AtLeast,
 }
 
-/// One setting of a topic.
+/// A required setting of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
-    /// Kafka's name for it.
+    /// Name of the setting in Kafka.
     pub name: &'static str,
-    /// What `init` sets.
+    /// The value that `init` sets, and the bound to compare with.
     pub value: String,
     rule: Rule,
-    /// What depends on it.
+    /// Why the setting is required, for the error message.
     why: &'static str,
 }
 
-/// One topic.
+/// The requirements for one topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TopicContract {
-    /// Its name.
+    /// Name of the topic.
     pub name: String,
-    /// Partitions that it is made with.
+    /// Number of partitions to create. Unused in the contracts of [`needed_to_run`].
     pub partitions: i32,
-    /// Its settings.
+    /// Required settings.
     pub settings: Vec<Setting>,
 }
 
 /// A topic as Kafka describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FoundTopic {
-    /// Fewest copies that one of its partitions has.
+    /// Smallest number of replicas of any partition.
     pub factor: i32,
-    /// Values of its settings, by name.
+    /// Setting name → value.
     pub settings: BTreeMap<String, String>,
 }
 
@@ -68,50 +69,50 @@ fn setting(name: &'static str, rule: Rule, value: impl ToString, why: &'static s
 }
 
 fn not_compacted() -> Setting {
-    let why = "compaction removes records that were not processed yet, or that a recovery needs";
+    let why = "compaction may remove records that are unprocessed or that a recovery needs";
     setting("cleanup.policy", Rule::Exactly, "delete", why)
 }
 
 fn broker_time() -> Setting {
-    let why = "the broker's clock decides on retention, on the horizon and on lag";
+    let why = "retention, the maximum age of events and lag depend on the broker's clock";
     setting("message.timestamp.type", Rule::Exactly, "LogAppendTime", why)
 }
 
 fn large_messages() -> Setting {
-    let why = "the longest record of the pipeline must fit";
+    let why = "the largest record of the pipeline must fit";
     setting("max.message.bytes", Rule::AtLeast, MAX_MESSAGE_BYTES, why)
 }
 
-/// The events topic, its dead letters, and the control topic.
+/// Returns the contracts of the events topic, the dead-letter topic and the control topic.
 pub fn topics(events: &str, control: &str, partitions: i32, replicas: Replicas) -> [TopicContract; 3] {
     let contract = |name: &str, partitions, retention_ms: i64| TopicContract {
         name: name.to_owned(),
         partitions,
         settings: vec![
             not_compacted(),
-            setting("retention.ms", Rule::Exactly, retention_ms, "records are promised for that long"),
-            setting("retention.bytes", Rule::Exactly, -1, "retention goes by time alone"),
-            setting("segment.ms", Rule::AtMost, SEGMENT_MS, "retention removes whole segments"),
+            setting("retention.ms", Rule::Exactly, retention_ms, "records must be kept exactly this long"),
+            setting("retention.bytes", Rule::Exactly, -1, "retention must depend on time alone"),
+            setting("segment.ms", Rule::AtMost, SEGMENT_MS, "retention only removes whole segments"),
             large_messages(),
             setting(
                 "min.insync.replicas",
                 Rule::Exactly,
                 replicas.min_insync,
-                "so many copies hold every acknowledged record (PIPELINE_MIN_INSYNC_REPLICAS)",
+                "this many replicas must have every acknowledged record (PIPELINE_MIN_INSYNC_REPLICAS)",
             ),
         ],
     };
-    let mut of_events = contract(events, partitions, TOPIC_RETENTION_MS);
-    of_events.settings.push(broker_time());
-    let of_dead_letters = contract(&dead_letter_topic(events), 1, DEAD_LETTER_RETENTION_MS);
-    [of_events, of_dead_letters, contract(control, 1, CONTROL_RETENTION_MS)]
+    let mut events_contract = contract(events, partitions, TOPIC_RETENTION_MS);
+    events_contract.settings.push(broker_time());
+    let dead_letters_contract = contract(&dead_letter_topic(events), 1, DEAD_LETTER_RETENTION_MS);
+    [events_contract, dead_letters_contract, contract(control, 1, CONTROL_RETENTION_MS)]
 }
 
-/// What the promises of a running processor rest on: the settings of the events topic and of the dead letters.
+/// Returns the settings that a running processor depends on: those of the events topic and of the dead-letter topic.
 pub fn needed_to_run(events: &str, rows_expire: bool) -> [TopicContract; 2] {
     let mut settings = vec![not_compacted(), broker_time()];
     if rows_expire {
-        let why = "a record must be gone before the row that tells it from its copies expires (store.ttl)";
+        let why = "a record must be deleted before the row that detects its copies expires (store.ttl)";
         settings.push(setting("retention.ms", Rule::AtMost, TOPIC_RETENTION_MS, why));
     }
     let dead_letters = vec![not_compacted(), large_messages()];
@@ -120,17 +121,17 @@ pub fn needed_to_run(events: &str, rows_expire: bool) -> [TopicContract; 2] {
 }
 
 impl Rule {
-    fn holds(self, found: &str, wanted: &str) -> bool {
+    fn holds(self, found: &str, required: &str) -> bool {
         let number = |text: &str| text.parse().map(|n: i64| if n < 0 { i64::MAX } else { n });
-        match (self, number(found), number(wanted)) {
-            (Rule::Exactly, _, _) => found == wanted,
-            (Rule::AtMost, Ok(found), Ok(wanted)) => found <= wanted,
-            (Rule::AtLeast, Ok(found), Ok(wanted)) => found >= wanted,
+        match (self, number(found), number(required)) {
+            (Rule::Exactly, _, _) => found == required,
+            (Rule::AtMost, Ok(found), Ok(required)) => found <= required,
+            (Rule::AtLeast, Ok(found), Ok(required)) => found >= required,
             _ => false,
         }
     }
 
-    fn words(self) -> &'static str {
+    fn requirement(self) -> &'static str {
         match self {
             Rule::Exactly => "must be",
             Rule::AtMost => "must be at most",
@@ -140,28 +141,33 @@ impl Rule {
 }
 
 impl TopicContract {
-    /// What is otherwise in the topic, one line each, and after them the command that puts the settings right.
+    /// Returns one line for each difference, followed by the command that corrects the settings. `factor` is the
+    /// required number of replicas; `None` skips that check.
     pub fn differences(&self, found: &FoundTopic, factor: Option<i32>, brokers: &str) -> Vec<String> {
         let topic = &self.name;
         let mut lines = Vec::new();
         if let Some(factor) = factor.filter(|factor| *factor != found.factor) {
             lines.push(format!(
-                "topic `{topic}`: has {} replicas, must have {factor} (PIPELINE_REPLICATION); kafka-reassign-partitions.sh changes it",
+                "topic `{topic}`: has {} replicas, must have {factor} (PIPELINE_REPLICATION); \
+                 change it with kafka-reassign-partitions.sh",
                 found.factor
             ));
         }
         let mut wrong = Vec::new();
         for Setting { name, value, rule, why } in &self.settings {
-            let is = found.settings.get(*name).map_or("unknown", String::as_str);
-            if !rule.holds(is, value) {
-                lines.push(format!("topic `{topic}`: {name} is {is}, {} {value}: {why}", rule.words()));
+            let current = found.settings.get(*name).map_or("unknown", String::as_str);
+            if !rule.holds(current, value) {
+                lines.push(format!(
+                    "topic `{topic}`: {name} is {current}, {} {value}: {why}",
+                    rule.requirement()
+                ));
                 wrong.push(format!("{name}={value}"));
             }
         }
         if !wrong.is_empty() {
             lines.push(format!(
-                "put right by: kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type topics --entity-name {topic} \
-                 --add-config {}",
+                "to correct it, run: kafka-configs.sh --bootstrap-server {brokers} --alter --entity-type topics \
+                 --entity-name {topic} --add-config {}",
                 wrong.join(",")
             ));
         }
@@ -174,11 +180,12 @@ impl TopicContract {
 pub struct FoundKeyspace {
     /// Whether writes go through the commit log.
     pub durable_writes: bool,
-    /// Replication class and factors.
+    /// Replication class, and replicas by datacenter.
     pub replication: BTreeMap<String, String>,
 }
 
-/// What is otherwise in keyspace `name`, one line each. `factor`: copies of each row in `datacenter`; `None`: at least one.
+/// Returns one line for each difference in keyspace `name`. `factor` is the required number of replicas in
+/// `datacenter`; `None` requires at least one.
 pub fn keyspace_differences(
     name: &str,
     found: &FoundKeyspace,
@@ -188,27 +195,28 @@ pub fn keyspace_differences(
     let mut lines = Vec::new();
     if !found.durable_writes {
         lines.push(format!(
-            "keyspace `{name}`: durable_writes is false: rows that were acknowledged could be lost; put right by: ALTER KEYSPACE \
-             {name} WITH durable_writes = true"
+            "keyspace `{name}`: durable_writes is false, so acknowledged rows could be lost; to correct it, run: \
+             ALTER KEYSPACE {name} WITH durable_writes = true"
         ));
     }
     let class =
         found.replication.get("class").map_or("unknown", |class| class.rsplit('.').next().unwrap_or(class));
-    // Transient replicas stand after a slash.
+    // The number of transient replicas follows a slash.
     let number = |text: &String| text.split('/').next().and_then(|n| n.parse::<i32>().ok());
     let copies = found.replication.get(datacenter).and_then(number).unwrap_or(0);
-    let wanted = factor.unwrap_or(copies.max(1));
-    if class != "NetworkTopologyStrategy" || copies != wanted {
+    let required = factor.unwrap_or(copies.max(1));
+    if class != "NetworkTopologyStrategy" || copies != required {
         let mut others: Vec<String> = found
             .replication
             .iter()
             .filter(|(key, _)| *key != "class" && *key != datacenter && class == "NetworkTopologyStrategy")
             .map(|(key, value)| format!(", '{key}': '{value}'"))
             .collect();
-        others.insert(0, format!("'{datacenter}': '{wanted}'"));
+        others.insert(0, format!("'{datacenter}': '{required}'"));
         lines.push(format!(
-            "keyspace `{name}`: is replicated by {class} with {copies} replicas in datacenter {datacenter}, must be by \
-             NetworkTopologyStrategy with {wanted} (PIPELINE_REPLICATION); put right by: ALTER KEYSPACE {name} WITH replication = \
+            "keyspace `{name}`: is replicated by {class} with {copies} replicas in datacenter {datacenter}, \
+             must be replicated by NetworkTopologyStrategy with {required} (PIPELINE_REPLICATION); \
+             to correct it, run: ALTER KEYSPACE {name} WITH replication = \
              {{'class': 'NetworkTopologyStrategy', {}}}, then nodetool repair --full {name}",
             others.concat()
         ));
@@ -216,14 +224,14 @@ pub fn keyspace_differences(
     lines
 }
 
-/// What a topic with fewer copies in sync than usual does not promise; `None`: it has the usual number.
+/// Returns a warning if `min.insync.replicas` is below the default for the topic's number of replicas.
 pub fn weak_durability(topic: &str, found: &FoundTopic) -> Option<String> {
-    let usual = Replicas::usual_min_insync(found.factor);
+    let default_min_insync = Replicas::default_min_insync(found.factor);
     let min_insync = found.settings.get("min.insync.replicas")?.parse::<i32>().ok()?;
-    (min_insync < usual).then(|| {
+    (min_insync < default_min_insync).then(|| {
         format!(
-            "topic `{topic}` has {} replicas, but min.insync.replicas is {min_insync}: with {usual}, no single broker that fails \
-             takes an acknowledged record with it",
+            "topic `{topic}` has {} replicas, but min.insync.replicas is {min_insync}; set it to {default_min_insync}, \
+             so that the failure of one broker cannot lose an acknowledged record",
             found.factor
         )
     })
@@ -235,14 +243,14 @@ mod tests {
 
     const ONE: Replicas = Replicas { factor: 1, min_insync: 1 };
 
-    fn as_made(contract: &TopicContract, factor: i32) -> FoundTopic {
+    fn as_created(contract: &TopicContract, factor: i32) -> FoundTopic {
         let settings = contract.settings.iter().map(|s| (s.name.to_owned(), s.value.clone())).collect();
         FoundTopic { factor, settings }
     }
 
     fn check(change: (&str, &str), expected: &[&str]) {
         let [events, ..] = topics("t", "c", 6, ONE);
-        let mut found = as_made(&events, 1);
+        let mut found = as_created(&events, 1);
         found.settings.insert(change.0.to_owned(), change.1.to_owned());
         let lines = events.differences(&found, Some(1), "h:9092");
         let text = lines.join("\n");
@@ -253,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn each_setting_that_differs_is_named_with_the_command_that_puts_it_right() {
+    fn each_differing_setting_is_reported_with_the_command_that_corrects_it() {
         check(("retention.ms", "604800000"), &[]);
         check(
             ("retention.ms", "1000"),
@@ -265,7 +273,7 @@ mod tests {
         );
         check(
             ("cleanup.policy", "compact,delete"),
-            &["is compact,delete, must be delete", "compaction removes"],
+            &["is compact,delete, must be delete", "compaction may remove"],
         );
         check(("message.timestamp.type", "CreateTime"), &["must be LogAppendTime"]);
         check(("retention.bytes", "1000000"), &["retention.bytes is 1000000, must be -1"]);
@@ -277,14 +285,18 @@ mod tests {
     }
 
     #[test]
-    fn all_that_differs_is_in_one_answer() {
+    fn all_differences_are_reported_at_once() {
         let [events, dead_letters, control] = topics("t", "c", 6, Replicas { factor: 3, min_insync: 2 });
         for contract in [&events, &dead_letters, &control] {
-            assert_eq!(contract.differences(&as_made(contract, 3), Some(3), "h"), [""; 0]);
+            assert_eq!(contract.differences(&as_created(contract, 3), Some(3), "h"), [""; 0]);
         }
-        let lines = events.differences(&as_made(&dead_letters, 1), Some(3), "h");
-        let parts =
-            ["has 1 replicas, must have 3", "retention.ms", "message.timestamp.type is unknown", "put right"];
+        let lines = events.differences(&as_created(&dead_letters, 1), Some(3), "h");
+        let parts = [
+            "has 1 replicas, must have 3",
+            "retention.ms",
+            "message.timestamp.type is unknown",
+            "to correct it",
+        ];
         assert_eq!(lines.len(), parts.len(), "{lines:#?}");
         for (line, part) in lines.iter().zip(parts) {
             assert!(line.contains(part), "`{part}` is not in `{line}`");
@@ -292,10 +304,10 @@ mod tests {
     }
 
     #[test]
-    fn a_running_processor_needs_less() {
+    fn a_running_processor_requires_fewer_settings_than_init() {
         let check = |rows_expire: bool, change: (&str, &str), differs: bool| {
-            let [made, ..] = topics("t", "c", 6, ONE);
-            let mut found = as_made(&made, 1);
+            let [full, ..] = topics("t", "c", 6, ONE);
+            let mut found = as_created(&full, 1);
             found.settings.insert(change.0.to_owned(), change.1.to_owned());
             let [events, _] = needed_to_run("t", rows_expire);
             let lines = events.differences(&found, None, "h");
@@ -311,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_keyspace_of_other_replication_is_told_with_the_statement_that_puts_it_right() {
+    fn a_keyspace_with_different_replication_is_reported_with_the_statement_that_corrects_it() {
         let found = |class: &str, factors: &[(&str, &str)]| FoundKeyspace {
             durable_writes: true,
             replication: std::iter::once(("class", class))
@@ -351,10 +363,10 @@ mod tests {
     }
 
     #[test]
-    fn one_broker_that_fails_is_outlasted_where_there_are_three() {
-        let usual = [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)];
-        for (factor, min_insync) in usual {
-            assert_eq!(Replicas::usual_min_insync(factor), min_insync);
+    fn a_topic_that_could_lose_records_with_one_failed_broker_gets_a_warning() {
+        let default_min_insync = [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)];
+        for (factor, min_insync) in default_min_insync {
+            assert_eq!(Replicas::default_min_insync(factor), min_insync);
         }
         let found = |factor, min_insync: &str| FoundTopic {
             factor,
@@ -362,6 +374,6 @@ mod tests {
         };
         assert_eq!(weak_durability("t", &found(1, "1")), None);
         assert_eq!(weak_durability("t", &found(3, "2")), None);
-        assert!(weak_durability("t", &found(3, "1")).is_some_and(|words| words.contains("is 1: with 2")));
+        assert!(weak_durability("t", &found(3, "1")).is_some_and(|text| text.contains("is 1; set it to 2")));
     }
 }

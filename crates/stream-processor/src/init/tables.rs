@@ -1,5 +1,5 @@
-//! Keyspace, tables and registration in Cassandra: makes them, and brings those of earlier versions forward. Every step may run
-//! twice, and in two processes at once.
+//! Creates keyspace, tables and registration in Cassandra, and migrates those of earlier versions. Every step is
+//! idempotent and safe to run in several processes at once.
 
 use super::contract::FoundKeyspace;
 use crate::error::ProcessorError;
@@ -12,12 +12,12 @@ use scylla::client::session::Session;
 use scylla::value::CqlTimestamp;
 use std::collections::{BTreeMap, HashMap};
 
-/// What made the tables, as it is written down.
+/// Name and version of this program, stored with the version of the tables.
 const MADE_BY: &str = concat!("stream-processor ", env!("CARGO_PKG_VERSION"));
-/// Attempts to register a change while others register theirs.
+/// Maximum attempts to register a change while other processes change the registration.
 const REGISTER_TRIES: u32 = 5;
 
-/// A keyspace, through which `init` looks at and changes its tables.
+/// The keyspace of a stream, with the session to read and change its tables.
 #[derive(Clone, Copy)]
 pub(super) struct Keyspace<'a> {
     pub(super) session: &'a Session,
@@ -29,7 +29,7 @@ fn failed(what: &str) -> impl Fn(&dyn std::fmt::Display) -> ProcessorError + '_ 
     move |cause| ProcessorError::Fatal(format!("cassandra: {what}: {cause}"))
 }
 
-/// A refusal ends with exit code 3, silence of the server may pass.
+/// Maps a registry error: an unavailable server is retryable, a refusal ends the process with exit code 3.
 pub(crate) fn of_registry(error: RegistryError) -> ProcessorError {
     match error {
         RegistryError::Unavailable { .. } => ProcessorError::Retryable(error.to_string()),
@@ -43,8 +43,8 @@ fn now() -> CqlTimestamp {
 }
 
 impl Keyspace<'_> {
-    /// Makes the keyspace, where it is not there.
-    pub(super) async fn make(&self, datacenter: &str, factor: i32) -> Result<(), ProcessorError> {
+    /// Creates the keyspace if it does not exist.
+    pub(super) async fn create(&self, datacenter: &str, factor: i32) -> Result<(), ProcessorError> {
         let name = self.name;
         self.execute(&format!(
             "CREATE KEYSPACE IF NOT EXISTS {name} WITH replication = \
@@ -53,17 +53,17 @@ impl Keyspace<'_> {
         .await
     }
 
-    /// How the keyspace is replicated.
+    /// Reads how the keyspace is replicated.
     pub(super) async fn found(&self) -> Result<FoundKeyspace, ProcessorError> {
         let select =
             "SELECT durable_writes, replication FROM system_schema.keyspaces WHERE keyspace_name = ?";
         let rows = self.rows::<(bool, HashMap<String, String>)>(select, "reading the keyspace").await?;
         let found =
-            rows.into_iter().next().ok_or_else(|| failed("reading the keyspace")(&"it is not there"))?;
+            rows.into_iter().next().ok_or_else(|| failed("reading the keyspace")(&"it does not exist"))?;
         Ok(FoundKeyspace { durable_writes: found.0, replication: found.1.into_iter().collect() })
     }
 
-    /// Refuses tables that a newer program made.
+    /// Refuses tables that were created by a newer version of this program.
     pub(super) async fn refuse_newer_tables(&self) -> Result<(), ProcessorError> {
         match tables_version(self.session, self.name, self.stream).await.map_err(of_registry)? {
             Some((found, made_by)) if found > TABLES_VERSION => {
@@ -74,7 +74,7 @@ impl Keyspace<'_> {
         }
     }
 
-    /// How the stream is registered; `None`: not yet.
+    /// Reads the registration of the stream. `None` if it is not registered yet.
     pub(super) async fn registered(&self) -> Result<Option<Registered>, ProcessorError> {
         match registered(self.session, self.name, self.stream).await {
             Ok(found) => Ok(Some(found)),
@@ -83,8 +83,8 @@ impl Keyspace<'_> {
         }
     }
 
-    /// Makes the tables that are missing and adds the columns that older ones lack; returns what was altered.
-    pub(super) async fn make_tables(&self, definition: &Definition) -> Result<Vec<String>, ProcessorError> {
+    /// Creates missing tables and adds columns that older tables lack. Returns the ALTER statements that were executed.
+    pub(super) async fn create_tables(&self, definition: &Definition) -> Result<Vec<String>, ProcessorError> {
         let tables = [schema::shared_tables(), schema::stream_tables(definition)].concat();
         for table in &tables {
             self.execute(&table.create(self.name)).await?;
@@ -99,7 +99,7 @@ impl Keyspace<'_> {
                 altered.push(statement);
             }
         }
-        self.note_version().await?;
+        self.store_version().await?;
         Ok(altered)
     }
 
@@ -119,8 +119,8 @@ impl Keyspace<'_> {
         Ok(found)
     }
 
-    /// Writes the version of the tables down; it never goes back.
-    async fn note_version(&self) -> Result<(), ProcessorError> {
+    /// Stores the version of the tables. A stored version never decreases.
+    async fn store_version(&self) -> Result<(), ProcessorError> {
         let table = format!("{}.schema_versions", self.name);
         let insert = format!(
             "INSERT INTO {table} (component, version, made_by, updated_at) VALUES (?, ?, ?, ?) IF NOT EXISTS"
@@ -128,15 +128,16 @@ impl Keyspace<'_> {
         let update = format!(
             "UPDATE {table} SET version = ?, made_by = ?, updated_at = ? WHERE component = ? IF version < ?"
         );
-        let noted = async {
+        let stored = async {
             self.session.query_unpaged(insert, (TABLES_COMPONENT, TABLES_VERSION, MADE_BY, now())).await?;
             let values = (TABLES_VERSION, MADE_BY, now(), TABLES_COMPONENT, TABLES_VERSION);
             self.session.query_unpaged(update, values).await
         };
-        noted.await.map(drop).map_err(|e| failed("noting the version of the tables")(&e))
+        stored.await.map(drop).map_err(|e| failed("storing the version of the tables")(&e))
     }
 
-    /// Registers the stream, or the changes that its data survives; returns those. Others are refused.
+    /// Registers the stream, or the changes that stored data survives, and returns these changes. Refuses all other
+    /// changes.
     pub(super) async fn register(&self, layout: &Layout, topic: &Topic) -> Result<Changes, ProcessorError> {
         let failed = failed("registering the stream");
         let insert = format!(
@@ -151,26 +152,26 @@ impl Keyspace<'_> {
             "UPDATE {}.streams SET layout = ?, changed_at = ? WHERE stream = ? IF layout = ?",
             self.name
         );
-        let mut made = Changes::default();
+        let mut applied = Changes::default();
         for _ in 0..REGISTER_TRIES {
             let found = registered(self.session, self.name, self.stream).await.map_err(of_registry)?;
             let changes = check_change(self.stream, &found, layout)?;
             if changes.is_empty() {
-                return Ok(made);
+                return Ok(applied);
             }
             let next = found.layout.replaced_by(layout).to_string();
             let values = (&next, now(), self.stream, &found.layout_text);
             self.session.query_unpaged(change.as_str(), values).await.map_err(|e| failed(&e))?;
-            made = changes;
+            applied = changes;
         }
-        Err(failed(&"others change the registration too; run one `init` after the other"))
+        Err(failed(&"other processes keep changing the registration; run `init` in one process at a time"))
     }
 
     async fn execute(&self, cql: &str) -> Result<(), ProcessorError> {
         self.session.query_unpaged(cql, ()).await.map(drop).map_err(|e| failed(cql)(&e))
     }
 
-    /// Rows of a table of `system_schema` about this keyspace.
+    /// Executes a query on `system_schema` that takes the name of this keyspace, and returns all rows.
     async fn rows<Row>(&self, select: &str, what: &str) -> Result<Vec<Row>, ProcessorError>
     where
         Row: for<'r> scylla::deserialize::row::DeserializeRow<'r, 'r>,
@@ -183,7 +184,7 @@ impl Keyspace<'_> {
     }
 }
 
-/// The changes from a registration to `layout`; refuses those that the stream's data does not survive.
+/// Returns the changes from the registered layout to `layout`. Refuses changes that stored data does not survive.
 pub(super) fn check_change(
     stream: &str,
     registered: &Registered,

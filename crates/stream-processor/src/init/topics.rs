@@ -1,4 +1,4 @@
-//! The topics in Kafka: makes those that are missing, and reads how they are.
+//! Creates missing topics in Kafka and reads the settings of existing ones.
 
 use super::contract::{FoundTopic, TopicContract};
 use super::fatal;
@@ -9,12 +9,14 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;
 use std::time::Duration;
 
+/// Maximum duration of one administrative request.
 pub(super) const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
-/// A new topic's metadata takes a moment to reach every broker: how often to ask, and how long to wait in between.
+/// Maximum attempts to fetch the metadata of a topic. Metadata of a new topic reaches the brokers with a delay.
 const METADATA_TRIES: u32 = 50;
+/// Pause between two attempts to fetch metadata.
 const METADATA_PAUSE: Duration = Duration::from_millis(100);
 
-/// A client for administration.
+/// An admin client.
 pub(super) struct Admin(AdminClient<DefaultClientContext>);
 
 impl Admin {
@@ -22,37 +24,41 @@ impl Admin {
         client_config(brokers, client_id).create().map(Admin).map_err(|e| fatal("kafka")(&e))
     }
 
-    /// Makes the topics that are not there; leaves the others as they are.
-    pub(super) async fn make(&self, contracts: &[TopicContract], factor: i32) -> Result<(), ProcessorError> {
+    /// Creates the topics that do not exist, with `factor` replicas. Does not change existing ones.
+    pub(super) async fn create_topics(
+        &self,
+        contracts: &[TopicContract],
+        factor: i32,
+    ) -> Result<(), ProcessorError> {
         let topics: Vec<NewTopic<'_>> = contracts
             .iter()
             .map(|topic| {
-                let made = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(factor));
-                // Batches are stored as the producers compressed them.
-                let made = made.set("compression.type", "producer");
-                topic.settings.iter().fold(made, |made, s| made.set(s.name, &s.value))
+                let new_topic = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(factor));
+                // The broker stores batches as the producers compressed them.
+                let new_topic = new_topic.set("compression.type", "producer");
+                topic.settings.iter().fold(new_topic, |new_topic, s| new_topic.set(s.name, &s.value))
             })
             .collect();
         let options = AdminOptions::new().operation_timeout(Some(ADMIN_DEADLINE));
         let results = self.0.create_topics(&topics, &options).await;
-        for result in results.map_err(|e| fatal("kafka: making topics")(&e))? {
+        for result in results.map_err(|e| fatal("kafka: creating topics")(&e))? {
             match result {
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
                 Err((name, code)) => {
-                    return Err(ProcessorError::Fatal(format!("kafka: making topic {name}: {code}")));
+                    return Err(ProcessorError::Fatal(format!("kafka: creating topic {name}: {code}")));
                 }
             }
         }
         Ok(())
     }
 
-    /// How many partitions a topic has, and the fewest copies that one of them has.
+    /// Returns the number of partitions of a topic, and the smallest number of replicas of any of them.
     pub(super) async fn partitions(&self, topic: &str) -> Result<(i32, i32), ProcessorError> {
-        let mut last = String::new();
+        let mut last = "the broker does not list it".to_owned();
         for _ in 0..METADATA_TRIES {
-            let asked =
+            let response =
                 tokio::task::block_in_place(|| self.0.inner().fetch_metadata(Some(topic), ADMIN_DEADLINE));
-            match asked {
+            match response {
                 Ok(metadata) => {
                     let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
                     if let Some(found) = found.filter(|t| !t.partitions().is_empty()) {
@@ -64,17 +70,17 @@ impl Admin {
             }
             tokio::time::sleep(METADATA_PAUSE).await;
         }
-        Err(ProcessorError::Retryable(format!("kafka: topic {topic} is not to be seen {last}")))
+        Err(ProcessorError::Retryable(format!("kafka: no metadata for topic {topic}: {last}")))
     }
 
-    /// A topic's settings; `None`: there is no such topic, or this user may not read its settings.
+    /// Reads the settings of a topic. `None` if the topic does not exist or this user may not read its settings.
     pub(super) async fn settings(&self, topic: &str) -> Result<Option<FoundTopic>, ProcessorError> {
         let failed = |e: &dyn std::fmt::Display| {
             ProcessorError::Retryable(format!("kafka: reading the settings of topic {topic}: {e}"))
         };
         let options = AdminOptions::new().request_timeout(Some(ADMIN_DEADLINE));
-        let asked = self.0.describe_configs(&[ResourceSpecifier::Topic(topic)], &options).await;
-        let resource = match asked.map_err(|e| failed(&e))?.into_iter().next() {
+        let response = self.0.describe_configs(&[ResourceSpecifier::Topic(topic)], &options).await;
+        let resource = match response.map_err(|e| failed(&e))?.into_iter().next() {
             Some(Ok(resource)) => resource,
             Some(Err(
                 RDKafkaErrorCode::UnknownTopicOrPartition

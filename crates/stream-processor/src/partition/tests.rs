@@ -1,4 +1,4 @@
-//! The hand-made schedules of the protocol that need no I/O: copies in one batch, borders that move, fences.
+//! Schedules of the protocol that need no I/O: copies in one batch, a moving hot/cold boundary, and offset fences.
 
 use super::{Partition, Position};
 use crate::chunk::Chunk;
@@ -20,7 +20,7 @@ fn partition(hot_from: i64) -> Partition {
     Partition::new(Position::default(), panes, 10 * MINUTE)
 }
 
-/// Events `(minute, id)` from `first` on; an empty id is poison.
+/// Builds a chunk of events `(minute, id)` that starts at offset `first`. An event with an empty id is undecodable.
 fn chunk(first: i64, events: &[(i64, &str)]) -> Chunk {
     let decoder = Decoder::new(&definition(), 0);
     let mut chunk = decoder.chunk();
@@ -40,20 +40,20 @@ fn totals(p: &Partition) -> [i64; 4] {
 }
 
 #[test]
-fn copies_inside_one_batch_count_once_hot_and_cold() {
+fn copies_in_one_batch_count_once_in_hot_and_cold_panes() {
     for hot_from in [i64::MIN, i64::MAX] {
         let mut p = partition(hot_from);
         let chunk = chunk(0, &[(0, "a"), (0, "a"), (1, "a"), (0, "")]);
-        let asked = p.questions(&chunk).keys;
-        assert_eq!(asked.len(), if hot_from == i64::MAX { 3 } else { 0 });
-        let applied = p.apply(&chunk, &asked, &vec![None; asked.len()]).unwrap();
-        assert_eq!(applied.rows, [0, 2], "the same id at another time is another event");
+        let lookups = p.questions(&chunk).keys;
+        assert_eq!(lookups.len(), if hot_from == i64::MAX { 3 } else { 0 });
+        let applied = p.apply(&chunk, &lookups, &vec![None; lookups.len()]).unwrap();
+        assert_eq!(applied.rows, [0, 2], "the same id at a different time is a different event");
         assert_eq!(totals(&p), [2, 1, 0, 1]);
     }
 }
 
 #[test]
-fn a_copy_of_a_seen_key_is_looked_up_and_its_offset_decides() {
+fn a_seen_key_is_looked_up_and_the_stored_offset_decides_whether_it_is_a_copy() {
     let mut p = partition(i64::MIN);
     p.apply(&chunk(0, &[(0, "a")]), &[], &[]).unwrap();
     let copy = chunk(1, &[(0, "a"), (0, "b")]);
@@ -62,34 +62,38 @@ fn a_copy_of_a_seen_key_is_looked_up_and_its_offset_decides() {
     assert_eq!(totals(&p), [2, 1, 0, 0]);
     let false_hit = chunk(3, &[(0, "a")]);
     p.apply(&false_hit, &[0], &[None]).unwrap();
-    assert_eq!(totals(&p), [3, 1, 0, 0], "no row: a first copy, whatever the filter says");
+    assert_eq!(
+        totals(&p),
+        [3, 1, 0, 0],
+        "without a row it is a first copy, even if the filter reports a hit"
+    );
 }
 
 #[test]
-fn a_row_with_this_very_offset_is_written_again_and_counted() {
+fn a_row_with_the_same_offset_is_written_and_counted_again() {
     let mut p = partition(i64::MAX);
     let applied = p.apply(&chunk(0, &[(0, "a")]), &[0], &[Some(0)]).unwrap();
     assert_eq!((applied.rows, totals(&p)), (vec![0], [1, 0, 0, 0]));
 }
 
 #[test]
-fn a_later_offset_is_another_log() {
+fn a_later_stored_offset_is_rejected_as_a_different_log() {
     let mut p = partition(i64::MAX);
     let error = p.apply(&chunk(4, &[(0, "a")]), &[0], &[Some(9)]).unwrap_err();
     assert_eq!((error.offset, error.found), (4, 9));
 }
 
 #[test]
-fn the_border_moves_between_batches_only() {
+fn hot_from_moves_only_between_batches() {
     let mut p = partition(i64::MIN);
     let chunk = chunk(0, &[(0, "a"), (25, "b"), (0, "a")]);
     p.apply(&chunk, &[], &[]).unwrap();
     assert_eq!(totals(&p), [2, 1, 0, 0]);
-    assert_eq!(p.advance(), [BASE], "the pane of minute 0 turns cold after the batch");
+    assert_eq!(p.advance(), [BASE], "the pane of minute 0 becomes cold after the batch");
 }
 
 #[test]
-fn during_a_replay_only_records_from_count_from_on_add_to_totals() {
+fn a_replay_adds_only_records_at_or_after_count_from_to_the_totals() {
     let mut p = partition(i64::MAX);
     p.position.count_from = 2;
     p.position.totals.events = 2;
@@ -98,7 +102,7 @@ fn during_a_replay_only_records_from_count_from_on_add_to_totals() {
 }
 
 #[test]
-fn late_is_decided_by_the_log_before_the_record() {
+fn whether_an_event_is_late_depends_on_the_log_before_it() {
     let mut p = partition(i64::MIN);
     p.apply(&chunk(0, &[(0, "a"), (20, "b"), (9, "c"), (10, "d")]), &[], &[]).unwrap();
     assert_eq!(totals(&p), [4, 0, 1, 0]);

@@ -1,4 +1,4 @@
-//! The state file on a real disk: what is committed is read back, what is held stays held, what is newer is refused.
+//! Tests of the state file on a real disk: commit and restore, locking, and files that cannot be used.
 
 use super::{Commit, FORMAT, Head, StateError, StateFile};
 use crate::partition::{Partition, Position};
@@ -25,7 +25,7 @@ fn head(format: u32) -> Head {
 }
 
 #[test]
-fn a_committed_batch_is_read_back_whole_after_opening_again() {
+fn committed_batches_are_restored_completely_after_reopening() {
     let folder = tempfile::tempdir().unwrap();
     let path = super::path_of(folder.path(), "s", 0);
     let mut partition = Partition::new(Position::default(), panes(), 600_000);
@@ -56,7 +56,7 @@ fn a_committed_batch_is_read_back_whole_after_opening_again() {
 }
 
 #[test]
-fn a_file_is_never_open_twice_and_its_holder_is_named() {
+fn a_file_cannot_be_opened_twice_and_the_error_names_its_holder() {
     let folder = tempfile::tempdir().unwrap();
     let path = super::path_of(folder.path(), "s", 0);
     let _held = StateFile::open(&path, "instance a, pid 7").unwrap();
@@ -78,10 +78,10 @@ fn a_file_whose_creation_was_interrupted_is_replaced_and_any_other_is_kept() {
 }
 
 #[test]
-fn a_newer_format_is_refused_and_the_way_out_is_named() {
+fn a_newer_format_is_refused_with_both_versions() {
     let folder = tempfile::tempdir().unwrap();
     let path = super::path_of(folder.path(), "s", 0);
     StateFile::open(&path, "me").unwrap().reset(head(FORMAT + 1)).unwrap();
     let error = StateFile::open(&path, "me").unwrap_err().to_string();
-    assert!(error.contains("has format 3, this program knows 2"), "{error}");
+    assert!(error.contains("has format 3, but this program supports formats up to 2"), "{error}");
 }

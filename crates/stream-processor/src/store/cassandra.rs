@@ -1,8 +1,8 @@
-//! The store on Cassandra: rows and panes in batches of one Cassandra partition each, and the progress row that notes how far
-//! they go.
+//! The store in Cassandra. Writes event rows and pane rows in batches of one Cassandra partition each, and the progress
+//! row that notes up to which offset they are written.
 
 use super::progress::{LostHistory, ProgressRow, StoredProgress};
-use super::requests::{Requests, StoreContext, pauses};
+use super::requests::{Requests, StoreContext, backoff};
 use super::rows::{EventRow, PaneRowValues};
 use super::statements::Statements;
 use super::{Assumed, BatchRecord, Store};
@@ -28,17 +28,18 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-const AFTER_OUTAGE: &str = "cassandra was away: it may have come back with an older snapshot";
-/// At most one row of `batches` per partition in this time.
-const BATCH_RECORD_EVERY: Duration = Duration::from_secs(1);
-/// How often a partition looks whether Cassandra still holds what it acknowledged: no snapshot is restored within a second.
-const HISTORY_CHECK_EVERY: Duration = Duration::from_secs(1);
-/// Bytes of panes asked for in one request: an answer is held as a whole.
+const AFTER_OUTAGE: &str = "cassandra was unavailable: an older snapshot may have been restored";
+/// Minimum time between two rows of a partition in table `batches`.
+const BATCH_RECORD_INTERVAL: Duration = Duration::from_secs(1);
+/// How often to check for each partition that Cassandra has not lost history. Restoring a snapshot takes longer than
+/// this.
+const HISTORY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum size of the panes loaded by one request. The driver holds a whole response in memory.
 const LOAD_BYTES: usize = 256 << 10;
-/// Such requests in flight per partition.
-const LOADS_AT_ONCE: usize = 4;
+/// Maximum number of requests in flight that load panes, per partition.
+const MAX_CONCURRENT_LOADS: usize = 4;
 
-/// The tables of one stream.
+/// Reads and writes the tables of one stream.
 pub struct CassandraStore {
     requests: Requests,
     statements: Statements,
@@ -49,20 +50,20 @@ pub struct CassandraStore {
     checked_at: PerPartition,
 }
 
-/// When something was last done for each partition.
+/// Limits how often something is done for each partition.
 struct PerPartition {
-    every: Duration,
+    interval: Duration,
     last: Mutex<HashMap<i32, Instant>>,
 }
 
 impl PerPartition {
-    fn new(every: Duration) -> PerPartition {
-        PerPartition { every, last: Mutex::default() }
+    fn new(interval: Duration) -> PerPartition {
+        PerPartition { interval, last: Mutex::default() }
     }
 
     fn is_due(&self, partition: i32) -> bool {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.get(&partition).is_none_or(|at| at.elapsed() >= self.every)
+        last.get(&partition).is_none_or(|at| at.elapsed() >= self.interval)
     }
 
     fn done(&self, partition: i32) {
@@ -75,12 +76,12 @@ fn now_ms() -> i64 {
 }
 
 impl CassandraStore {
-    /// Looks every second whether Cassandra is there, until shutdown.
+    /// Checks once a second whether Cassandra answers, until shutdown, so that no outage is missed.
     pub async fn watch(&self, shutdown: &Shutdown) {
         self.requests.watch(shutdown).await;
     }
 
-    /// Prepares every statement; fails where `stream-processor init` has not run.
+    /// Prepares every statement. Fails if `stream-processor init` has not been run.
     pub async fn new(
         keyspace: &str,
         definition: &Definition,
@@ -92,8 +93,8 @@ impl CassandraStore {
             stream: definition.stream.name.clone(),
             bucket: definition.store.bucket,
             shape: PaneShape::new(definition),
-            recorded_at: PerPartition::new(BATCH_RECORD_EVERY),
-            checked_at: PerPartition::new(HISTORY_CHECK_EVERY),
+            recorded_at: PerPartition::new(BATCH_RECORD_INTERVAL),
+            checked_at: PerPartition::new(HISTORY_CHECK_INTERVAL),
         })
     }
 
@@ -127,15 +128,15 @@ impl CassandraStore {
         Ok(found.collect())
     }
 
-    /// Loads panes of one bucket. After a timeout it asks for half as many at once: what takes too long in one answer may come
-    /// in two.
+    /// Loads panes of one bucket. After a timeout, halves the number of panes per request, because a smaller response
+    /// may arrive in time.
     async fn load_bucket(
         &self,
         partition: i32,
         bucket: i64,
         starts: &[CqlTimestamp],
     ) -> Result<Vec<(i64, Pane)>, ProcessorError> {
-        let (mut pauses, mut size, mut left) = (pauses(), starts.len(), starts);
+        let (mut backoff, mut size, mut left) = (backoff(), starts.len(), starts);
         let mut panes = Vec::with_capacity(starts.len());
         while !left.is_empty() {
             let piece = &left[..size.min(left.len())];
@@ -153,7 +154,7 @@ impl CassandraStore {
                     if failure == Failure::Overloaded {
                         size = (size / 2).max(1);
                     }
-                    self.requests.pause(&mut pauses).await?;
+                    self.requests.wait(&mut backoff).await?;
                 }
             }
         }
@@ -170,7 +171,7 @@ impl CassandraStore {
         for row in rows.rows::<scylla::value::Row>().map_err(unreadable)? {
             let row = row.map_err(unreadable)?;
             let (start, index, count, upto, measures) = pane_row(&self.shape, &row.columns)
-                .ok_or_else(|| unreadable("a pane row of another layout"))?;
+                .ok_or_else(|| unreadable("a pane row has another layout"))?;
             if let Some(pane) = panes.get_mut(&start) {
                 pane.load(index, count, upto, &measures);
             }
@@ -178,8 +179,8 @@ impl CassandraStore {
         Ok(panes)
     }
 
-    /// Carries out `write`, if everything is still as `assumed`. Looks before each attempt: a write on top of an older snapshot would
-    /// hide that it is older. It need not look more than once a second, because no snapshot is restored faster.
+    /// Performs `write` if `assumed` is still true. Checks before each attempt, because a write after a restore would
+    /// hide that the snapshot is older. The progress row is read at most once per [`HISTORY_CHECK_INTERVAL`].
     async fn if_confirmed<F>(
         &self,
         partition: i32,
@@ -266,10 +267,11 @@ impl CassandraStore {
 }
 
 fn unreadable(cause: impl std::fmt::Display) -> ProcessorError {
-    ProcessorError::Fatal(format!("cassandra answers with rows this program cannot read: {cause}"))
+    ProcessorError::Fatal(format!("cannot decode a response from cassandra: {cause}"))
 }
 
-/// A row of the pane table → (pane start, row number, count, upto, measures).
+/// Decodes a row of the pane table into (pane start, row number, count, upto, measures). `None` if it has another
+/// layout.
 pub(crate) fn pane_row(
     shape: &PaneShape,
     columns: &[Option<scylla::value::CqlValue>],
@@ -311,8 +313,8 @@ impl Store for CassandraStore {
             .flat_map(|(bucket, starts)| starts.chunks(at_once).map(|piece| (*bucket, piece)))
             .collect();
         let mut panes = BTreeMap::new();
-        for some in pieces.chunks(LOADS_AT_ONCE) {
-            let loads = some.iter().map(|(bucket, piece)| self.load_bucket(partition, *bucket, piece));
+        for group in pieces.chunks(MAX_CONCURRENT_LOADS) {
+            let loads = group.iter().map(|(bucket, piece)| self.load_bucket(partition, *bucket, piece));
             panes.extend(try_join_all(loads).await?.into_iter().flatten());
         }
         Ok(panes)
@@ -325,7 +327,7 @@ impl Store for CassandraStore {
                 .iter()
                 .map(|index| EventRow { chunk, index: *index, bucket: group.bucket })
                 .collect();
-            let batch = self.statements.rows.of(rows.len());
+            let batch = self.statements.rows.of_size(rows.len());
             self.requests.until_acknowledged(|| self.requests.session().batch(batch, rows.as_slice())).await
         });
         try_join_all(writes).await.map(drop)
@@ -344,7 +346,9 @@ impl Store for CassandraStore {
                 .iter()
                 .map(|(start, index)| {
                     let pane = panes.pane(*start).ok_or_else(|| {
-                        ProcessorError::Fatal(format!("pane {start} was dropped before it was written"))
+                        ProcessorError::Fatal(format!(
+                            "pane {start} is not in memory, so it cannot be written"
+                        ))
                     })?;
                     Ok(PaneRowValues {
                         bucket: group.bucket,
@@ -357,7 +361,7 @@ impl Store for CassandraStore {
                     })
                 })
                 .collect::<Result<_, ProcessorError>>()?;
-            let batch = self.statements.panes.of(rows.len());
+            let batch = self.statements.panes.of_size(rows.len());
             self.requests.until_acknowledged(|| self.requests.session().batch(batch, rows.as_slice())).await
         });
         try_join_all(writes).await.map(drop)

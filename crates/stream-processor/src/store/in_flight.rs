@@ -1,46 +1,47 @@
-//! How many requests may be in flight at once: shrinks when the cluster is overloaded, grows again with what succeeds.
+//! Limits the number of requests in flight. The limit shrinks when the cluster is overloaded and grows as requests
+//! succeed.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Successes in a row, per request of the limit, before the limit grows by one.
+/// The limit grows by one after this number of consecutive successes, times the limit.
 const GROW_AFTER: usize = 20;
 
-/// Additive increase, halving decrease.
+/// A limit with additive increase and multiplicative decrease.
 #[derive(Debug)]
 pub struct InFlight {
     permits: Semaphore,
     limit: AtomicUsize,
-    most: usize,
+    max: usize,
     successes: AtomicUsize,
 }
 
 impl InFlight {
-    /// Starts at, and never exceeds, `most`.
-    pub fn new(most: usize) -> InFlight {
-        let most = most.max(1);
+    /// The limit starts at `max` and never exceeds it.
+    pub fn new(max: usize) -> InFlight {
+        let max = max.max(1);
         InFlight {
-            permits: Semaphore::new(most),
-            limit: AtomicUsize::new(most),
-            most,
+            permits: Semaphore::new(max),
+            limit: AtomicUsize::new(max),
+            max,
             successes: AtomicUsize::new(0),
         }
     }
 
-    /// The limit now in force.
+    /// The current limit.
     pub fn limit(&self) -> usize {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Waits for a place; `None` never happens, as the semaphore is never closed.
-    pub async fn enter(&self) -> Option<SemaphorePermit<'_>> {
+    /// Waits for a permit. Never returns `None`, because the semaphore is never closed.
+    pub async fn acquire(&self) -> Option<SemaphorePermit<'_>> {
         self.permits.acquire().await.ok()
     }
 
-    /// A request succeeded: the limit may grow.
+    /// Records a successful request. The limit may grow.
     pub fn succeeded(&self) {
         let limit = self.limit();
-        if limit >= self.most || self.successes.fetch_add(1, Ordering::Relaxed) < GROW_AFTER * limit {
+        if limit >= self.max || self.successes.fetch_add(1, Ordering::Relaxed) < GROW_AFTER * limit {
             return;
         }
         self.successes.store(0, Ordering::Relaxed);
@@ -49,7 +50,7 @@ impl InFlight {
         }
     }
 
-    /// The cluster is overloaded: halve the limit. The caller's `permit` is among those given up.
+    /// Halves the limit because the cluster is overloaded. The caller's `permit` is one of those that are removed.
     pub fn overloaded(&self, permit: SemaphorePermit<'_>) {
         self.successes.store(0, Ordering::Relaxed);
         let limit = self.limit();
@@ -61,7 +62,7 @@ impl InFlight {
         }
         permit.forget();
         let missing = (limit - target - 1) - self.permits.forget_permits(limit - target - 1);
-        // Places that are taken just now cannot be given up at once: the limit stands as far as it got.
+        // Permits that are in use cannot be removed, so the limit shrinks by fewer.
         self.limit.fetch_add(missing, Ordering::Relaxed);
     }
 }
@@ -71,9 +72,9 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn overload_halves_the_limit_and_success_brings_it_back() {
+    async fn overload_halves_the_limit_and_successes_restore_it() {
         let flight = InFlight::new(8);
-        flight.overloaded(flight.enter().await.unwrap());
+        flight.overloaded(flight.acquire().await.unwrap());
         assert_eq!((flight.limit(), flight.permits.available_permits()), (4, 4));
         for _ in 0..1000 {
             flight.succeeded();
@@ -82,15 +83,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_limit_never_falls_below_one_and_counts_taken_places() {
+    async fn the_limit_never_falls_below_one_or_the_permits_in_use() {
         let flight = InFlight::new(4);
-        let held =
-            [flight.enter().await.unwrap(), flight.enter().await.unwrap(), flight.enter().await.unwrap()];
-        flight.overloaded(flight.enter().await.unwrap());
-        assert_eq!(flight.limit(), 3, "three places are taken");
+        let held = [
+            flight.acquire().await.unwrap(),
+            flight.acquire().await.unwrap(),
+            flight.acquire().await.unwrap(),
+        ];
+        flight.overloaded(flight.acquire().await.unwrap());
+        assert_eq!(flight.limit(), 3, "three permits are in use");
         drop(held);
         for _ in 0..4 {
-            flight.overloaded(flight.enter().await.unwrap());
+            flight.overloaded(flight.acquire().await.unwrap());
         }
         assert_eq!((flight.limit(), flight.permits.available_permits()), (1, 1));
     }

@@ -1,11 +1,11 @@
-//! The progress row as Cassandra holds it.
+//! Encodes and decodes the progress row.
 
 use crate::partition::{LastRecord, Position, Totals};
 use crate::start::Progress;
 use scylla::value::{CqlTimestamp, MaybeUnset};
 use scylla::{DeserializeRow, SerializeRow};
 
-/// A progress row as it is written.
+/// The values of a progress row to write.
 #[derive(SerializeRow)]
 pub(super) struct ProgressRow<'a> {
     pub(super) stream: &'a str,
@@ -26,7 +26,7 @@ pub(super) struct ProgressRow<'a> {
     pub(super) stamp: i64,
 }
 
-/// A progress row as it is read; columns that an earlier version did not write are absent.
+/// A progress row as read. Columns that an earlier version did not write are `None`.
 #[derive(DeserializeRow)]
 pub(super) struct StoredProgress {
     pub(super) next_offset: Option<i64>,
@@ -43,7 +43,7 @@ pub(super) struct StoredProgress {
 }
 
 impl ProgressRow<'_> {
-    /// The row that publishes `position`, written at `now_ms`.
+    /// The row that publishes `position` at `now_ms`, in Unix milliseconds.
     pub(super) fn new<'a>(
         stream: &'a str,
         partition: i32,
@@ -72,7 +72,7 @@ impl ProgressRow<'_> {
 }
 
 impl StoredProgress {
-    /// `None` where only `written_to` is there: nothing was published yet.
+    /// `None` if the row has only `written_to`, because nothing was published yet.
     pub(super) fn progress(self) -> Option<Progress> {
         let next_offset = self.next_offset?;
         let last_record = self.fingerprint.map(|fingerprint| LastRecord {
@@ -99,11 +99,12 @@ impl StoredProgress {
     }
 }
 
-/// The progress row says less than was acknowledged before.
+/// The progress row has a lower `written_to` than was acknowledged before.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "partition {partition}: cassandra acknowledged everything below offset {noted}, but now its progress row says {}: an older \
-     snapshot was restored", .stored.map_or_else(|| "nothing".to_owned(), |stored| stored.to_string())
+    "partition {partition}: cassandra acknowledged everything below offset {noted}, but now its progress row has {}: \
+     an older snapshot was restored",
+    .stored.map_or_else(|| "no written_to".to_owned(), |stored| format!("written_to = {stored}"))
 )]
 pub(super) struct LostHistory {
     pub(super) partition: i32,

@@ -1,5 +1,6 @@
-//! Requests to Cassandra: bounded in number, tried until acknowledged, refused or given up. The driver itself never retries; a
-//! timed-out write that lands later only writes what is there already.
+//! Sends requests to Cassandra with a bounded number in flight. A request is retried until it is acknowledged, rejected
+//! or aborted. The driver itself never retries. A timed-out write that is applied later is harmless, because writes are
+//! idempotent.
 
 use super::in_flight::InFlight;
 use super::outages::Outages;
@@ -15,37 +16,37 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
-const WATCH_EVERY: Duration = Duration::from_secs(1);
-/// Longest pause between two attempts at a request.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum backoff between two attempts at a request.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
-/// What requests need.
+/// Dependencies and settings of requests.
 #[derive(Debug)]
 pub struct StoreContext {
-    /// The session.
+    /// Cassandra session.
     pub session: Arc<Session>,
-    /// Retries and in-flight.
+    /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Ends every retry loop.
+    /// Aborts all requests and retries when cancelled.
     pub abandon: CancellationToken,
-    /// Most requests in flight.
+    /// Maximum number of requests in flight.
     pub in_flight: usize,
-    /// How long to wait for Cassandra while the statements are prepared.
+    /// How long to retry while the statements are prepared.
     pub start_deadline: Duration,
 }
 
-/// Sends requests.
+/// Sends requests and observes outages.
 pub(super) struct Requests {
     pub(super) context: StoreContext,
     pub(super) outages: Outages,
     flight: InFlight,
 }
 
-/// Pauses between attempts: growing, with jitter.
-pub(super) fn pauses() -> impl Iterator<Item = Duration> {
+/// Backoff between attempts: exponential, with jitter, without end.
+pub(super) fn backoff() -> impl Iterator<Item = Duration> {
     ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(20))
-        .with_max_delay(LONGEST_PAUSE)
+        .with_max_delay(MAX_BACKOFF)
         .with_jitter()
         .without_max_times()
         .build()
@@ -61,7 +62,7 @@ impl Requests {
         &self.context.session
     }
 
-    /// One request, tried until acknowledged.
+    /// Sends a request until it is acknowledged.
     pub(super) async fn until_acknowledged<T, F>(
         &self,
         mut request: impl FnMut() -> F,
@@ -69,21 +70,22 @@ impl Requests {
     where
         F: Future<Output = Result<T, ExecutionError>>,
     {
-        let mut pauses = pauses();
+        let mut backoff = backoff();
         loop {
             if let Ok(answer) = self.attempt(request()).await? {
                 return Ok(answer);
             }
-            self.pause(&mut pauses).await?;
+            self.wait(&mut backoff).await?;
         }
     }
 
-    /// One attempt at a request, within the requests that may be in flight. The inner error may pass.
+    /// Makes one attempt at a request, once the limit of requests in flight permits it. The caller may retry an inner
+    /// error.
     pub(super) async fn attempt<T>(
         &self,
         request: impl Future<Output = Result<T, ExecutionError>>,
     ) -> Result<Result<T, Failure>, ProcessorError> {
-        let permit = self.flight.enter().await;
+        let permit = self.flight.acquire().await;
         let in_flight = self.context.metrics.in_flight();
         let answer = tokio::select! {
             biased;
@@ -103,7 +105,7 @@ impl Requests {
                 self.context.metrics.store_retries.inc();
                 match (classify(&error), permit) {
                     (Failure::Refused, _) => {
-                        return Err(ProcessorError::Fatal(format!("cassandra refuses: {error}")));
+                        return Err(ProcessorError::Fatal(format!("cassandra rejected a request: {error}")));
                     }
                     (Failure::Overloaded, Some(permit)) => {
                         self.flight.overloaded(permit);
@@ -117,26 +119,27 @@ impl Requests {
         outcome
     }
 
-    /// Asks for next to nothing every second until shutdown: however idle the partitions are, no outage goes unseen.
+    /// Sends a trivial query every second until shutdown, so that an outage is noticed even if all partitions are idle.
     pub(super) async fn watch(&self, shutdown: &Shutdown) {
         while !shutdown.has_begun() {
-            // What becomes of it is counted.
-            let _answer =
+            // `attempt` records the outcome.
+            let _outcome =
                 self.attempt(self.session().query_unpaged("SELECT key FROM system.local", ())).await;
             tokio::select! {
                 () = shutdown.begun() => {}
-                () = tokio::time::sleep(WATCH_EVERY) => {}
+                () = tokio::time::sleep(WATCH_INTERVAL) => {}
             }
         }
     }
 
-    pub(super) async fn pause(
+    /// Waits for the next backoff.
+    pub(super) async fn wait(
         &self,
-        pauses: &mut impl Iterator<Item = Duration>,
+        backoff: &mut impl Iterator<Item = Duration>,
     ) -> Result<(), ProcessorError> {
         tokio::select! {
             () = self.context.abandon.cancelled() => Err(ProcessorError::Stopped),
-            () = tokio::time::sleep(pauses.next().unwrap_or(LONGEST_PAUSE)) => Ok(()),
+            () = tokio::time::sleep(backoff.next().unwrap_or(MAX_BACKOFF)) => Ok(()),
         }
     }
 }

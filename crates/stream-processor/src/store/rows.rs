@@ -1,4 +1,4 @@
-//! Rows as the driver wants them: cells written straight from the chunk's arena, without a value type in between.
+//! Serializes rows for the driver: cells are written directly from the chunk's arena, without intermediate values.
 
 use crate::chunk::Chunk;
 use crate::windows::pane::{Measure, PaneRow};
@@ -6,14 +6,14 @@ use scylla::serialize::SerializationError;
 use scylla::serialize::row::{RowSerializationContext, SerializeRow};
 use scylla::serialize::writers::RowWriter;
 
-/// One event row, in the order of `common::schema::insert_event`.
+/// One event row, with columns in the order of `common::schema::insert_event`.
 pub struct EventRow<'a> {
     pub chunk: &'a Chunk,
     pub index: u32,
     pub bucket: i64,
 }
 
-/// One pane row, in the order of `common::schema::insert_pane`.
+/// One pane row, with columns in the order of `common::schema::insert_pane`.
 pub struct PaneRowValues<'a> {
     pub bucket: i64,
     pub partition: i32,
@@ -38,12 +38,12 @@ fn put_or_unset(writer: &mut RowWriter<'_>, bytes: Option<&[u8]>) -> Result<(), 
     }
 }
 
-/// A statement prepared from another schema than the rows were made for would write cells into wrong columns.
+/// Checks that the statement has `width` markers. Otherwise cells would be written to the wrong columns.
 fn check_width(ctx: &RowSerializationContext<'_>, width: usize) -> Result<(), SerializationError> {
     if ctx.columns().len() == width {
         return Ok(());
     }
-    let message = format!("a row of {width} cells for a statement of {} markers", ctx.columns().len());
+    let message = format!("the row has {width} cells, but the statement has {} markers", ctx.columns().len());
     Err(SerializationError::new(std::io::Error::other(message)))
 }
 
@@ -89,7 +89,7 @@ impl SerializeRow for PaneRowValues<'_> {
         for measure in self.measures {
             put(writer, &measure.count.to_be_bytes())?;
             put(writer, &measure.sum.to_be_bytes())?;
-            // Of no event there is no least and no greatest value.
+            // Without events there is no minimum and no maximum.
             let known = measure.count > 0;
             put_or_unset(writer, known.then_some(measure.min.to_be_bytes().as_slice()))?;
             put_or_unset(writer, known.then_some(measure.max.to_be_bytes().as_slice()))?;

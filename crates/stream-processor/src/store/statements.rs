@@ -1,4 +1,4 @@
-//! Every statement of the processor, prepared once.
+//! The prepared statements of the processor.
 
 use super::requests::StoreContext;
 use crate::error::ProcessorError;
@@ -25,7 +25,7 @@ pub(super) struct Statements {
     pub(super) put_batch: PreparedStatement,
 }
 
-/// One prepared insert as unlogged batches of every size, each made once.
+/// One prepared insert as unlogged batches. The batch of each size is created on first use.
 pub(super) struct Batches {
     insert: PreparedStatement,
     sizes: Vec<OnceLock<Batch>>,
@@ -36,7 +36,8 @@ impl Batches {
         Batches { insert, sizes: (0..=MAX_BATCH_ROWS).map(|_| OnceLock::new()).collect() }
     }
 
-    pub(super) fn of(&self, size: usize) -> &Batch {
+    /// The batch with `size` copies of the insert, up to [`MAX_BATCH_ROWS`].
+    pub(super) fn of_size(&self, size: usize) -> &Batch {
         self.sizes[size].get_or_init(|| {
             let statement = BatchStatement::PreparedStatement(self.insert.clone());
             let mut batch = Batch::new_with_statements(BatchType::Unlogged, vec![statement; size]);
@@ -47,7 +48,7 @@ impl Batches {
 }
 
 impl Statements {
-    /// Prepares all of them; waits for Cassandra until the context's deadline.
+    /// Prepares all statements. Waits for Cassandra until the context's deadline.
     pub(super) async fn prepare(
         keyspace: &str,
         definition: &Definition,

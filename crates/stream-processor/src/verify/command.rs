@@ -1,14 +1,14 @@
-//! `stream-processor verify`: which partitions, what is shown meanwhile, and what is printed at the end.
+//! `stream-processor verify`: selects the partitions, shows progress, and prints the outcome.
 
-use super::{Outcome, Verifier, spelled};
+use super::{Outcome, Verifier, rfc3339};
 use crate::config::VerifyArgs;
 use crate::error::ProcessorError;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
 
-/// Compares or rebuilds every one of the stream's `partitions` that is asked for, and prints the outcome; fails where something
-/// differs.
+/// Compares or rebuilds the partitions selected by `args` and prints the outcome. `partitions` is the stream's number
+/// of partitions. Fails if there are differences.
 pub async fn run(verifier: &Verifier, args: &VerifyArgs, partitions: i32) -> Result<(), ProcessorError> {
     let partitions = (0..partitions).filter(|p| args.partition.is_none_or(|only| only == *p));
     let progress = progress_bar();
@@ -18,12 +18,12 @@ pub async fn run(verifier: &Verifier, args: &VerifyArgs, partitions: i32) -> Res
             outcome.add(verifier.rebuild(partition, &args.checkpoints, &progress).await?);
         }
     } else {
-        for standing in verifier.standings(partitions, args.span()).await? {
-            let compared = verifier.compare(&standing, &progress).await?;
+        for scope in verifier.scopes(partitions, args.span()).await? {
+            let compared = verifier.compare(&scope, &progress).await?;
             let rows = compared.rows;
             outcome.add(compared);
             if args.kafka {
-                outcome.add(verifier.compare_log(&standing, rows, &progress).await?);
+                outcome.add(verifier.compare_log(&scope, rows, &progress).await?);
             }
         }
     }
@@ -32,7 +32,7 @@ pub async fn run(verifier: &Verifier, args: &VerifyArgs, partitions: i32) -> Res
     writeln!(std::io::stdout(), "{text}").map_err(|e| ProcessorError::Fatal(format!("stdout: {e}")))?;
     match outcome.differences.count {
         0 => Ok(()),
-        count => Err(ProcessorError::Fatal(format!("{count} differences"))),
+        count => Err(ProcessorError::Fatal(format!("found {count} differences"))),
     }
 }
 
@@ -53,12 +53,12 @@ fn progress_bar() -> ProgressBar {
 
 fn as_text(outcome: &Outcome, args: &VerifyArgs) -> String {
     let mut text: String = outcome.differences.shown.iter().map(|line| format!("{line}\n")).collect();
-    let left_out = [
+    let skipped = [
         (outcome.expired_panes, "panes"),
         (outcome.expired_totals, "totals"),
         (outcome.expired_records, "records of the log"),
     ];
-    for (count, what) in left_out.into_iter().filter(|(count, _)| *count > 0) {
+    for (count, what) in skipped.into_iter().filter(|(count, _)| *count > 0) {
         let _ = writeln!(text, "{count} {what} not compared: event rows may have expired (store.ttl)");
     }
     let records =
@@ -73,8 +73,8 @@ fn as_json(outcome: &Outcome) -> serde_json::Value {
     serde_json::json!({
         "rows": outcome.rows,
         "pane_rows": outcome.pane_rows,
-        "from": outcome.covered.map(|(from, _)| spelled(from)),
-        "to": outcome.covered.map(|(_, to)| spelled(to)),
+        "from": outcome.covered.map(|(from, _)| rfc3339(from)),
+        "to": outcome.covered.map(|(_, to)| rfc3339(to)),
         "panes_in_parts": outcome.panes_in_parts,
         "records": outcome.records,
         "log_passes": outcome.log_passes,
@@ -122,6 +122,6 @@ mod tests {
             sum.add(Outcome { covered: Some((60_000, 120_000)), ..outcome() });
         }
         assert_eq!((sum.rows, sum.covered), (700, Some((0, 120_000))));
-        assert_eq!((sum.differences.count, sum.differences.shown.len()), (100, super::super::SHOWN_MOST));
+        assert_eq!((sum.differences.count, sum.differences.shown.len()), (100, super::super::MAX_SHOWN));
     }
 }

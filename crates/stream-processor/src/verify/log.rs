@@ -1,8 +1,8 @@
-//! `verify --kafka`: rows and totals compared with Kafka's own log, as far as it is retained. Where the keys of all rows do not
-//! fit into the given memory, log and rows are read several times, each time for another slice of the keys.
+//! `verify --kafka` compares rows and totals with the retained part of the Kafka log. If the keys of all rows exceed
+//! the memory bound, log and rows are read in several passes, each for a different slice of the keys.
 
 use super::compare::may_have_expired;
-use super::{Differences, Outcome, Sources, Standing, Verifier, begin, now_ms, spelled};
+use super::{Differences, Outcome, Scope, Sources, Verifier, now_ms, rfc3339, start_progress};
 use crate::chunk::Chunk;
 use crate::decode::{Decoder, Record};
 use crate::error::ProcessorError;
@@ -16,14 +16,14 @@ use rdkafka::Message;
 use std::collections::HashSet;
 use std::ops::Range;
 
-/// Records decoded at a time.
+/// Number of records per decoded chunk.
 const CHUNK_RECORDS: usize = 4000;
-/// Bytes of one stored key in memory: [`Stored`], whether it was confirmed, and room for uneven slices.
+/// Bytes per stored key: [`Stored`], its flag in `confirmed`, and a margin for uneven slices.
 const KEY_BYTES: usize = 28;
-/// Keys that the table lacks, remembered so that a copy of one is not reported again; beyond that many, it is.
-const MISSING_MOST: usize = 100_000;
+/// Maximum number of missing keys to remember. A copy of a remembered key is not reported again.
+const MAX_MISSING: usize = 100_000;
 
-/// The key of an event row and the offset it came from. The id is known by its hash only.
+/// The key of an event row and the offset in the row. The event id is represented by its hash only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stored {
     time_ms: i64,
@@ -37,7 +37,7 @@ impl Stored {
     }
 }
 
-/// The keys that one pass looks at.
+/// The part of the keys that one pass compares, selected by hash.
 #[derive(Debug, Clone, Copy)]
 struct Slice {
     number: u64,
@@ -50,14 +50,14 @@ impl Slice {
     }
 }
 
-/// As many slices as it takes for the keys of one to fit into `memory_bytes`.
+/// Divides the keys of `rows` rows into slices, so that the keys of one slice fit into `memory_bytes`.
 fn slices(rows: u64, memory_bytes: usize) -> impl Iterator<Item = Slice> {
     let keys = (memory_bytes / KEY_BYTES).max(1) as u64;
     let of = rows.div_ceil(keys).max(1);
     (0..of).map(move |number| Slice { number, of })
 }
 
-/// What of `log` is left without the skipped ranges, in order.
+/// Returns the ranges of `log` that are not skipped, in order.
 fn unskipped(log: Range<i64>, skips: &[Range<i64>]) -> Vec<Range<i64>> {
     let mut skips = skips.to_vec();
     skips.sort_unstable_by_key(|skip| skip.start);
@@ -71,7 +71,7 @@ fn unskipped(log: Range<i64>, skips: &[Range<i64>]) -> Vec<Range<i64>> {
     left
 }
 
-/// The log as it was found, by what became of each record.
+/// Counts of the log's records by kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Tally {
     events: i64,
@@ -82,10 +82,11 @@ struct Tally {
 /// One pass over the log.
 struct Pass<'a> {
     slice: Slice,
-    /// Sorted by key.
+    /// The keys of this pass in the table, sorted by key.
     stored: Vec<Stored>,
-    /// Whether the log has the event of the stored key of the same index at its offset.
+    /// For each key in `stored`: whether the log has its event at the stored offset.
     confirmed: Vec<bool>,
+    /// Keys in the log that the table lacks.
     missing: HashSet<(i64, u64)>,
     tally: &'a mut Tally,
     partition: i32,
@@ -93,7 +94,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn take(&mut self, chunk: &Chunk) {
+    /// Compares the events of a chunk with the stored keys.
+    fn compare(&mut self, chunk: &Chunk) {
         if self.slice.number == 0 {
             self.tally.dead_letters += chunk.poison.len() as i64;
         }
@@ -102,7 +104,7 @@ impl Pass<'_> {
             let partition = self.partition;
             let shown = || {
                 let id = String::from_utf8_lossy(chunk.id(event));
-                format!("partition {partition}, offset {}: {id} at {}", event.offset, spelled(event.time_ms))
+                format!("partition {partition}, offset {}: {id} at {}", event.offset, rfc3339(event.time_ms))
             };
             match self.stored.binary_search_by_key(&key, Stored::key) {
                 Ok(index) => match self.stored[index].offset {
@@ -112,13 +114,14 @@ impl Pass<'_> {
                     }
                     offset if offset < event.offset => self.tally.duplicates += 1,
                     offset => {
-                        self.differences.note(|| format!("{} is stored with the later {offset}", shown()));
+                        self.differences
+                            .note(|| format!("{} is stored with the later offset {offset}", shown()));
                     }
                 },
                 Err(_) if self.missing.contains(&key) => self.tally.duplicates += 1,
                 Err(_) => {
                     self.differences.note(|| format!("{} is not in the table", shown()));
-                    if self.missing.len() < MISSING_MOST {
+                    if self.missing.len() < MAX_MISSING {
                         self.missing.insert(key);
                     }
                 }
@@ -126,14 +129,14 @@ impl Pass<'_> {
         }
     }
 
-    /// Rows of offsets in `read` that the log should have and has not.
-    fn close(self, read: &[Range<i64>]) {
+    /// Reports the rows with offsets in `read` for which the log has no event.
+    fn report_unconfirmed(self, read: &[Range<i64>]) {
         for (row, confirmed) in self.stored.iter().zip(self.confirmed) {
             if !confirmed && read.iter().any(|offsets| offsets.contains(&row.offset)) {
                 self.differences.note(|| {
-                    let (at, offset) = (spelled(row.time_ms), row.offset);
+                    let (at, offset) = (rfc3339(row.time_ms), row.offset);
                     format!(
-                        "partition {}, row at {at} of offset {offset}: the log has no such event there",
+                        "partition {}, row at {at} with offset {offset}: the log has no such event at this offset",
                         self.partition
                     )
                 });
@@ -142,7 +145,7 @@ impl Pass<'_> {
     }
 }
 
-/// With a whole log, the totals must be those of the progress row.
+/// Compares the counts of a complete log with the totals of the progress row.
 fn compare_totals(partition: i32, found: Tally, position: &Position, differences: &mut Differences) {
     let totals = position.totals;
     let counted =
@@ -150,8 +153,8 @@ fn compare_totals(partition: i32, found: Tally, position: &Position, differences
     if found != counted {
         differences.note(|| {
             format!(
-                "partition {partition}: the log holds {} events, {} duplicates, {} dead letters below offset {}; the progress \
-                 row says {}, {}, {}",
+                "partition {partition}: the log has {} events, {} duplicates, {} dead letters below offset {}; \
+                 the progress row counts {}, {}, {}",
                 found.events,
                 found.duplicates,
                 found.dead_letters,
@@ -165,20 +168,20 @@ fn compare_totals(partition: i32, found: Tally, position: &Position, differences
 }
 
 impl Verifier {
-    /// Compares the event rows and totals of one partition below its next offset with the log. `rows`: how many event rows
-    /// the partition has, about. The standing must be that of all times.
+    /// Compares the event rows and totals of one partition below its next offset with the log. `rows` is the
+    /// approximate number of event rows of the partition. The scope must cover all event times.
     pub async fn compare_log(
         &self,
-        standing: &Standing,
+        scope: &Scope,
         rows: u64,
         progress: &ProgressBar,
     ) -> Result<Outcome, ProcessorError> {
         let (mut outcome, mut tally, mut read) = (Outcome::default(), Tally::default(), Vec::new());
-        let (partition, position) = (standing.partition, &standing.position);
+        let (partition, position) = (scope.partition, &scope.position);
         let skips = self.sources.store.skips(partition).await?;
-        begin(progress, partition, "log", 0);
+        start_progress(progress, partition, "log", 0);
         for slice in slices(rows, self.memory_bytes) {
-            let stored = self.stored(standing, slice, rows).await?;
+            let stored = self.stored(scope, slice, rows).await?;
             let mut pass = Pass {
                 slice,
                 confirmed: vec![false; stored.len()],
@@ -188,58 +191,54 @@ impl Verifier {
                 partition,
                 differences: &mut outcome.differences,
             };
-            let reading = || self.read_log(standing, &skips, &mut pass, progress);
+            let reading = || self.read_log(scope, &skips, &mut pass, progress);
             (read, outcome.expired_records) = tokio::task::block_in_place(reading)?;
-            pass.close(&read);
+            pass.report_unconfirmed(&read);
             outcome.log_passes += 1;
         }
         let offsets: i64 = read.iter().map(|offsets| offsets.end - offsets.start).sum();
         outcome.records = offsets.unsigned_abs();
-        // Without the whole log, or with a range that was recorded but never skipped, the totals say more than was read.
+        // The totals cover more offsets than were read if the log is trimmed or a recorded range was never skipped.
         if offsets + position.totals.skipped == position.next_offset {
             compare_totals(partition, tally, position, &mut outcome.differences);
         }
         Ok(outcome)
     }
 
-    /// The stored keys of a slice, sorted.
-    async fn stored(
-        &self,
-        standing: &Standing,
-        slice: Slice,
-        rows: u64,
-    ) -> Result<Vec<Stored>, ProcessorError> {
+    /// Reads the stored keys of a slice and sorts them.
+    async fn stored(&self, scope: &Scope, slice: Slice, rows: u64) -> Result<Vec<Stored>, ProcessorError> {
         let expected = rows / slice.of;
         let mut stored = Vec::with_capacity((expected + expected / 32) as usize);
-        for stretch in &standing.stretches {
+        for span in &scope.spans {
             let take = |time_ms: i64, id: &[u8], offset: i64| {
                 let hash = seen_hash(time_ms, id);
                 if slice.has(hash) {
                     stored.push(Stored { time_ms, hash, offset });
                 }
             };
-            self.reader.keys(stretch, take).await?;
+            self.reader.keys(span, take).await?;
         }
         stored.sort_unstable_by_key(Stored::key);
         Ok(stored)
     }
 
-    /// Reads the log up to the position, without what was skipped. Returns the offsets that were compared, and how many records
-    /// before them were not, because their rows may have expired. Blocking.
+    /// Reads the log up to the position, except for skipped ranges. Returns the ranges that were compared, and the
+    /// number of earlier records that were not, because their rows may have expired. Blocking.
     fn read_log(
         &self,
-        standing: &Standing,
+        scope: &Scope,
         skips: &[Range<i64>],
         pass: &mut Pass<'_>,
         progress: &ProgressBar,
     ) -> Result<(Vec<Range<i64>>, u64), ProcessorError> {
-        let (partition, next_offset) = (standing.partition, standing.position.next_offset);
+        let (partition, next_offset) = (scope.partition, scope.position.next_offset);
         let Sources { brokers, topic, definition, .. } = &self.sources;
         let log = LogReader::open(brokers, topic, partition, None)?;
         let (low, high) = (log.low, log.end);
         if next_offset > high {
             return Err(ProcessorError::Refused(format!(
-                "partition {partition}: the next offset is {next_offset}, the log ends at {high}: another log"
+                "partition {partition}: the next offset is {next_offset}, but the log ends at {high}: \
+                 the topic was truncated or recreated"
             )));
         }
         let mut read = unskipped(low..next_offset, skips);
@@ -251,7 +250,7 @@ impl Verifier {
             reader.end = offsets.end;
             while let Some(message) = reader.next_record()? {
                 let (offset, timestamp_ms) = (message.offset(), message.timestamp().to_millis().unwrap_or(0));
-                // Time stamps rise with offsets, so these records come first.
+                // Timestamps increase with offsets, so these records come first.
                 if offset == offsets.start && may_have_expired(timestamp_ms, self.ttl_ms(), now_ms()) {
                     (offsets.start, expired) = (offset + 1, expired + 1);
                     continue;
@@ -260,13 +259,13 @@ impl Verifier {
                 let (key, value) = (message.key(), message.payload());
                 decoder.decode(&Record { offset, timestamp_ms, key, value, headers: &headers }, &mut chunk);
                 if chunk.len() == CHUNK_RECORDS {
-                    pass.take(&chunk);
+                    pass.compare(&chunk);
                     progress.inc(CHUNK_RECORDS as u64);
                     chunk = decoder.chunk();
                 }
             }
         }
-        pass.take(&chunk);
+        pass.compare(&chunk);
         Ok((read, expired))
     }
 }
@@ -281,7 +280,7 @@ mod tests {
     const NOW: i64 = 1_800_000_000_000;
     const NEXT_OFFSET: i64 = 4;
 
-    /// Ids at offsets 0, 1, …; `None`: no event.
+    /// Builds a chunk of events with these ids from offset 0 on. `None` is an undecodable record.
     fn chunk(ids: &[Option<&str>]) -> Chunk {
         let text = include_str!("../../../../streams/user_created.toml");
         let decoder = Decoder::new(&Definition::parse("user_created.toml", text).unwrap(), 0);
@@ -296,7 +295,7 @@ mod tests {
         chunk
     }
 
-    /// Compares `log` with rows of these ids and offsets, in passes of as many keys as fit into `memory_bytes`.
+    /// Compares `log` with rows of these ids and offsets, in passes whose keys fit into `memory_bytes`.
     fn compare(
         log: &[Option<&str>],
         rows: &[(&str, i64)],
@@ -321,8 +320,8 @@ mod tests {
                 partition: 0,
                 differences: &mut differences,
             };
-            pass.take(&chunk(log));
-            pass.close(std::slice::from_ref(&(low..NEXT_OFFSET)));
+            pass.compare(&chunk(log));
+            pass.report_unconfirmed(std::slice::from_ref(&(low..NEXT_OFFSET)));
         }
         (tally, differences)
     }
@@ -342,21 +341,21 @@ mod tests {
         };
         check(&[("a", 0), ("b", 1)], totals, &[]);
         check(&[("a", 0), ("b", 1), ("later", 4)], totals, &[]);
-        check(&[("a", 0)], totals, &["offset 1: b at 2027-01-15T08:00:00Z", "the log holds 1 events"]);
-        check(&[("a", 2), ("b", 1)], Totals { duplicates: 0, ..totals }, &["with the later 2"]);
-        check(&[("a", 0), ("b", 1), ("c", 3)], totals, &["of offset 3: the log has no such event"]);
-        check(&[("a", 0), ("b", 1)], Totals { events: 3, ..totals }, &["says 3, 1, 1"]);
+        check(&[("a", 0)], totals, &["offset 1: b at 2027-01-15T08:00:00Z", "the log has 1 events"]);
+        check(&[("a", 2), ("b", 1)], Totals { duplicates: 0, ..totals }, &["with the later offset 2"]);
+        check(&[("a", 0), ("b", 1), ("c", 3)], totals, &["with offset 3: the log has no such event"]);
+        check(&[("a", 0), ("b", 1)], Totals { events: 3, ..totals }, &["counts 3, 1, 1"]);
     }
 
     #[test]
-    fn what_retention_removed_is_not_held_against_the_rows() {
+    fn rows_of_records_removed_by_retention_are_not_reported() {
         let log = [Some("a"), Some("b"), Some("a"), None];
         let (_, differences) = compare(&log, &[("old", 1), ("a", 0), ("b", 1)], 2, usize::MAX);
         assert_eq!(differences, Differences::default());
     }
 
     #[test]
-    fn what_is_left_of_a_log_without_its_skipped_ranges() {
+    fn skipped_ranges_are_cut_out_of_the_log() {
         let ranges = |ends: &[(i64, i64)]| ends.iter().map(|(from, to)| *from..*to).collect::<Vec<_>>();
         let check = |skips: &[(i64, i64)], left: &[(i64, i64)]| {
             assert_eq!(unskipped(10..50, &ranges(skips)), ranges(left));
@@ -370,7 +369,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn several_passes_find_what_one_finds(
+        fn several_passes_find_the_same_differences_as_one(
             log in proptest::collection::vec(0usize..12, 4), rows in proptest::collection::btree_set((0usize..12, 0i64..4), 0..12),
             keys in 1usize..5,
         ) {

@@ -1,8 +1,9 @@
-//! `verify --rebuild`: rewrites panes from the event rows, with the partition's state file held, so that no processor runs
-//! it meanwhile. Pane rows that say too much keep what they say, so the pane table is truncated first.
+//! `verify --rebuild` rewrites panes from the event rows. It holds the lock on the state file, so that no processor can
+//! run the partition meanwhile. A rebuild does not lower pane rows that count too much, so truncate the pane table
+//! first.
 
 use super::compare::{EventRow, fold};
-use super::{Outcome, Standing, Stretch, Verifier, begin, now_ms, spelled};
+use super::{Outcome, Scope, Span, Verifier, now_ms, rfc3339, start_progress};
 use crate::error::ProcessorError;
 use crate::partition::Position;
 use crate::start::{StateFacts, survives};
@@ -17,11 +18,12 @@ use indicatif::ProgressBar;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Panes written together.
+/// Number of panes written at once.
 const PANES_AT_ONCE: usize = 64;
 
 impl Verifier {
-    /// Writes what the event rows below the next offset of one partition say, stamped with it.
+    /// Recomputes the panes of one partition from the event rows below its next offset, and writes them with that
+    /// offset as stamp. Fails if a processor holds the state file, or if event rows are missing.
     pub async fn rebuild(
         &self,
         partition: i32,
@@ -33,27 +35,27 @@ impl Verifier {
         let held = StateFile::open(&path, &format!("verify --rebuild, pid {}", std::process::id()));
         let held = held.map_err(|e| ProcessorError::Fatal(format!("{e}; stop the processor first")))?;
         let mut outcome = Outcome::default();
-        for standing in self.standings(std::iter::once(partition), None).await? {
-            let position = ahead(partition, standing.position, held.facts(), &definition.layout())?;
-            begin(progress, partition, "rows", 2 * standing.stretches.len() as u64);
-            self.check_complete(&standing, &position, progress).await?;
-            for stretch in &standing.stretches {
-                self.rebuild_stretch(stretch, position.next_offset, &mut outcome).await?;
+        for scope in self.scopes(std::iter::once(partition), None).await? {
+            let position = resume_position(partition, scope.position, held.facts(), &definition.layout())?;
+            start_progress(progress, partition, "rows", 2 * scope.spans.len() as u64);
+            self.check_complete(&scope, &position, progress).await?;
+            for span in &scope.spans {
+                self.rebuild_span(span, position.next_offset, &mut outcome).await?;
                 progress.inc(1);
             }
         }
         Ok(outcome)
     }
 
-    async fn rebuild_stretch(
+    async fn rebuild_span(
         &self,
-        stretch: &Stretch,
+        span: &Span,
         next_offset: i64,
         outcome: &mut Outcome,
     ) -> Result<(), ProcessorError> {
         let limits = vec![next_offset; self.shape.names.len()];
         let mut panes = self.no_panes();
-        let mut events = self.reader.events(stretch).await?;
+        let mut events = self.reader.events(span).await?;
         while let Some(start) = events.next_start() {
             let mut lowest = self.lowest(i64::MIN);
             let take = |row: EventRow| {
@@ -64,7 +66,7 @@ impl Verifier {
             let (rows, rest) = lowest.into_rows();
             outcome.panes_in_parts += u64::from(rest.is_some());
             let pane = if rest.is_some() {
-                self.read_pane(stretch, start, &limits).await?
+                self.read_pane(span, start, &limits).await?
             } else {
                 let mut pane = Pane::empty(&self.shape);
                 fold(&self.shape, &mut pane, &limits, &rows);
@@ -72,11 +74,11 @@ impl Verifier {
             };
             panes.put_cold(start, pane);
             if panes.cold.len() == PANES_AT_ONCE {
-                self.write(stretch.partition, next_offset, &mut panes, outcome).await?;
+                self.write(span.partition, next_offset, &mut panes, outcome).await?;
                 panes = self.no_panes();
             }
         }
-        self.write(stretch.partition, next_offset, &mut panes, outcome).await
+        self.write(span.partition, next_offset, &mut panes, outcome).await
     }
 
     fn no_panes(&self) -> Panes {
@@ -99,16 +101,16 @@ impl Verifier {
         self.sources.store.write_panes(partition, next_offset, &groups, panes).await
     }
 
-    /// Refuses where event rows of counted events are gone.
+    /// Refuses to rebuild if event rows of counted events are missing or may expire during the rebuild.
     async fn check_complete(
         &self,
-        standing: &Standing,
+        scope: &Scope,
         position: &Position,
         progress: &ProgressBar,
     ) -> Result<(), ProcessorError> {
         let mut rows = 0;
-        for stretch in &standing.stretches {
-            let mut events = self.reader.events(stretch).await?;
+        for span in &scope.spans {
+            let mut events = self.reader.events(span).await?;
             while let Some(start) = events.next_start() {
                 let count = |row: EventRow| rows += i64::from(row.offset < position.next_offset);
                 events.take(start, count).await?;
@@ -116,29 +118,32 @@ impl Verifier {
             progress.inc(1);
         }
         let (partition, events, next_offset) =
-            (standing.partition, position.totals.events, position.next_offset);
+            (scope.partition, position.totals.events, position.next_offset);
         let refused = |why: String| {
             Err(ProcessorError::Refused(format!(
-                "partition {partition}: panes cannot be rebuilt from rows: {why}; `run --replay` rebuilds what Kafka still has"
+                "partition {partition}: panes cannot be rebuilt from rows: {why}; use `run --replay` \
+                 to rebuild from the records that Kafka still has"
             )))
         };
         if rows < events {
             return refused(format!(
-                "{events} events were counted below offset {next_offset}, the table holds {rows} of them"
+                "{events} events were counted below offset {next_offset}, but the table has only {rows}"
             ));
         }
         let expiring = now_ms().saturating_sub(self.ttl_ms()).saturating_add(TOPIC_RETENTION_MS);
-        match standing.stretches.first() {
-            Some(oldest) if self.ttl_ms() > 0 && oldest.bucket < expiring => {
-                refused(format!("rows from {} on may expire meanwhile (store.ttl)", spelled(oldest.bucket)))
-            }
+        match scope.spans.first() {
+            Some(oldest) if self.ttl_ms() > 0 && oldest.bucket < expiring => refused(format!(
+                "rows from {} onwards may expire during the rebuild (store.ttl)",
+                rfc3339(oldest.bucket)
+            )),
             _ => Ok(()),
         }
     }
 }
 
-/// The position the processor will go on from: a state file is ahead of the progress row after a kill between both.
-fn ahead(
+/// Returns the position from which the processor will resume. The state file is ahead of the progress row if the
+/// processor was killed between writing the two.
+fn resume_position(
     partition: i32,
     progress: Position,
     state: Option<StateFacts>,
@@ -148,8 +153,8 @@ fn ahead(
         && let Err(differences) = survives(&state.layout, layout)
     {
         return Err(ProcessorError::Refused(format!(
-            "partition {partition}: the state file was made for another layout than the stream file has:\n{differences}\nuse the \
-             stream file it was made for"
+            "partition {partition}: the state file was created with another layout than that of the stream file:\n\
+             {differences}\nuse the stream file it was created with"
         )));
     }
     match state {
@@ -165,7 +170,7 @@ mod tests {
     use common::stream::Definition;
 
     #[test]
-    fn a_rebuild_goes_as_far_as_the_state_file_and_refuses_one_of_another_layout() {
+    fn a_rebuild_includes_the_position_of_the_state_file_and_refuses_another_layout() {
         let at = |next_offset: i64| Position {
             next_offset,
             totals: Totals { events: next_offset, ..Totals::default() },
@@ -178,11 +183,12 @@ mod tests {
             let (layout, cluster_id) = (layout.to_owned(), String::new());
             Some(StateFacts { position: at(next_offset), layout, cluster_id })
         };
-        let check = |state, expected| assert_eq!(ahead(0, at(100), state, &layout).unwrap(), at(expected));
+        let check =
+            |state, expected| assert_eq!(resume_position(0, at(100), state, &layout).unwrap(), at(expected));
         check(None, 100);
         check(state(200, &own), 200);
         check(state(50, &own), 100);
-        let refused = ahead(0, at(100), state(200, "b"), &layout).unwrap_err().to_string();
+        let refused = resume_position(0, at(100), state(200, "b"), &layout).unwrap_err().to_string();
         assert!(refused.contains("another layout") && refused.contains("cannot be read"), "{refused}");
     }
 }

@@ -1,7 +1,7 @@
-//! Reads event rows and pane rows in the order of time, a page at a time. What they say is compared in `compare.rs`.
+//! Reads event rows and pane rows in time order, one page at a time. `compare.rs` compares them.
 
 use super::compare::EventRow;
-use super::{Stretch, failed};
+use super::{Span, failed};
 use crate::decode::{GroupIndex, number};
 use crate::error::ProcessorError;
 use crate::store::cassandra::pane_row;
@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Rows of one page. The driver keeps about three pages of each shard.
+/// Rows per page. The driver buffers about three pages of each shard.
 const PAGE_ROWS: i32 = 2000;
 
 /// The prepared reads of one stream.
@@ -37,7 +37,7 @@ pub struct Reader {
     stream: String,
     /// Type and groups of each group-by column.
     groups: Vec<(GroupIndex, CqlType)>,
-    /// Type of each measure.
+    /// Column type of each measure.
     measures: Vec<CqlType>,
     shards: i32,
     pane_ms: i64,
@@ -45,7 +45,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Prepares them.
+    /// Prepares the statements.
     pub async fn new(
         session: Arc<Session>,
         keyspace: &str,
@@ -94,7 +94,7 @@ impl Reader {
         })
     }
 
-    /// When `init` made the stream, in Unix milliseconds.
+    /// Returns when `init` registered the stream, in Unix milliseconds. `None` if it is not registered.
     pub async fn created_at(&self) -> Result<Option<i64>, ProcessorError> {
         let found = self.session.execute_unpaged(&self.created_at, (&self.stream,)).await.map_err(failed)?;
         let found = found.into_rows_result().map_err(failed)?;
@@ -102,7 +102,7 @@ impl Reader {
         Ok(row.and_then(|(at,)| at).map(|at| at.0))
     }
 
-    /// Starts of the buckets that hold event rows or pane rows, by Kafka partition.
+    /// Returns the starts of the buckets that have event rows or pane rows, by Kafka partition.
     pub async fn buckets(&self) -> Result<BTreeMap<i32, BTreeSet<i64>>, ProcessorError> {
         let mut buckets: BTreeMap<i32, BTreeSet<i64>> = BTreeMap::new();
         for (statement, divisor) in [(&self.event_buckets, self.shards), (&self.pane_buckets, 1)] {
@@ -115,11 +115,11 @@ impl Reader {
         Ok(buckets)
     }
 
-    /// The event rows of a stretch of time.
-    pub async fn events(&self, stretch: &Stretch) -> Result<Events<'_>, ProcessorError> {
+    /// Reads the event rows of a span.
+    pub async fn events(&self, span: &Span) -> Result<Events<'_>, ProcessorError> {
         let mut shards = Vec::new();
-        for shard in self.shards_of(stretch.partition) {
-            let rows = self.read(&self.events, stretch, shard).await?;
+        for shard in self.shards_of(span.partition) {
+            let rows = self.read(&self.events, span, shard).await?;
             let mut shard = Shard { rows, head: None };
             shard.advance(self).await?;
             shards.push(shard);
@@ -127,14 +127,14 @@ impl Reader {
         Ok(Events { reader: self, shards })
     }
 
-    /// Hands over event time, id and offset of each event row of a stretch of time.
+    /// Passes event time, id and offset of each event row of a span to `take`.
     pub async fn keys(
         &self,
-        stretch: &Stretch,
+        span: &Span,
         mut take: impl FnMut(i64, &[u8], i64),
     ) -> Result<(), ProcessorError> {
-        for shard in self.shards_of(stretch.partition) {
-            let mut rows = self.read::<(CqlTimestamp, String, i64)>(&self.keys, stretch, shard).await?;
+        for shard in self.shards_of(span.partition) {
+            let mut rows = self.read::<(CqlTimestamp, String, i64)>(&self.keys, span, shard).await?;
             while let Some((time, id, offset)) = rows.try_next().await.map_err(failed)? {
                 take(time.0, id.as_bytes(), offset);
             }
@@ -142,9 +142,9 @@ impl Reader {
         Ok(())
     }
 
-    /// The stored panes of a stretch of time.
-    pub async fn panes(&self, stretch: &Stretch) -> Result<Panes<'_>, ProcessorError> {
-        let rows = self.read(&self.panes, stretch, stretch.partition).await?;
+    /// Reads the stored panes of a span.
+    pub async fn panes(&self, span: &Span) -> Result<Panes<'_>, ProcessorError> {
+        let rows = self.read(&self.panes, span, span.partition).await?;
         let mut panes = Panes { reader: self, rows, head: None };
         panes.advance().await?;
         Ok(panes)
@@ -157,16 +157,16 @@ impl Reader {
     async fn read<T: for<'frame, 'metadata> DeserializeRow<'frame, 'metadata>>(
         &self,
         statement: &PreparedStatement,
-        stretch: &Stretch,
+        span: &Span,
         shard: i32,
     ) -> Result<TypedRowStream<T>, ProcessorError> {
-        let (from, to) = (CqlTimestamp(stretch.from_ms), CqlTimestamp(stretch.to_ms));
-        let key = (CqlTimestamp(stretch.bucket), shard, from, to);
+        let (from, to) = (CqlTimestamp(span.from_ms), CqlTimestamp(span.to_ms));
+        let key = (CqlTimestamp(span.bucket), shard, from, to);
         let pages = self.session.execute_iter(statement.clone(), key).await.map_err(failed)?;
         pages.rows_stream().map_err(failed)
     }
 
-    /// An event row with its event time.
+    /// Parses an event row. Returns its event time and the row, or `None` if it does not match the layout.
     fn event(&self, cells: &Cells) -> Option<(i64, EventRow)> {
         let big = |index: usize| cells.get(index)?.try_into().ok().map(i64::from_be_bytes);
         let mut groups = [0; MAX_GROUP_BY];
@@ -180,13 +180,13 @@ impl Reader {
     }
 }
 
-/// Event rows of one Kafka partition, pane by pane.
+/// Streams the event rows of one Kafka partition, one pane at a time.
 pub struct Events<'a> {
     reader: &'a Reader,
     shards: Vec<Shard>,
 }
 
-/// One Cassandra partition of event rows, which come sorted by event time.
+/// The event rows of one Cassandra partition, sorted by event time.
 struct Shard {
     rows: TypedRowStream<Cells>,
     head: Option<(i64, EventRow)>,
@@ -195,9 +195,11 @@ struct Shard {
 impl Shard {
     async fn advance(&mut self, reader: &Reader) -> Result<(), ProcessorError> {
         self.head = match self.rows.try_next().await.map_err(failed)? {
-            Some(cells) => {
-                Some(reader.event(&cells).ok_or_else(|| failed("an event row of another layout"))?)
-            }
+            Some(cells) => Some(
+                reader
+                    .event(&cells)
+                    .ok_or_else(|| failed("an event row does not match the layout of the stream"))?,
+            ),
             None => None,
         };
         Ok(())
@@ -205,13 +207,14 @@ impl Shard {
 }
 
 impl Events<'_> {
-    /// Start of the first pane that has rows left.
+    /// Returns the start of the first pane with unread rows.
     pub fn next_start(&self) -> Option<i64> {
         let heads = self.shards.iter().filter_map(|shard| shard.head.as_ref());
         heads.map(|(time_ms, _)| floor_to(*time_ms, self.reader.pane_ms)).min()
     }
 
-    /// Hands over the rows of the pane that starts at `start`, in no particular order. No earlier pane may have rows left.
+    /// Passes the rows of the pane that starts at `start` to `take`, in no particular order. Earlier panes must have no
+    /// unread rows.
     pub async fn take(&mut self, start: i64, mut take: impl FnMut(EventRow)) -> Result<(), ProcessorError> {
         let end = start.saturating_add(self.reader.pane_ms);
         for shard in &mut self.shards {
@@ -224,10 +227,10 @@ impl Events<'_> {
     }
 }
 
-/// Row number within the pane, count, `upto`, measures.
+/// Row index within the pane, count, `upto`, and measures.
 type PaneValues = (usize, i64, i64, Vec<Measure>);
 
-/// Stored panes of one Kafka partition, one after the other.
+/// Streams the stored panes of one Kafka partition.
 pub struct Panes<'a> {
     reader: &'a Reader,
     rows: TypedRowStream<Row>,
@@ -239,7 +242,7 @@ impl Panes<'_> {
         self.head = match self.rows.try_next().await.map_err(failed)? {
             Some(row) => {
                 let (start, index, count, upto, measures) = pane_row(&self.reader.shape, &row.columns)
-                    .ok_or_else(|| failed("a pane row of another layout"))?;
+                    .ok_or_else(|| failed("a pane row does not match the layout of the stream"))?;
                 Some((start, (index, count, upto, measures)))
             }
             None => None,
@@ -247,12 +250,12 @@ impl Panes<'_> {
         Ok(())
     }
 
-    /// Start of the next stored pane.
+    /// Returns the start of the next stored pane.
     pub fn next_start(&self) -> Option<i64> {
         self.head.as_ref().map(|(start, _)| *start)
     }
 
-    /// The pane that starts at `start`; empty where it is not stored. No earlier pane may be left.
+    /// Returns the pane that starts at `start`, or an empty pane if none is stored. Earlier panes must have been taken.
     pub async fn take(&mut self, start: i64) -> Result<Pane, ProcessorError> {
         let mut pane = Pane::empty(&self.reader.shape);
         while let Some((_, (index, count, upto, measures))) = self.head.take_if(|(at, _)| *at == start) {
@@ -263,10 +266,10 @@ impl Panes<'_> {
     }
 }
 
-/// The cells of one row as they came, in one allocation.
+/// The undecoded cells of one row, in one allocation.
 struct Cells {
     bytes: Vec<u8>,
-    /// Where each cell lies in `bytes`; `None`: null.
+    /// Range of each cell in `bytes`. `None` for null.
     places: Vec<Option<Range<usize>>>,
 }
 

@@ -1,20 +1,21 @@
-//! The keys a pane has seen, as 64-bit hashes: exact while few, a Bloom filter of bounded size beyond. A miss is certain;
-//! a hit is only a reason to look the key up.
+//! The keys that a pane has seen, as 64-bit hashes. Small sets are exact; larger ones become a Bloom filter of fixed
+//! size. A miss is certain. A hit only means that the key must be looked up.
 
 use fastbloom::BloomFilter;
 use std::collections::HashSet;
 use std::hash::{BuildHasherDefault, Hasher};
 
-/// Up to here the hashes are kept as they are: about 1 MiB.
-const EXACT_MOST: usize = 65_536;
-/// Bits of a pane's Bloom filter: 2 MiB. At a million keys (17 bits a key) one miss in 3,000 is looked up needlessly.
+/// Maximum number of hashes in an exact set, which takes about 1 MiB.
+const MAX_EXACT: usize = 65_536;
+/// Bits of a pane's Bloom filter (2 MiB). With a million keys (17 bits per key), 1 in 3,000 new keys is looked up
+/// needlessly.
 const BLOOM_BITS: usize = 1 << 24;
-/// Hash functions: the best number for two million keys.
+/// Number of hash functions, optimal for two million keys.
 const BLOOM_HASHES: u32 = 6;
-/// Bytes a kept hash takes in the set, with its spare room.
+/// Bytes per slot of the exact set, including its spare capacity.
 const EXACT_BYTES: usize = 18;
 
-/// The keys are hashes already.
+/// A hasher for keys that are already hashes: it returns the key unchanged.
 #[derive(Debug, Clone, Default)]
 pub struct AlreadyHashed(u64);
 
@@ -32,15 +33,15 @@ impl Hasher for AlreadyHashed {
     }
 }
 
-/// For maps whose keys are hashes.
+/// Builds [`AlreadyHashed`] hashers, for maps whose keys are hashes.
 pub type BuildAlreadyHashed = BuildHasherDefault<AlreadyHashed>;
 
-/// Has no false negatives.
+/// A set of seen keys without false negatives.
 #[derive(Debug)]
 pub enum SeenFilter {
-    /// Every hash.
+    /// All hashes, without false positives.
     Exact(HashSet<u64, BuildAlreadyHashed>),
-    /// Bounded, with false positives; and how many hashes went in.
+    /// A filter of fixed size with false positives, and the number of hashes inserted.
     Bloom(Box<BloomFilter>, usize),
 }
 
@@ -59,10 +60,10 @@ impl SeenFilter {
         }
     }
 
-    /// Notes a key.
+    /// Adds the hash of a key.
     pub fn insert(&mut self, hash: u64) {
         match self {
-            SeenFilter::Exact(set) if set.len() < EXACT_MOST => {
+            SeenFilter::Exact(set) if set.len() < MAX_EXACT => {
                 set.insert(hash);
             }
             SeenFilter::Exact(set) => {
@@ -70,7 +71,7 @@ impl SeenFilter {
                 for seen in set.iter().chain(std::iter::once(&hash)) {
                     filter.insert_hash(*seen);
                 }
-                *self = SeenFilter::Bloom(Box::new(filter), EXACT_MOST + 1);
+                *self = SeenFilter::Bloom(Box::new(filter), MAX_EXACT + 1);
             }
             SeenFilter::Bloom(filter, count) => {
                 filter.insert_hash(hash);
@@ -79,7 +80,7 @@ impl SeenFilter {
         }
     }
 
-    /// Keys noted.
+    /// Number of hashes inserted.
     pub fn len(&self) -> usize {
         match self {
             SeenFilter::Exact(set) => set.len(),
@@ -87,12 +88,12 @@ impl SeenFilter {
         }
     }
 
-    /// Whether none was noted.
+    /// Whether no hash was inserted.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Bytes it takes, about.
+    /// Approximate size in memory in bytes.
     pub fn bytes(&self) -> usize {
         match self {
             SeenFilter::Exact(set) => set.capacity() * EXACT_BYTES,
@@ -110,16 +111,16 @@ mod tests {
     }
 
     #[test]
-    fn what_was_noted_is_always_found_and_what_was_not_rarely() {
+    fn inserted_keys_are_always_found_and_others_rarely() {
         let mut filter = SeenFilter::default();
-        let noted = 3 * EXACT_MOST as u64;
-        for i in 0..noted {
+        let inserted = 3 * MAX_EXACT as u64;
+        for i in 0..inserted {
             filter.insert(key(i));
         }
         assert!(matches!(filter, SeenFilter::Bloom(..)));
-        assert_eq!(filter.len() as u64, noted);
-        assert!((0..noted).all(|i| filter.may_contain(key(i))));
-        let wrong = (noted..2 * noted).filter(|i| filter.may_contain(key(*i))).count();
-        assert!(wrong < 100, "{wrong} false hits in {noted}");
+        assert_eq!(filter.len() as u64, inserted);
+        assert!((0..inserted).all(|i| filter.may_contain(key(i))));
+        let false_hits = (inserted..2 * inserted).filter(|i| filter.may_contain(key(*i))).count();
+        assert!(false_hits < 100, "{false_hits} false hits in {inserted}");
     }
 }

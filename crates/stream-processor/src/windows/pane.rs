@@ -1,22 +1,23 @@
-//! One pane: a count and the measures of all its events and of each group, each row with the offset up to which it counts.
+//! One pane: a row for all its events and one for each group. Each row has a count, the measures, and the offset up to
+//! which it counts.
 
 use common::stream::{ALL, Definition};
 
 /// One measure of one pane row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Measure {
-    /// Events that have the column.
+    /// Number of events that have the column.
     pub count: i64,
-    /// Their sum, folded in the order of the log.
+    /// Sum of the values, added in log order. The order affects the floating-point result.
     pub sum: f64,
-    /// Their least value; meaningless while `count` is 0.
+    /// Minimum value. Meaningless while `count` is 0.
     pub min: f64,
-    /// Their greatest value; meaningless while `count` is 0.
+    /// Maximum value. Meaningless while `count` is 0.
     pub max: f64,
 }
 
 impl Measure {
-    /// Of no event.
+    /// The measure of zero events.
     pub const EMPTY: Measure = Measure { count: 0, sum: 0.0, min: f64::INFINITY, max: f64::NEG_INFINITY };
 
     fn add(&mut self, value: f64) {
@@ -29,19 +30,19 @@ impl Measure {
     }
 }
 
-/// Which rows a pane has; the same for every pane of a stream.
+/// The rows of a pane. All panes of a stream have the same shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PaneShape {
-    /// `(dimension, value)` of each row, as stored.
+    /// Dimension and value of each row, as stored.
     pub names: Vec<(String, String)>,
-    /// First row of each group-by column.
+    /// Index of the first row of each group-by column.
     first_rows: Vec<usize>,
-    /// Measures per row.
+    /// Number of measures per row.
     pub measures: usize,
 }
 
 impl PaneShape {
-    /// The rows of a definition's panes: all events, then the groups of each column.
+    /// Derives the rows from a stream definition: one for all events, then one for each group of each column.
     pub fn new(definition: &Definition) -> PaneShape {
         let mut names = vec![(ALL.to_owned(), ALL.to_owned())];
         let mut first_rows = Vec::new();
@@ -52,33 +53,33 @@ impl PaneShape {
         PaneShape { names, first_rows, measures: definition.windows.measures.len() }
     }
 
-    /// Bytes a row takes in a statement, about.
+    /// Approximate size in bytes of a row in a statement.
     pub fn row_bytes(&self) -> usize {
         const KEYS_AND_COUNTS: usize = 160;
         const MEASURE: usize = 4 * 12;
         KEYS_AND_COUNTS + MEASURE * self.measures
     }
 
-    /// Numbers of the rows in which an event of these groups counts.
+    /// Returns the indexes of the rows that count an event with these groups.
     pub fn rows_of<'a>(&'a self, groups: &'a [u16]) -> impl Iterator<Item = usize> + use<'a> {
         let grouped = self.first_rows.iter().zip(groups).map(|(first, group)| first + usize::from(*group));
         std::iter::once(0).chain(grouped)
     }
 
-    /// Number of the row with these names.
+    /// Returns the index of the row with this dimension and value.
     pub fn row_of(&self, dimension: &str, value: &str) -> Option<usize> {
         self.names.iter().position(|(d, v)| d == dimension && v == value)
     }
 }
 
-/// One row of a pane. Absolute values: what the log below `upto` says.
+/// One row of a pane. Its values are totals of the log below `upto`, not increments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PaneRow {
-    /// Events counted.
+    /// Number of events counted.
     pub count: i64,
     /// Next offset to count.
     pub upto: i64,
-    /// Counted in the current batch.
+    /// Whether the current batch changed the row.
     touched: bool,
 }
 
@@ -91,20 +92,20 @@ pub struct Pane {
 }
 
 impl Pane {
-    /// A pane that has counted nothing.
+    /// Creates a pane that has counted no events.
     pub fn empty(shape: &PaneShape) -> Pane {
         let rows = vec![PaneRow::default(); shape.names.len()];
         Pane { measures: vec![Measure::EMPTY; rows.len() * shape.measures], rows, any_touched: false }
     }
 
-    /// Puts in a row read back from the store or from the checkpoint.
+    /// Sets a row that was read back from the store or the checkpoint.
     pub fn load(&mut self, row: usize, count: i64, upto: i64, measures: &[Measure]) {
         self.rows[row] = PaneRow { count, upto, touched: false };
         let width = measures.len();
         self.measures[row * width..(row + 1) * width].copy_from_slice(measures);
     }
 
-    /// Adds a first copy to its rows, each where the offset is not counted there yet.
+    /// Adds a first copy to each of its rows that does not count its offset yet.
     pub fn add(&mut self, shape: &PaneShape, offset: i64, groups: &[u16], measures: &[f64]) {
         for index in shape.rows_of(groups) {
             if offset >= self.rows[index].upto {
@@ -113,7 +114,7 @@ impl Pane {
         }
     }
 
-    /// Counts an event in one row.
+    /// Counts an event in one row, regardless of the row's `upto`.
     pub fn count(&mut self, index: usize, measures: &[f64]) {
         let row = &mut self.rows[index];
         row.count += 1;
@@ -124,12 +125,12 @@ impl Pane {
         }
     }
 
-    /// Whether the current batch counted anything here.
+    /// Whether the current batch changed any row.
     pub fn is_touched(&self) -> bool {
         self.any_touched
     }
 
-    /// Ends a batch at `next_offset`: every row counted in it is exact up to there. Returns those rows' numbers.
+    /// Ends a batch: sets `upto` of every changed row to `next_offset` and returns the indexes of these rows.
     pub fn settle(&mut self, next_offset: i64) -> Vec<usize> {
         if !std::mem::take(&mut self.any_touched) {
             return Vec::new();
@@ -144,23 +145,23 @@ impl Pane {
         settled
     }
 
-    /// One row.
+    /// Returns the row at `index`.
     pub fn row(&self, index: usize) -> PaneRow {
         self.rows[index]
     }
 
-    /// One row's measures.
+    /// Returns the measures of the row at `index`.
     pub fn measures(&self, index: usize) -> &[Measure] {
         let width = self.measures.len() / self.rows.len();
         &self.measures[index * width..(index + 1) * width]
     }
 
-    /// Bytes it takes, about.
+    /// Approximate size in memory in bytes.
     pub fn bytes(&self) -> usize {
         self.rows.len() * size_of::<PaneRow>() + self.measures.len() * size_of::<Measure>()
     }
 
-    /// For the checkpoint: the rows that count anything, little endian.
+    /// Encodes the rows that have counted events for the checkpoint, in little-endian order.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (index, row) in self.rows.iter().enumerate().filter(|(_, r)| r.upto > 0) {
@@ -177,7 +178,7 @@ impl Pane {
         bytes
     }
 
-    /// What [`Pane::encode`] wrote; `None` where the bytes are not of this shape.
+    /// Decodes the output of [`Pane::encode`]. Returns `None` if the bytes do not match this shape.
     pub fn decode(shape: &PaneShape, bytes: &[u8]) -> Option<Pane> {
         let mut pane = Pane::empty(shape);
         let row_bytes = 20 + 32 * shape.measures;
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_counts_in_all_and_in_its_group_of_each_column() {
+    fn an_event_counts_in_the_row_for_all_events_and_in_its_group_of_each_column() {
         let shape = shape();
         let mut pane = Pane::empty(&shape);
         pane.add(&shape, 5, &[1, 4, 3, 0], &[33.0]);
@@ -226,11 +227,11 @@ mod tests {
         assert_eq!(names, ["=", "gender=male", "gender=(other)", "nationality=DE", "age=30"]);
         assert_eq!(pane.row(0), PaneRow { count: 2, upto: 7, touched: false });
         assert_eq!(pane.measures(0), [Measure { count: 1, sum: 33.0, min: 33.0, max: 33.0 }]);
-        assert_eq!(pane.settle(9), Vec::<usize>::new(), "only rows of the batch are settled");
+        assert_eq!(pane.settle(9), Vec::<usize>::new(), "only rows changed in the batch are settled");
     }
 
     #[test]
-    fn a_row_read_back_refuses_what_it_already_counts() {
+    fn a_row_read_back_ignores_offsets_it_already_counts() {
         let shape = shape();
         let mut pane = Pane::empty(&shape);
         pane.load(0, 10, 8, &[Measure::EMPTY]);
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checkpoint_form_is_read_back_bit_for_bit() {
+    fn an_encoded_pane_is_decoded_bit_for_bit() {
         let shape = shape();
         let mut pane = Pane::empty(&shape);
         for i in 0..50 {

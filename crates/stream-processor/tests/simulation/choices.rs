@@ -1,32 +1,32 @@
-//! The choices of a schedule: drawn from a seed and written down, or read from a list. 0 is always the dull one, so that a
-//! failing list shrinks by deleting and zeroing.
+//! The choices of a schedule, either drawn from a seed or read from a list. They are recorded in both cases. 0 is
+//! always the default without a fault, so that a failing list shrinks by deleting and zeroing choices.
 
 /// A source of choices.
 pub struct Choices {
     random: Option<u64>,
     given: Vec<u32>,
-    at: usize,
+    next_given: usize,
     /// Every choice made.
     pub made: Vec<u32>,
 }
 
 impl Choices {
-    /// Drawn from a seed.
+    /// Draws choices from a seed.
     pub fn seeded(seed: u64) -> Choices {
         Choices {
             random: Some(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             given: Vec::new(),
-            at: 0,
+            next_given: 0,
             made: Vec::new(),
         }
     }
 
-    /// Read from a list; dull where it ends.
+    /// Reads choices from a list. After its end, every choice is the default.
     pub fn given(given: &[u32]) -> Choices {
-        Choices { random: None, given: given.to_vec(), at: 0, made: Vec::new() }
+        Choices { random: None, given: given.to_vec(), next_given: 0, made: Vec::new() }
     }
 
-    /// One of `0..n`, not 0 in `percent` of the cases.
+    /// Chooses one of `0..n`. The choice is not 0 in `percent` percent of the cases.
     pub fn pick(&mut self, n: u32, percent: u64) -> u32 {
         let chosen = match &mut self.random {
             Some(state) if n > 1 => {
@@ -38,8 +38,8 @@ impl Choices {
             }
             Some(_) => 0,
             None => {
-                let value = self.given.get(self.at).copied().unwrap_or(0);
-                self.at += 1;
+                let value = self.given.get(self.next_given).copied().unwrap_or(0);
+                self.next_given += 1;
                 value % n.max(1)
             }
         };
@@ -47,13 +47,13 @@ impl Choices {
         chosen
     }
 
-    /// A place in a list of `len`; the first is the dull one.
+    /// Chooses an index of a list with `len` elements. The first one is the default.
     pub fn index(&mut self, len: usize, percent: u64) -> usize {
         self.pick(len as u32, percent) as usize
     }
 }
 
-/// The generator of Steele, Lea and Flood: small, and good enough here.
+/// SplitMix64 by Steele, Lea and Flood: a small generator of sufficient quality for schedules.
 pub fn splitmix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
@@ -62,40 +62,41 @@ pub fn splitmix(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The shortest list found that still fails the same way; `run` gives what failed and how long its story is.
+/// Returns the shortest list found that still fails in the same way. `run` returns the violation and the length of the
+/// trace.
 pub fn shrink(failing: Vec<u32>, run: impl Fn(&[u32]) -> Option<(String, usize)>) -> Vec<u32> {
-    let Some((what, mut length)) = run(&failing) else { return failing };
+    let Some((violation, mut length)) = run(&failing) else { return failing };
     let mut best = failing;
     let better = |candidate: &[u32], length: &mut usize| match run(candidate) {
-        Some((found, found_length)) if found == what && found_length <= *length => {
+        Some((found, found_length)) if found == violation && found_length <= *length => {
             *length = found_length;
             true
         }
         _ => false,
     };
-    let mut again = true;
-    while again {
-        again = false;
+    let mut improved = true;
+    while improved {
+        improved = false;
         for size in [16, 8, 4, 2, 1] {
-            let mut at = best.len();
-            while at >= size {
-                at -= 1;
+            let mut index = best.len();
+            while index >= size {
+                index -= 1;
                 let mut shorter = best.clone();
-                shorter.drain((at + 1 - size)..=at);
+                shorter.drain((index + 1 - size)..=index);
                 if better(&shorter, &mut length) {
                     best = shorter;
-                    again = true;
-                    at = at.min(best.len());
+                    improved = true;
+                    index = index.min(best.len());
                 }
             }
         }
-        for at in 0..best.len() {
-            for value in [0, best[at] / 2, best[at].saturating_sub(1)] {
+        for index in 0..best.len() {
+            for value in [0, best[index] / 2, best[index].saturating_sub(1)] {
                 let mut lower = best.clone();
-                lower[at] = value;
-                if value < best[at] && better(&lower, &mut length) {
+                lower[index] = value;
+                if value < best[index] && better(&lower, &mut length) {
                     best = lower;
-                    again = true;
+                    improved = true;
                     break;
                 }
             }
@@ -105,7 +106,7 @@ pub fn shrink(failing: Vec<u32>, run: impl Fn(&[u32]) -> Option<(String, usize)>
 }
 
 #[test]
-fn a_failing_list_shrinks_to_what_makes_it_fail() {
+fn a_failing_list_shrinks_to_the_choices_that_make_it_fail() {
     let failing: Vec<u32> = Choices::seeded(3).draw(200);
     let fails = |list: &[u32]| {
         let hit = list.iter().filter(|v| **v >= 5).count() >= 2;

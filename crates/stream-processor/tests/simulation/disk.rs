@@ -1,5 +1,5 @@
-//! A disk that keeps what was synced, and of everything written since, after a power loss, any part: whole writes lost,
-//! sectors of a write lost, later ones kept while earlier ones are not.
+//! A simulated disk. After a power loss it has everything that was synced and an arbitrary part of later writes: whole
+//! writes or single sectors are lost, and a later write may survive although an earlier one is lost.
 
 use super::choices::splitmix;
 use redb::StorageBackend;
@@ -7,7 +7,7 @@ use std::io::{Error, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What a disk writes whole.
+/// Unit of an atomic write in bytes.
 const SECTOR: usize = 512;
 
 #[derive(Debug, Clone)]
@@ -29,8 +29,8 @@ impl Change {
         }
     }
 
-    /// What a power loss leaves of it.
-    fn remains(&self, random: &mut u64) -> Vec<Change> {
+    /// Returns the part that survives a power loss.
+    fn surviving_part(&self, random: &mut u64) -> Vec<Change> {
         let kept = splitmix(random) % 4;
         match self {
             _ if kept == 0 => Vec::new(),
@@ -46,32 +46,34 @@ impl Change {
 
 #[derive(Debug, Default)]
 struct Contents {
-    /// What the operating system shows.
+    /// Contents visible to processes.
     shown: Vec<u8>,
-    /// What survives a power loss for certain.
+    /// Contents guaranteed to survive a power loss.
     durable: Vec<u8>,
-    /// Written since the last sync.
+    /// Changes since the last sync.
     unsynced: Vec<Change>,
     syncs: u64,
     writes: u64,
     fail_at_sync: Option<u64>,
     fail_at_write: Option<u64>,
-    user: Arc<AtomicBool>,
+    /// Set once the process that has the file open is killed.
+    user_killed: Arc<AtomicBool>,
 }
 
 /// A disk that outlives the processes that use it.
 #[derive(Debug, Clone, Default)]
 pub struct Disk(Arc<Mutex<Contents>>);
 
-/// One process's open file on it.
+/// The file on the disk, opened by one process.
 #[derive(Debug)]
 pub struct Attached {
     disk: Disk,
+    /// Set once the process is killed.
     gone: Arc<AtomicBool>,
 }
 
 impl Disk {
-    /// With these contents.
+    /// Creates a disk with the given, synced contents.
     pub fn of(bytes: Vec<u8>) -> Disk {
         let contents = Contents { shown: bytes.clone(), durable: bytes, ..Contents::default() };
         Disk(Arc::new(Mutex::new(contents)))
@@ -81,57 +83,57 @@ impl Disk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another disk with the same contents.
+    /// Creates another disk with the same contents, all of them synced.
     pub fn copy(&self) -> Disk {
         Disk::of(self.lock().shown.clone())
     }
 
-    /// What it shows.
+    /// Returns the contents visible to processes.
     pub fn bytes(&self) -> Vec<u8> {
         self.lock().shown.clone()
     }
 
-    /// Opens it for a process; whoever had it open before is cut off.
+    /// Opens the file for a process. A process that had it open before loses access.
     pub fn attach(&self) -> Attached {
         self.kill();
         let gone = Arc::new(AtomicBool::new(false));
         let mut contents = self.lock();
-        contents.user = Arc::clone(&gone);
+        contents.user_killed = Arc::clone(&gone);
         drop(contents);
         Attached { disk: self.clone(), gone }
     }
 
-    /// The process is killed: nothing it still tries reaches the disk, what it wrote stays.
+    /// Kills the process that has the file open. Its later writes fail; its earlier writes stay.
     pub fn kill(&self) {
-        self.lock().user.store(true, Ordering::SeqCst);
+        self.lock().user_killed.store(true, Ordering::SeqCst);
     }
 
-    /// The power fails: only what was synced is certain.
+    /// Simulates a power loss, which kills the process and may lose unsynced changes.
     pub fn power_loss(&self, random: &mut u64) {
         self.kill();
         let mut contents = self.lock();
         let mut image = std::mem::take(&mut contents.durable);
         for change in std::mem::take(&mut contents.unsynced) {
-            change.remains(random).iter().for_each(|part| part.apply(&mut image));
+            change.surviving_part(random).iter().for_each(|part| part.apply(&mut image));
         }
         contents.shown.clone_from(&image);
         contents.durable = image;
     }
 
-    /// The `n`-th sync or write from now on fails, and everything after it.
+    /// Makes the `n`-th sync or write from now on fail, and every later one.
     pub fn fail_at(&self, sync: Option<u64>, write: Option<u64>) {
         let mut contents = self.lock();
         contents.fail_at_sync = sync.map(|n| contents.syncs + n);
         contents.fail_at_write = write.map(|n| contents.writes + n);
     }
 
-    /// Nothing fails any more.
-    pub fn mend(&self) {
+    /// Cancels the failures set by [`Disk::fail_at`].
+    pub fn repair(&self) {
         let mut contents = self.lock();
         (contents.fail_at_sync, contents.fail_at_write) = (None, None);
     }
 
-    /// The file is removed.
+    /// Removes the file.
     pub fn clear(&self) {
         self.kill();
         let mut contents = self.lock();
@@ -142,7 +144,7 @@ impl Disk {
 impl Attached {
     fn use_disk(&self) -> Result<MutexGuard<'_, Contents>, Error> {
         if self.gone.load(Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::NotConnected, "the process is gone"));
+            return Err(Error::new(ErrorKind::NotConnected, "the process was killed"));
         }
         Ok(self.disk.lock())
     }
@@ -167,7 +169,7 @@ impl StorageBackend for Attached {
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
         let (contents, at) = (self.disk.lock(), offset as usize);
         let Some(bytes) = contents.shown.get(at..at + out.len()) else {
-            return Err(Error::new(ErrorKind::UnexpectedEof, "past the end"));
+            return Err(Error::new(ErrorKind::UnexpectedEof, "read past the end"));
         };
         out.copy_from_slice(bytes);
         Ok(())
@@ -181,7 +183,7 @@ impl StorageBackend for Attached {
         let mut contents = self.use_disk()?;
         contents.syncs += 1;
         if contents.fail_at_sync.is_some_and(|at| contents.syncs >= at) {
-            return Err(Error::other("the power fails"));
+            return Err(Error::other("sync failed"));
         }
         for change in std::mem::take(&mut contents.unsynced) {
             change.apply(&mut contents.durable);

@@ -1,5 +1,5 @@
-//! Cassandra and the dead-letter topic as the worker sees them. Each write of one row is a step of its own:
-//! the schedule decides when it happens, whether it times out, and whether a timed-out write lands later.
+//! Fakes of Cassandra and the dead-letter topic. Each write of one row is a separate step. The schedule decides when it
+//! happens, whether it times out, and whether a timed-out write takes effect later.
 
 use super::log::LATENESS_MS;
 use super::machine::{Machine, lock};
@@ -17,58 +17,58 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-/// One process's connection to everything outside.
-pub struct Outside {
+/// The connection of one process to the fake servers.
+pub struct FakeServers {
     /// The world.
     pub world: Shared,
-    /// The process.
+    /// Number of the process.
     pub life: usize,
-    /// Its name in the story.
+    /// Name of the process in the trace.
     pub who: String,
-    /// Rows of a pane.
+    /// The rows of a pane.
     pub shape: PaneShape,
-    /// For the mutation that stamps with a clock.
+    /// Time of the process start, for the mutation `StampsByClock`.
     pub epoch: i64,
-    /// For the mutation that looks up ahead: what was there when the last batch was about to be written.
+    /// Event rows before the last batch was written, for the mutation `LookUpsAhead`.
     pub before_write: Mutex<Option<BTreeMap<(i64, String), Cells>>>,
-    /// For the mutations that swap steps: writes put off.
-    pub put_off: Mutex<Vec<Op>>,
-    /// For the mutation that publishes before the commit.
+    /// Deferred writes, for the mutations that swap steps.
+    pub deferred: Mutex<Vec<Op>>,
+    /// Machine of the process, for the mutation `PublishBeforeCommit`.
     pub machine: Arc<Mutex<Machine>>,
 }
 
-impl Outside {
-    fn is_out(&self, mutation: Mutation) -> bool {
+impl FakeServers {
+    fn is_active(&self, mutation: Mutation) -> bool {
         self.world.lock().mutation == Some(mutation)
     }
 
-    /// Waits for its turn; fails where it is told to.
-    async fn may_fail(&self) -> Result<(), ProcessorError> {
+    /// Waits until the schedule runs this step. Fails if a fault is due at the step.
+    async fn step(&self) -> Result<(), ProcessorError> {
         self.world.gate(self.life).await;
         let mut world = self.world.lock();
         if world.fail_at != Some(world.steps) {
             return Ok(());
         }
         world.failing.insert(self.life);
-        world.say(|| format!("{}: told to fail", self.who));
+        world.note(|| format!("{}: injected failure", self.who));
         Err(ProcessorError::Stopped)
     }
 
     fn outages_in(&self, world: &World) -> u64 {
-        let is_out = world.mutation == Some(Mutation::ReopenAfterOutage);
-        if is_out { 0 } else { u64::from(world.restores) }
+        let is_active = world.mutation == Some(Mutation::ReopenAfterOutage);
+        if is_active { 0 } else { u64::from(world.restores) }
     }
 
-    /// Whether everything is still as assumed.
-    fn confirmed(&self, world: &mut World, assumed: Assumed) -> Result<(), ProcessorError> {
+    /// Fails if the tables may have lost acknowledged writes since the process made its assumptions.
+    fn confirm_assumed(&self, world: &mut World, assumed: Assumed) -> Result<(), ProcessorError> {
         let Assumed { noted, outages } = assumed;
         let stored = number(&world.progress, "written_to");
-        let is_out = world.mutation == Some(Mutation::NoteWritten);
-        let is_lost = noted.is_some_and(|noted| stored.is_none_or(|stored| stored < noted)) && !is_out;
+        let is_active = world.mutation == Some(Mutation::NoteWritten);
+        let is_lost = noted.is_some_and(|noted| stored.is_none_or(|stored| stored < noted)) && !is_active;
         if is_lost || self.outages_in(world) != outages {
             world.failing.insert(self.life);
             let who = self.who.clone();
-            world.say(|| format!("{who}: the store may have lost history: {assumed:?}, holds {stored:?}"));
+            world.note(|| format!("{who}: the store may have lost history: {assumed:?}, holds {stored:?}"));
             return Err(ProcessorError::Reopen("the store may have lost history".into()));
         }
         let restores = world.restores;
@@ -76,17 +76,17 @@ impl Outside {
         Ok(())
     }
 
-    /// Writes `ops`, in an order the schedule chooses; returns when the last one is acknowledged.
-    async fn put(&self, ops: Vec<Op>) -> Result<(), ProcessorError> {
-        self.put_if(ops, None).await
+    /// Writes `ops` in an order that the schedule chooses. Returns when all are acknowledged.
+    async fn write(&self, ops: Vec<Op>) -> Result<(), ProcessorError> {
+        self.write_if(ops, None).await
     }
 
-    /// The same, but each attempt is made only if everything is still as assumed.
-    async fn put_if(&self, mut ops: Vec<Op>, assumed: Option<Assumed>) -> Result<(), ProcessorError> {
+    /// Writes `ops` like [`FakeServers::write`]. If `assumed` is given, it is confirmed before each attempt.
+    async fn write_if(&self, mut ops: Vec<Op>, assumed: Option<Assumed>) -> Result<(), ProcessorError> {
         if ops.is_empty() {
             return Ok(());
         }
-        // What must be confirmed first is not sent before its turn comes.
+        // A write that must be confirmed first is not sent before its step runs.
         if assumed.is_none() {
             self.world.lock().in_flight.entry(self.life).or_default().extend(ops.clone());
         }
@@ -94,26 +94,26 @@ impl Outside {
             self.world.gate(self.life).await;
             let mut world = self.world.lock();
             if let Some(assumed) = assumed {
-                self.confirmed(&mut world, assumed)?;
+                self.confirm_assumed(&mut world, assumed)?;
             }
             let at = world.choices.index(ops.len(), 30);
             let failing = world.fail_at == Some(world.steps);
-            match if failing { 3 } else { world.fault(4, 8) } {
+            match if failing { 3 } else { world.draw_fault(4, 8) } {
                 0 => {
                     let op = ops.remove(at);
-                    self.acknowledged(&mut world.in_flight, &op);
-                    world.land(&op, &self.who);
+                    self.acknowledge(&mut world.in_flight, &op);
+                    world.apply(&op, &self.who);
                 }
                 3 => {
                     world.failing.insert(self.life);
                     let who = self.who.clone();
-                    world.say(|| format!("{who}: a write fails for good"));
+                    world.note(|| format!("{who}: a write fails permanently"));
                     return Err(ProcessorError::Stopped);
                 }
                 outcome => {
                     let (who, later) = (self.who.clone(), outcome == 2);
-                    world.say(|| {
-                        format!("{who}: a write timed out{}", if later { ", lands later" } else { "" })
+                    world.note(|| {
+                        format!("{who}: a write timed out{}", if later { ", takes effect later" } else { "" })
                     });
                     if later && !matches!(ops[at].target, Target::Dead(_)) {
                         world.delayed.push(ops[at].clone());
@@ -121,28 +121,29 @@ impl Outside {
                 }
             }
         }
-        // Landed, but not yet known to have: a crash may come in between.
-        self.may_fail().await?;
+        // The writes took effect, but a crash may happen before the process knows it.
+        self.step().await?;
         Ok(())
     }
 
-    fn acknowledged(&self, in_flight: &mut BTreeMap<usize, Vec<Op>>, op: &Op) {
+    /// Removes a write from those in flight.
+    fn acknowledge(&self, in_flight: &mut BTreeMap<usize, Vec<Op>>, op: &Op) {
         let of_life = in_flight.entry(self.life).or_default();
         if let Some(at) = of_life.iter().position(|o| o.target == op.target && o.stamp == op.stamp) {
             of_life.swap_remove(at);
         }
     }
 
-    async fn put_or_put_off(&self, ops: Vec<Op>, off: bool) -> Result<(), ProcessorError> {
-        if off {
-            lock(&self.put_off).extend(ops);
+    async fn write_or_defer(&self, ops: Vec<Op>, defer: bool) -> Result<(), ProcessorError> {
+        if defer {
+            lock(&self.deferred).extend(ops);
             return Ok(());
         }
-        self.put(ops).await
+        self.write(ops).await
     }
 
     fn stamp(&self, next_offset: i64) -> i64 {
-        if self.is_out(Mutation::StampsByClock) { self.epoch + next_offset } else { next_offset }
+        if self.is_active(Mutation::StampsByClock) { self.epoch + next_offset } else { next_offset }
     }
 
     fn row_ops(&self, chunk: &Chunk, groups: &[EventGroup]) -> Vec<Op> {
@@ -206,8 +207,8 @@ impl Outside {
 
     fn stored_offset(&self, at: i64, id: &str) -> Option<i64> {
         let world = self.world.lock();
-        let ahead = lock(&self.before_write);
-        let rows = ahead.as_ref().unwrap_or(&world.rows);
+        let earlier_rows = lock(&self.before_write);
+        let rows = earlier_rows.as_ref().unwrap_or(&world.rows);
         let offset =
             |cells: &Cells| i64::from_be_bytes(cells["kafka_offset"].1.as_slice().try_into().unwrap());
         if world.mutation == Some(Mutation::IdOnly) {
@@ -217,21 +218,21 @@ impl Outside {
     }
 }
 
-/// The mutation that does not recognise copies in a batch marks them; the tables do not see the mark.
+/// Removes the mark that the mutation `CopiesInOneBatch` appends to ids. The tables store ids without it.
 fn id_text(id: &[u8]) -> String {
     String::from_utf8_lossy(id).trim_end_matches('\u{1}').to_owned()
 }
 
-impl Store for Outside {
+impl Store for FakeServers {
     async fn look_up(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<Vec<(u32, i64)>, ProcessorError> {
         let mut found = Vec::new();
         for group in groups {
-            self.may_fail().await?;
+            self.step().await?;
             for number in &group.events {
                 let event = &chunk.events[*number as usize];
                 let offset = self.stored_offset(event.time_ms, &id_text(chunk.id(event)));
                 let who = self.who.clone();
-                self.world.lock().say(|| format!("{who}: looks up offset {}: {offset:?}", event.offset));
+                self.world.lock().note(|| format!("{who}: looks up offset {}: {offset:?}", event.offset));
                 found.extend(offset.map(|offset| (*number, offset)));
             }
         }
@@ -245,7 +246,7 @@ impl Store for Outside {
     ) -> Result<BTreeMap<i64, Pane>, ProcessorError> {
         let mut loaded = BTreeMap::new();
         for start in starts {
-            self.may_fail().await?;
+            self.step().await?;
             let world = self.world.lock();
             let mut pane = Pane::empty(&self.shape);
             for (index, (dimension, value)) in self.shape.names.iter().enumerate() {
@@ -263,11 +264,11 @@ impl Store for Outside {
     }
 
     async fn write_rows(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<(), ProcessorError> {
-        if self.is_out(Mutation::LookUpsAhead) {
+        if self.is_active(Mutation::LookUpsAhead) {
             *lock(&self.before_write) = Some(self.world.lock().rows.clone());
         }
-        let off = self.is_out(Mutation::CommitBeforeRows) || self.is_out(Mutation::PanesBeforeRows);
-        self.put_or_put_off(self.row_ops(chunk, groups), off).await
+        let defer = self.is_active(Mutation::CommitBeforeRows) || self.is_active(Mutation::PanesBeforeRows);
+        self.write_or_defer(self.row_ops(chunk, groups), defer).await
     }
 
     async fn write_panes(
@@ -278,16 +279,16 @@ impl Store for Outside {
         panes: &Panes,
     ) -> Result<(), ProcessorError> {
         let ops = self.pane_ops(next_offset, groups, panes);
-        self.put_or_put_off(ops, self.is_out(Mutation::CommitBeforePanes)).await?;
-        if self.is_out(Mutation::PanesBeforeRows) {
-            let rows = std::mem::take(&mut *lock(&self.put_off));
-            return self.put(rows).await;
+        self.write_or_defer(ops, self.is_active(Mutation::CommitBeforePanes)).await?;
+        if self.is_active(Mutation::PanesBeforeRows) {
+            let rows = std::mem::take(&mut *lock(&self.deferred));
+            return self.write(rows).await;
         }
         Ok(())
     }
 
     async fn progress(&self, _: i32) -> Result<Option<Progress>, ProcessorError> {
-        self.may_fail().await?;
+        self.step().await?;
         let mut world = self.world.lock();
         let restores = world.restores;
         world.confirmed.insert(self.life, restores);
@@ -303,15 +304,15 @@ impl Store for Outside {
     }
 
     async fn confirm(&self, _: i32, assumed: Assumed) -> Result<(), ProcessorError> {
-        self.may_fail().await?;
-        self.confirmed(&mut self.world.lock(), assumed)
+        self.step().await?;
+        self.confirm_assumed(&mut self.world.lock(), assumed)
     }
 
     async fn note_written(&self, _: i32, written_to: i64, assumed: Assumed) -> Result<(), ProcessorError> {
-        if self.is_out(Mutation::NoteWritten) {
+        if self.is_active(Mutation::NoteWritten) {
             return Ok(());
         }
-        self.put_if(vec![self.note_op(written_to)], Some(assumed)).await
+        self.write_if(vec![self.note_op(written_to)], Some(assumed)).await
     }
 
     async fn skips(&self, _: i32) -> Result<Vec<Range<i64>>, ProcessorError> {
@@ -329,43 +330,43 @@ impl Store for Outside {
         assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {
-        if batch.is_none() && self.is_out(Mutation::FirstProgress) {
-            return self.put_if(vec![self.note_op(position.next_offset)], Some(assumed)).await;
+        if batch.is_none() && self.is_active(Mutation::FirstProgress) {
+            return self.write_if(vec![self.note_op(position.next_offset)], Some(assumed)).await;
         }
         if batch.is_some() {
-            let put_off = if self.is_out(Mutation::PanesBeforeRows) {
+            let deferred = if self.is_active(Mutation::PanesBeforeRows) {
                 Vec::new()
             } else {
-                std::mem::take(&mut *lock(&self.put_off))
+                std::mem::take(&mut *lock(&self.deferred))
             };
-            self.put(put_off).await?;
+            self.write(deferred).await?;
         }
         {
             let mut world = self.world.lock();
-            // What a life shows first is what it starts from.
+            // Before its first commit, a process publishes the position that it starts from.
             let committed = *world.committed.entry(self.life).or_insert(position.next_offset);
             if world.watch && committed < position.next_offset {
-                world.bad("published before committed", || format!("{position:?}"));
+                world.violate("published before committed", || format!("{position:?}"));
             }
         }
-        self.put_if(vec![self.progress_op(position)], Some(assumed)).await?;
+        self.write_if(vec![self.progress_op(position)], Some(assumed)).await?;
         if let Some(batch) = batch {
             let second = self.world.lock().second;
             let records = position.totals.records();
-            let total = if self.is_out(Mutation::RunningTotal) { batch.rows as i64 } else { records };
+            let total = if self.is_active(Mutation::RunningTotal) { batch.rows as i64 } else { records };
             let target = Target::Throughput(second);
             let cells = vec![("total", total.to_be_bytes().to_vec())];
-            self.put(vec![Op { target, stamp: position.next_offset, cells }]).await?;
+            self.write(vec![Op { target, stamp: position.next_offset, cells }]).await?;
             lock(&self.machine).settle();
         }
         Ok(())
     }
 }
 
-impl DeadLetters for Outside {
+impl DeadLetters for FakeServers {
     async fn send(&self, _: i32, chunk: &Chunk) -> Result<(), ProcessorError> {
         let dead = |offset| Op { target: Target::Dead(offset), stamp: 0, cells: Vec::new() };
         let ops = chunk.poison.iter().map(|poison| dead(poison.offset)).collect();
-        self.put_or_put_off(ops, self.is_out(Mutation::CommitBeforeDeadLetters)).await
+        self.write_or_defer(ops, self.is_active(Mutation::CommitBeforeDeadLetters)).await
     }
 }

@@ -1,6 +1,5 @@
-//! The state file on a disk that loses, tears and reorders what was not synced, at every sync: what is found afterwards is the
-//! last commit or the next one, whole, or the file is refused. The batches are the real worker's, on one generation of the file
-//! after the other.
+//! The state file on a disk that loses, tears and reorders unsynced writes, with a power loss at every sync. Afterwards
+//! the file contains exactly the last commit or the next one, or it is refused. The commits are those of real batches.
 
 use super::choices::{Choices, splitmix};
 use super::disk::Disk;
@@ -14,28 +13,28 @@ use crate::windows::pane::PaneShape;
 use common::stream::Definition;
 use std::collections::BTreeMap;
 
-/// Logs, each cut off at every sync in turn.
+/// Number of logs. For each log, a power loss happens at every sync in turn.
 const LOGS: u64 = 24;
 
-/// Everything a state file says, to compare.
+/// The contents of a state file, for comparison.
 #[derive(Debug, Clone, PartialEq)]
-struct Says {
+struct Contents {
     head: Option<Head>,
     panes: BTreeMap<i64, Vec<u8>>,
     seen: BTreeMap<i64, usize>,
 }
 
-fn fresh_panes(definition: &Definition, memory_most: usize) -> Panes {
+fn fresh_panes(definition: &Definition, max_memory_bytes: usize) -> Panes {
     let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
-    Panes::new(PaneShape::new(definition), times, memory_most, i64::MIN)
+    Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN)
 }
 
-fn says(file: &StateFile, definition: &Definition) -> Result<Says, StateError> {
+fn read_contents(file: &StateFile, definition: &Definition) -> Result<Contents, StateError> {
     let mut panes = fresh_panes(definition, usize::MAX);
     file.restore(&mut panes)?;
     let encoded = panes.hot.iter().map(|(start, hot)| (*start, hot.pane.encode()));
     let seen = panes.hot.iter().map(|(start, hot)| (*start, hot.seen.len()));
-    Ok(Says { head: file.head().cloned(), panes: encoded.collect(), seen: seen.collect() })
+    Ok(Contents { head: file.head().cloned(), panes: encoded.collect(), seen: seen.collect() })
 }
 
 fn head(definition: &Definition) -> Head {
@@ -54,7 +53,7 @@ struct Writer {
     definition: Definition,
     log: Log,
     sizes: Vec<i64>,
-    memory_most: usize,
+    max_memory_bytes: usize,
 }
 
 impl Writer {
@@ -65,16 +64,17 @@ impl Writer {
             records.extend(random(&mut choices));
         }
         let sizes = (0..records.len()).map(|_| 1 + i64::from(choices.pick(5, 60))).collect();
-        let memory_most = [usize::MAX, 700][choices.index(2, 50)];
-        Writer { definition: definition(0), log: Log::new(records), sizes, memory_most }
+        let max_memory_bytes = [usize::MAX, 700][choices.index(2, 50)];
+        Writer { definition: definition(0), log: Log::new(records), sizes, max_memory_bytes }
     }
 
-    /// Commits until the disk fails or the log ends; tells `done` what each finished commit and the one under way say.
-    fn write(&self, file: &mut StateFile, states: &mut Vec<Says>) -> Result<(), StateError> {
+    /// Commits until the disk fails or the log ends. Appends the contents after each commit to `states`, including
+    /// those of a commit that fails.
+    fn write(&self, file: &mut StateFile, states: &mut Vec<Contents>) -> Result<(), StateError> {
         let decoder = Decoder::new(&self.definition, 0);
         let mut partition =
-            Partition::new(Position::default(), fresh_panes(&self.definition, self.memory_most), 5_000);
-        let mut expected = Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() };
+            Partition::new(Position::default(), fresh_panes(&self.definition, self.max_memory_bytes), 5_000);
+        let mut expected = Contents { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() };
         states.push(expected.clone());
         expected.head = Some(head(&self.definition));
         states.push(expected);
@@ -86,13 +86,13 @@ impl Writer {
                 break;
             }
             let chunk = self.log.chunk(&decoder, next..end);
-            let asked = partition.questions(&chunk).keys;
+            let lookups = partition.questions(&chunk).keys;
             let found: Vec<Option<i64>> =
-                asked.iter().map(|index| self.stored(&chunk, *index, next)).collect();
-            let applied = partition.apply(&chunk, &asked, &found).unwrap();
+                lookups.iter().map(|index| self.stored(&chunk, *index, next)).collect();
+            let applied = partition.apply(&chunk, &lookups, &found).unwrap();
             let dropped = partition.advance();
             let touched: Vec<i64> = applied.panes.keys().copied().collect();
-            let says = Says {
+            let contents = Contents {
                 head: Some(Head {
                     hot_from: partition.panes.hot_from,
                     position: partition.position,
@@ -101,7 +101,7 @@ impl Writer {
                 panes: partition.panes.hot.iter().map(|(at, hot)| (*at, hot.pane.encode())).collect(),
                 seen: partition.panes.hot.iter().map(|(at, hot)| (*at, hot.seen.len())).collect(),
             };
-            states.push(says);
+            states.push(contents);
             let (partition, seen) = (&partition, &applied.seen);
             file.commit(&Commit { partition, touched: &touched, seen, dropped: &dropped })?;
             next = end;
@@ -116,12 +116,13 @@ impl Writer {
     }
 }
 
-/// After the crash: one of the last two states, whole; or refused.
-fn check_after(disk: &Disk, states: &[Says], definition: &Definition, case: &str) -> bool {
-    match open_file(disk).and_then(|file| says(&file, definition)) {
+/// Checks the file after a crash. It must have one of the last two states, or be refused. Returns `false` if it is
+/// refused.
+fn check_after(disk: &Disk, states: &[Contents], definition: &Definition, case: &str) -> bool {
+    match open_file(disk).and_then(|file| read_contents(&file, definition)) {
         Ok(found) => {
             let last_two = &states[states.len().saturating_sub(2)..];
-            assert!(last_two.contains(&found), "{case}: {found:?}\n is neither of {last_two:?}");
+            assert!(last_two.contains(&found), "{case}: {found:?}\n is not one of {last_two:?}");
             true
         }
         Err(error) => {
@@ -132,7 +133,7 @@ fn check_after(disk: &Disk, states: &[Says], definition: &Definition, case: &str
 }
 
 #[test]
-fn after_a_power_loss_at_any_sync_the_file_says_the_last_or_the_next_commit_or_is_refused() {
+fn after_a_power_loss_at_any_sync_the_file_has_the_last_or_the_next_commit_or_is_refused() {
     let (mut cases, mut refused) = (0, 0);
     for seed in 0..LOGS {
         let writer = Writer::of_seed(seed);
@@ -144,9 +145,9 @@ fn after_a_power_loss_at_any_sync_the_file_says_the_last_or_the_next_commit_or_i
             let written = open_file(&disk).and_then(|mut file| writer.write(&mut file, &mut states));
             let mut random = seed << 32 | sync;
             disk.power_loss(&mut random);
-            disk.mend();
+            disk.repair();
             if states.is_empty() {
-                states.push(Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
+                states.push(Contents { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
             }
             cases += 1;
             refused += u32::from(!check_after(&disk, &states, &writer.definition, &case));
@@ -156,11 +157,14 @@ fn after_a_power_loss_at_any_sync_the_file_says_the_last_or_the_next_commit_or_i
         }
     }
     println!("{cases} power losses, {refused} refused");
-    assert!(cases > 500 && refused == 0, "{refused} of {cases} files refused: allowed, but never seen");
+    assert!(
+        cases > 500 && refused == 0,
+        "{refused} of {cases} files were refused, which is allowed but has never happened"
+    );
 }
 
 #[test]
-fn a_file_that_survived_power_losses_goes_on_taking_commits_and_losing_power() {
+fn a_file_that_survived_a_power_loss_accepts_commits_and_survives_further_ones() {
     for seed in 0..LOGS {
         let writer = Writer::of_seed(1000 + seed);
         let disk = Disk::default();
@@ -168,20 +172,20 @@ fn a_file_that_survived_power_losses_goes_on_taking_commits_and_losing_power() {
         for round in 0..6 {
             disk.fail_at(Some(3 + splitmix(&mut random) % 20), None);
             let mut states = Vec::new();
-            let opened =
-                open_file(&disk).and_then(|file| says(&file, &writer.definition).map(|says| (file, says)));
+            let opened = open_file(&disk)
+                .and_then(|file| read_contents(&file, &writer.definition).map(|contents| (file, contents)));
             let Ok((mut file, before)) = opened else { break };
             let _failed = writer.write(&mut file, &mut states);
             states[0] = before;
             disk.power_loss(&mut random);
-            disk.mend();
+            disk.repair();
             check_after(&disk, &states, &writer.definition, &format!("seed {seed}, round {round}"));
         }
     }
 }
 
 #[test]
-fn a_full_disk_fails_the_commit_and_leaves_the_last_one() {
+fn a_full_disk_fails_the_commit_and_keeps_the_last_one() {
     for seed in 0..6 {
         let writer = Writer::of_seed(2000 + seed);
         for write in (1..).step_by(3) {
@@ -190,9 +194,9 @@ fn a_full_disk_fails_the_commit_and_leaves_the_last_one() {
             let mut states = Vec::new();
             let written = open_file(&disk).and_then(|mut file| writer.write(&mut file, &mut states));
             disk.kill();
-            disk.mend();
+            disk.repair();
             if states.is_empty() {
-                states.push(Says { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
+                states.push(Contents { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() });
             }
             let case = format!("seed {seed}, write {write}");
             assert!(check_after(&disk, &states, &writer.definition, &case), "{case}: refused");

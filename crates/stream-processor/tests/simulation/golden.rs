@@ -1,4 +1,4 @@
-//! State files of every format, each made once and kept: every later program must read them.
+//! Golden state files, one for each format. Every later version of the program must be able to read them.
 
 use super::choices::Choices;
 use super::disk::Disk;
@@ -13,13 +13,14 @@ use crate::windows::pane::PaneShape;
 use std::io::Read as _;
 use std::path::PathBuf;
 
-/// One on time, one in the newest pane, poison, a copy, a late one: pane 0 has turned cold.
+/// An event on time, one in the newest pane, an undecodable record, a copy, and a late event. Pane 0 is cold
+/// afterwards.
 fn records() -> Vec<Rec> {
     vec![event(0, 1), event(20_000, 3), Rec::Poison, event(0, 1), event(12_000, 2)]
 }
 
-/// What this program makes of that log.
-fn made_now() -> Vec<u8> {
+/// Processes that log and returns the state file.
+fn write_state_file() -> Vec<u8> {
     let mut sim = Sim::new(records(), Choices::given(&[]), Case { on_disk: true, ..Case::default() });
     sim.world().batches = Some(vec![5]);
     sim.start(0);
@@ -63,16 +64,17 @@ fn golden(format: u32) -> Vec<u8> {
 }
 
 #[test]
-fn a_state_file_of_every_earlier_format_stays_readable() {
+fn a_state_file_of_every_format_stays_readable() {
     for format in 1..=FORMAT {
         check(golden(format), format);
     }
 }
 
-/// When this fails, the format has changed: raise `FORMAT`, keep reading the old files, and make another golden one.
+/// A failure means that the format has changed. Increase `FORMAT`, keep reading the old files, and add a golden file
+/// with `PIPELINE_NEW_GOLDEN_FILE`.
 #[test]
-fn a_state_file_made_now_says_the_same_as_the_golden_ones() {
-    let bytes = made_now();
+fn a_new_state_file_has_the_same_contents_as_the_golden_ones() {
+    let bytes = write_state_file();
     if let Some(path) = std::env::var_os("PIPELINE_NEW_GOLDEN_FILE") {
         std::fs::write(path, &bytes).unwrap();
     }

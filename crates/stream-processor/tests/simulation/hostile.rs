@@ -1,4 +1,5 @@
-//! Hostile records: each is an event or a dead letter, never a panic; and the partition takes them like any other.
+//! Hostile records. Each becomes an event or a dead letter, none causes a panic, and the partition processes all of
+//! them.
 
 use super::choices::splitmix;
 use crate::chunk::Chunk;
@@ -10,6 +11,7 @@ use crate::write_plan::{group_events, group_panes};
 use common::stream::Definition;
 
 const NOW: i64 = 1_800_000_000_000;
+/// Number of generated records.
 const GENERATED: u64 = 20_000;
 
 fn definitions() -> [Definition; 2] {
@@ -20,7 +22,7 @@ fn definitions() -> [Definition; 2] {
     .map(|(file, text)| Definition::parse(file, text).unwrap())
 }
 
-/// A record of the corpus.
+/// One record of the corpus.
 #[derive(Debug, Clone)]
 struct Hostile {
     value: Option<Vec<u8>>,
@@ -44,7 +46,7 @@ fn with_headers(headers: &[(&str, Option<&[u8]>)]) -> Hostile {
     Hostile { headers: headers.collect(), ..with_value(GOOD) }
 }
 
-/// Deep nesting, huge numbers, lone surrogates, NUL, long texts, wrong types, broken JSON.
+/// Values with deep nesting, huge numbers, lone surrogates, NUL, long texts, wrong types, or invalid JSON.
 fn values() -> Vec<Hostile> {
     let mut all = Vec::new();
     for depth in [127, 128, 129, 10_000, 1_000_000] {
@@ -92,7 +94,7 @@ fn values() -> Vec<Hostile> {
     all
 }
 
-/// Tombstones, missing, empty, doubled and foreign headers, times that lie.
+/// Records with missing, empty, repeated or unknown headers, with impossible times, or without a value.
 fn headers() -> Vec<Hostile> {
     let time =
         |text: &'static str| with_headers(&[("ce_id", Some(b"i")), ("ce_time", Some(text.as_bytes()))]);
@@ -140,7 +142,7 @@ fn headers() -> Vec<Hostile> {
     all
 }
 
-/// Good records with bytes changed, removed and doubled.
+/// Valid records with bytes changed, removed, inserted and repeated.
 fn generated() -> impl Iterator<Item = Hostile> {
     (0..GENERATED).map(|seed| {
         let mut random = seed;
@@ -154,7 +156,7 @@ fn generated() -> impl Iterator<Item = Hostile> {
                 2 => value.extend_from_within(at.min(value.len())..),
                 3 => value
                     .splice(at..at, [b'[', b'{', b'"', b'\\', b'9', 0, 0xed][at % 7..].to_vec())
-                    .count_all(),
+                    .exhaust(),
                 _ => {
                     let header = splitmix(&mut random) as usize % 2;
                     let of = hostile.headers[header].1.get_or_insert_default();
@@ -168,14 +170,14 @@ fn generated() -> impl Iterator<Item = Hostile> {
     })
 }
 
-trait CountAll: Iterator + Sized {
-    /// Carries the replacement out.
-    fn count_all(self) {
+trait Exhaust: Iterator + Sized {
+    /// Consumes the iterator, which completes the splice.
+    fn exhaust(self) {
         self.for_each(drop);
     }
 }
 
-impl<I: Iterator> CountAll for I {}
+impl<I: Iterator> Exhaust for I {}
 
 fn decode(decoder: &Decoder, offset: i64, hostile: &Hostile, chunk: &mut Chunk) {
     let headers: Vec<(&str, Option<&[u8]>)> =
@@ -190,8 +192,8 @@ fn decode(decoder: &Decoder, offset: i64, hostile: &Hostile, chunk: &mut Chunk) 
     decoder.decode(&record, chunk);
 }
 
-/// Each record by itself and all of them as batches: none is lost, and every total is accounted for.
-fn take(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
+/// Decodes a corpus and applies it in batches. No record may be lost, and the totals must add up.
+fn process(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
     let decoder = Decoder::new(definition, 0);
     let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
     let panes = Panes::new(PaneShape::new(definition), times, 1 << 16, i64::MIN);
@@ -209,19 +211,19 @@ fn take(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
         }
         if chunk.len() == 100 {
             let full = std::mem::replace(&mut chunk, decoder.chunk());
-            batch(definition, &mut partition, &full);
+            apply_batch(definition, &mut partition, &full);
         }
     }
     if !chunk.is_empty() {
-        batch(definition, &mut partition, &chunk);
+        apply_batch(definition, &mut partition, &chunk);
     }
     assert_eq!((partition.position.next_offset, partition.position.totals.records()), (next, next));
     assert!(partition.position.totals.events > 0 && partition.position.totals.dead_letters > 0);
 }
 
-fn batch(definition: &Definition, partition: &mut Partition, chunk: &Chunk) {
-    let asked = partition.questions(chunk).keys;
-    let applied = partition.apply(chunk, &asked, &vec![None; asked.len()]).unwrap();
+fn apply_batch(definition: &Definition, partition: &mut Partition, chunk: &Chunk) {
+    let lookups = partition.questions(chunk).keys;
+    let applied = partition.apply(chunk, &lookups, &vec![None; lookups.len()]).unwrap();
     let rows: usize =
         group_events(chunk, &applied.rows, definition.store.bucket).iter().map(|g| g.events.len()).sum();
     assert_eq!(rows, applied.rows.len());
@@ -233,28 +235,28 @@ fn batch(definition: &Definition, partition: &mut Partition, chunk: &Chunk) {
 }
 
 #[test]
-fn hostile_values_are_events_or_dead_letters_and_the_partition_goes_on() {
+fn hostile_values_are_events_or_dead_letters_and_the_partition_processes_all() {
     for definition in definitions() {
-        take(&definition, values().into_iter().chain([with_value(GOOD)]));
+        process(&definition, values().into_iter().chain([with_value(GOOD)]));
     }
 }
 
 #[test]
-fn hostile_headers_and_lying_times_are_events_or_dead_letters_and_the_partition_goes_on() {
+fn hostile_headers_and_times_are_events_or_dead_letters_and_the_partition_processes_all() {
     for definition in definitions() {
-        take(&definition, headers().into_iter());
+        process(&definition, headers().into_iter());
     }
 }
 
 #[test]
-fn broken_records_are_events_or_dead_letters_and_the_partition_goes_on() {
+fn corrupted_records_are_events_or_dead_letters_and_the_partition_processes_all() {
     for definition in definitions() {
-        take(&definition, generated());
+        process(&definition, generated());
     }
 }
 
 #[test]
-fn a_value_too_large_to_ever_be_written_is_a_dead_letter_and_counts_against_the_chunks_bytes() {
+fn a_value_too_large_to_be_written_is_a_dead_letter_and_counts_in_the_bytes_of_the_chunk() {
     assert_eq!(MAX_VALUE_BYTES, common::kafka::MAX_MESSAGE_BYTES);
     let decoder = Decoder::new(&definitions()[0], 0);
     let mut chunk = decoder.chunk();

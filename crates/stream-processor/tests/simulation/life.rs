@@ -1,7 +1,7 @@
-//! One process of the processor: the real start decision, decoder, first-record check and worker on a runtime of its own,
-//! which is dropped when the process is killed.
+//! One simulated process (a "life"): the real start decision, decoder, first-record check and worker on a separate
+//! runtime. The runtime is dropped when the process is killed.
 
-use super::fakes::Outside;
+use super::fakes::FakeServers;
 use super::log::Rec;
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::Mutation;
@@ -16,7 +16,7 @@ use crate::poison_gate::PoisonLimits;
 use crate::start::{Facts, RecoverPolicy, Start};
 use crate::state::Checkpoint;
 use crate::store::Assumed;
-use crate::windows::hot::COLD_PANES_MOST;
+use crate::windows::hot::MAX_COLD_PANES;
 use crate::windows::pane::PaneShape;
 use crate::worker::{Chunks, Fetched, Worker};
 use common::admin::Health;
@@ -30,43 +30,43 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// What every process of a run shares.
+/// Everything that all processes of a run share.
 #[derive(Clone)]
-pub struct Setting {
+pub struct Environment {
     /// The world.
     pub world: Shared,
-    /// The stream.
+    /// Definition of the stream.
     pub definition: Arc<Definition>,
-    /// Metrics; nobody reads them.
+    /// Metrics, which are not read.
     pub metrics: Arc<Metrics>,
 }
 
 /// How a process is started.
 #[derive(Debug, Clone, Copy)]
-pub struct StartWith {
-    /// `--replay`.
+pub struct StartOptions {
+    /// Whether to start with `--replay`.
     pub replay: bool,
-    /// Bytes of panes and filters.
-    pub memory_most: usize,
-    /// Cold panes kept between batches.
-    pub cold_most: usize,
+    /// Maximum bytes for hot panes and filters.
+    pub max_memory_bytes: usize,
+    /// Maximum number of cold panes kept between batches.
+    pub max_cold: usize,
 }
 
-impl Default for StartWith {
-    fn default() -> StartWith {
-        StartWith { replay: false, memory_most: usize::MAX, cold_most: COLD_PANES_MOST }
+impl Default for StartOptions {
+    fn default() -> StartOptions {
+        StartOptions { replay: false, max_memory_bytes: usize::MAX, max_cold: MAX_COLD_PANES }
     }
 }
 
 /// A running process.
 pub struct Life {
-    /// Its number.
+    /// Number of the process.
     pub id: usize,
-    /// The machine it runs on.
+    /// Number of the machine it runs on.
     pub machine: usize,
-    /// Asks it to stop.
+    /// Requests a graceful stop.
     pub stop: CancellationToken,
-    /// How it ended, once it has.
+    /// The result, once the process has ended.
     pub ended: Option<Result<(), ProcessorError>>,
     committed: Arc<AtomicI64>,
     disk: Arc<Mutex<Machine>>,
@@ -78,38 +78,38 @@ pub struct Life {
 impl Life {
     /// Starts process `id` on machine number `machine`.
     pub fn start(
-        setting: &Setting,
+        environment: &Environment,
         id: usize,
         (machine, disk): (usize, Arc<Mutex<Machine>>),
-        with: StartWith,
+        options: StartOptions,
     ) -> Life {
         let runtime = Builder::new_current_thread().build().unwrap();
         let stop = CancellationToken::new();
         let committed = Arc::new(AtomicI64::new(0));
         let skew = [0, -1_000_000, 1_000_000][machine % 3];
-        let outside = Outside {
-            world: setting.world.clone(),
+        let servers = FakeServers {
+            world: environment.world.clone(),
             life: id,
             who: format!("{id}@{machine}"),
-            shape: PaneShape::new(&setting.definition),
-            epoch: 2_000_000 + setting.world.lock().clock * 1000 + skew,
+            shape: PaneShape::new(&environment.definition),
+            epoch: 2_000_000 + environment.world.lock().clock * 1000 + skew,
             before_write: Mutex::default(),
-            put_off: Mutex::default(),
+            deferred: Mutex::default(),
             machine: Arc::clone(&disk),
         };
         let process = Process {
-            setting: setting.clone(),
-            outside: Arc::new(outside),
+            environment: environment.clone(),
+            servers: Arc::new(servers),
             committed: Arc::clone(&committed),
             stop: stop.clone(),
-            with,
+            options,
         };
         let handle = runtime.spawn(process.run());
-        let world = setting.world.clone();
+        let world = environment.world.clone();
         Life { id, machine, stop, ended: None, committed, disk, world, runtime: Some(runtime), handle }
     }
 
-    /// Lets it run until every task of it waits.
+    /// Runs the process until all its tasks wait.
     pub fn settle(&mut self) {
         let Some(runtime) = &self.runtime else { return };
         runtime.block_on(async {
@@ -122,46 +122,48 @@ impl Life {
             let ended = ended.unwrap_or_else(|e| Err(ProcessorError::Fatal(format!("panicked: {e}"))));
             self.ended = Some(ended);
         }
-        let told = self.committed.load(Ordering::Acquire);
+        let group_offset = self.committed.load(Ordering::Acquire);
         let mut world = self.world.lock();
-        let committed = world.committed.get(&self.id).copied().unwrap_or(told);
-        if world.watch && told > committed {
-            world.bad("the group's offset is ahead of the commit", || format!("{told} > {committed}"));
+        let committed = world.committed.get(&self.id).copied().unwrap_or(group_offset);
+        if world.watch && group_offset > committed {
+            world.violate("the group's offset is ahead of the commit", || {
+                format!("{group_offset} > {committed}")
+            });
         }
     }
 
-    /// `kill -9`: nothing of it goes on, but what it has sent may still land.
+    /// Kills the process like `kill -9`. Writes that it has already sent may still take effect.
     pub fn kill(&mut self) {
         if let Volume::Disk(disk) = &self.disk.lock().unwrap_or_else(PoisonError::into_inner).volume {
             disk.kill();
         }
         self.runtime = None;
-        self.world.lock().died(self.id);
+        self.world.lock().remove_process(self.id);
     }
 }
 
 struct Process {
-    setting: Setting,
-    outside: Arc<Outside>,
+    environment: Environment,
+    servers: Arc<FakeServers>,
     committed: Arc<AtomicI64>,
     stop: CancellationToken,
-    with: StartWith,
+    options: StartOptions,
 }
 
 impl Process {
     async fn run(self) -> Result<(), ProcessorError> {
-        let Setting { world, definition, metrics } = self.setting.clone();
-        let machine = Arc::clone(&self.outside.machine);
-        let checkpoint = SimCheckpoint::open(world.clone(), self.outside.life, machine);
+        let Environment { world, definition, metrics } = self.environment.clone();
+        let machine = Arc::clone(&self.servers.machine);
+        let checkpoint = SimCheckpoint::open(world.clone(), self.servers.life, machine);
         let mut state = checkpoint.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
-        let outages = crate::store::Store::outages(&*self.outside);
-        let mut progress = crate::store::Store::progress(&*self.outside, 0).await?;
+        let outages = crate::store::Store::outages(&*self.servers);
+        let mut progress = crate::store::Store::progress(&*self.servers, 0).await?;
         let (low, high, mutation) = {
             let world = world.lock();
             (world.topic().low, world.topic().high(), world.mutation)
         };
         let found = state.facts();
-        let stale = mutation == Some(Mutation::StaleState) && !self.with.replay;
+        let stale = mutation == Some(Mutation::StaleState) && !self.options.replay;
         if let (true, Some(progress), Some(found)) = (stale, &mut progress, &found) {
             let next_offset = &mut progress.position.next_offset;
             *next_offset = (*next_offset).min(found.position.next_offset);
@@ -171,9 +173,9 @@ impl Process {
         {
             progress.written_to = None;
         }
-        let skips = crate::store::Store::skips(&*self.outside, 0).await?;
+        let skips = crate::store::Store::skips(&*self.servers, 0).await?;
         let layout = definition.layout();
-        let from_zero = self.with.replay && mutation == Some(Mutation::ReplayHot);
+        let from_zero = self.options.replay && mutation == Some(Mutation::ReplayHot);
         let facts = Facts {
             partition: 0,
             state: found.filter(|_| !from_zero),
@@ -184,34 +186,35 @@ impl Process {
             cluster_id: "simulated",
             skips: &skips,
             recover: RecoverPolicy::Auto,
-            replay: self.with.replay,
+            replay: self.options.replay,
         };
-        let look = |offset| Ok(Some(world.lock().compared(offset)));
-        let (start, mut partition) = begin(&mut state, &facts, &definition, self.with.memory_most, look)?;
-        partition.panes.cold_most = self.with.cold_most;
-        let who = &self.outside.who;
-        world.lock().say(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));
+        let look = |offset| Ok(Some(world.lock().found_fingerprint(offset)));
+        let (start, mut partition) =
+            begin(&mut state, &facts, &definition, self.options.max_memory_bytes, look)?;
+        partition.panes.max_cold = self.options.max_cold;
+        let who = &self.servers.who;
+        world.lock().note(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));
         self.committed.store(start.position.next_offset, Ordering::Release);
-        world.lock().committed.insert(self.outside.life, start.position.next_offset);
+        world.lock().committed.insert(self.servers.life, start.position.next_offset);
         let worker = Worker {
             id: 0,
             bucket: definition.store.bucket,
             state,
             partition,
             assumed: Assumed { noted: start.written_to, outages },
-            store: Arc::clone(&self.outside),
-            dead_letters: Arc::clone(&self.outside),
+            store: Arc::clone(&self.servers),
+            dead_letters: Arc::clone(&self.servers),
             limits: PoisonLimits { consecutive: u32::MAX, window_poison: u32::MAX },
             health: Health::new(Duration::from_secs(60), &[]),
             holdings: Holdings::default(),
             metrics,
             committed: self.committed,
         };
-        worker.run(fetch(world, self.outside.life, &definition, start), self.stop).await
+        worker.run(fetch(world, self.servers.life, &definition, start), self.stop).await
     }
 }
 
-/// Decodes batches of a size the schedule chooses, at most one ahead.
+/// Starts a fetcher that decodes batches of sizes chosen by the schedule. It is at most one batch ahead of the worker.
 fn fetch(world: Shared, life: usize, definition: &Definition, start: Start) -> Chunks {
     let (sender, chunks) = mpsc::channel(1);
     let decoder = Decoder::new(definition, 0);
@@ -219,9 +222,9 @@ fn fetch(world: Shared, life: usize, definition: &Definition, start: Start) -> C
         let mut fetcher =
             Fetcher { world, life, decoder, first: FirstRecord::new(&start), next: start.fetch_from };
         if let Some(skip) = start.skip {
-            let is_out = fetcher.world.lock().mutation == Some(Mutation::RecordSkips);
+            let is_active = fetcher.world.lock().mutation == Some(Mutation::RecordSkips);
             let (first_offset, next_offset) = (skip.end, skip.end);
-            let skipped = Some(skip).filter(|_| !is_out);
+            let skipped = Some(skip).filter(|_| !is_active);
             let chunk = Chunk { first_offset, next_offset, skipped, ..fetcher.decoder.chunk() };
             if sender.send(Ok(Fetched::Chunk(Box::new(chunk)))).await.is_err() {
                 return;
@@ -247,7 +250,7 @@ struct Fetcher {
 }
 
 impl Fetcher {
-    /// The next chunk; quiet at the end of the log.
+    /// Returns the next chunk, or `Quiet` at the end of the log.
     fn next(&mut self) -> Result<Fetched, ProcessorError> {
         let (mut world, life) = (self.world.lock(), self.life);
         loop {
@@ -256,15 +259,15 @@ impl Fetcher {
                 return Ok(Fetched::Quiet);
             }
             if next < world.topic().low {
-                // What Kafka says of an offset that retention has removed.
+                // Kafka reports an offset that retention has removed as out of range.
                 world.failing.insert(life);
-                world.say(|| format!("{life}: offset {next} is out of range"));
+                world.note(|| format!("{life}: offset {next} is out of range"));
                 return Err(ProcessorError::Reopen("out of range".into()));
             }
             let damaged = world.topic().damaged.clone();
             if damaged.contains(&next) {
                 world.failing.insert(life);
-                world.say(|| format!("{life}: offset {next} cannot be read"));
+                world.note(|| format!("{life}: offset {next} cannot be read"));
                 let halt = Halt { partition: 0, offset: next, cause: "damaged".into(), readable_from: None };
                 return Err(halt.into());
             }
@@ -272,7 +275,7 @@ impl Fetcher {
             let admitted = if is_marker {
                 self.first.passed(0, next + 1).map(|()| next >= self.first.next_offset())
             } else {
-                self.first.admit(0, next, || world.compared(next))
+                self.first.admit(0, next, || world.found_fingerprint(next))
             };
             if !admitted? {
                 self.next += 1;
@@ -294,7 +297,7 @@ impl Fetcher {
     }
 }
 
-/// Lets hashes collide; and takes out what recognises copies, where that is to be shown.
+/// Masks the hashes so that they collide, and applies the mutations `IdOnly` and `CopiesInOneBatch`.
 fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
     for index in 0..chunk.events.len() {
         let id = chunk.id(&chunk.events[index]).to_vec();
@@ -304,7 +307,7 @@ fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
         }
         event.hash &= hash_mask;
         if mutation == Some(Mutation::CopiesInOneBatch) {
-            // Each copy gets an id of its own, which the tables do not see.
+            // A mark makes the id of each copy unique. The tables store the id without it.
             let marked = [id, vec![1; index]].concat();
             event.id = (chunk.arena.len() as u32, marked.len() as u32);
             chunk.arena.extend_from_slice(&marked);
@@ -312,7 +315,7 @@ fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
     }
 }
 
-/// A new machine's volume: in memory, or a real state file on a simulated disk that is as new.
+/// Creates an empty volume, either in memory or for a real state file on a simulated disk.
 pub fn new_volume(on_disk: bool) -> Volume {
     if on_disk { Volume::Disk(super::disk::Disk::default()) } else { Volume::Memory(Box::default()) }
 }

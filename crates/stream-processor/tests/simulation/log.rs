@@ -1,5 +1,5 @@
-//! The logs of the simulation and their oracle: what the log below an offset says, recomputed from the records, sharing no
-//! code with the processor's decoder and windows.
+//! Simulated logs and their oracle. The oracle computes the exact state for the log below an offset from the records,
+//! without code of the processor's decoder and windows.
 
 use super::choices::Choices;
 use super::mutations::{self, Mutation};
@@ -12,15 +12,15 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Pane length.
+/// Pane length in milliseconds.
 pub const PANE_MS: i64 = 10_000;
-/// Allowed lateness: half a pane, as in the model.
+/// Allowed lateness in milliseconds: half a pane, as in the protocol model.
 pub const LATENESS_MS: i64 = 5_000;
-/// How far time leaps, where it does: rows from before it have expired. Of whole panes and buckets.
+/// Size of a leap in time, after which earlier rows have expired. A multiple of the pane and bucket lengths.
 pub const LEAP_MS: i64 = 400 * 86_400_000;
-/// Further ahead than any event may be of its record.
+/// Event time that is too far ahead of any record's timestamp.
 const FAR_MS: i64 = 70 * 365 * 86_400_000;
-/// Start of pane 0: two panes before a bucket of ten minutes ends, so that panes lie in two buckets.
+/// Start of pane 0 in Unix milliseconds. A ten-minute bucket ends two panes later, so the panes are in two buckets.
 pub const BASE_MS: i64 = 1_800_000_000_000 - 2 * PANE_MS;
 const KINDS: [Option<&str>; 4] = [Some("a"), Some("b"), Some("else"), None];
 const SCORES: [Option<f64>; 5] = [Some(5.1), Some(12.3), Some(-3.7), Some(0.1), None];
@@ -62,7 +62,7 @@ step = 10
 count = 2
 "#;
 
-/// The stream of every simulated log; `ttl_seconds` 0: rows live forever.
+/// Returns the stream definition of all simulated logs. With a `ttl_seconds` of 0, rows never expire.
 pub fn definition(ttl_seconds: i64) -> Definition {
     let mut definition = Definition::parse("simulated.toml", DEFINITION).unwrap();
     definition.store.ttl_seconds = ttl_seconds;
@@ -72,38 +72,38 @@ pub fn definition(ttl_seconds: i64) -> Definition {
 /// One event of a log.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Event {
-    /// Milliseconds after [`BASE_MS`].
+    /// Event time in milliseconds after [`BASE_MS`].
     pub at: i64,
-    /// Names the id.
+    /// Number of the id, see [`id_of`].
     pub id: u32,
-    /// Number of the kind.
+    /// Index in `KINDS`.
     pub kind: usize,
-    /// Number of the score.
+    /// Index in `SCORES`.
     pub score: usize,
 }
 
 /// One record of a log.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rec {
-    /// An event.
+    /// A valid event.
     Event(Event),
-    /// Something else.
+    /// A record that is not JSON.
     Poison,
-    /// An event whose rows may have expired: poison by its record's time stamp.
+    /// An event whose rows may have expired, according to its record's timestamp. Undecodable.
     TooOld(Event),
-    /// An event far ahead of its record's time stamp: poison.
+    /// An event too far ahead of its record's timestamp. Undecodable.
     TooFar(Event),
-    /// The end of a transaction, or a record of one that was aborted: it takes an offset and is never delivered.
+    /// A transaction marker or a record of an aborted transaction. It has an offset but is never delivered.
     Marker,
 }
 
-/// A shorthand: the event `id` at `at` milliseconds.
+/// Returns an event with id number `id` at `at` milliseconds. Kind and score follow from the id.
 pub fn event(at: i64, id: u32) -> Rec {
     Rec::Event(Event { at, id, kind: id as usize % 4, score: id as usize % 5 })
 }
 
-/// 2 to 12 records over three to five panes: copies, disorder, very late ones, one id at several times, poison of each kind,
-/// transaction markers.
+/// Generates 2 to 12 records over three to five panes: copies, disorder, very late events, one id at several times,
+/// undecodable records of each kind, and transaction markers.
 pub fn random(choices: &mut Choices) -> Vec<Rec> {
     let count = 2 + choices.pick(11, 85);
     let mut log = Vec::new();
@@ -114,7 +114,7 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
         let earlier = |choices: &mut Choices| seen[choices.index(seen.len(), 60)];
         let event = match sort {
             1 => {
-                // Sent again: what a copy carries beside its key does not matter.
+                // A copy may differ from the first record in everything except its key.
                 let copy = earlier(choices);
                 Event { score: (copy.score + choices.index(2, 20)) % SCORES.len(), ..copy }
             }
@@ -155,32 +155,32 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
     log
 }
 
-/// What a pane row must be.
+/// The exact values of a pane row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PaneRow {
-    /// Events.
+    /// Number of events.
     pub count: i64,
-    /// Events with a score.
+    /// Number of events with a score.
     pub scored: i64,
-    /// Sum of the scores in the order of the log.
+    /// Sum of the scores, added in log order.
     pub sum: f64,
-    /// Least and greatest score, where there is one.
+    /// Minimum and maximum score. `None` without a score.
     pub bounds: Option<(f64, f64)>,
 }
 
-/// (pane start, dimension, value).
+/// Pane start, dimension and value of a pane row.
 pub type PaneKey = (i64, String, String);
 
-/// What a log says.
+/// The exact state for a log.
 #[derive(Debug, Clone, Default)]
 pub struct Exact {
-    /// Every pane row.
+    /// All pane rows.
     pub panes: BTreeMap<PaneKey, PaneRow>,
-    /// Totals.
+    /// Totals of the progress row.
     pub totals: Totals,
     /// Highest event time.
     pub seen_to: Option<i64>,
-    /// (event time, id) → first offset, with what its row holds.
+    /// (event time, id) → first offset and the event in its row.
     pub rows: BTreeMap<(i64, String), (i64, Event)>,
     /// Offsets of the dead letters.
     pub dead: Vec<i64>,
@@ -216,8 +216,8 @@ impl Exact {
         };
         let start = BASE_MS + event.at / PANE_MS * PANE_MS;
         for (dimension, value) in [("", ""), ("kind", kind), ("score", score)] {
-            let fresh = PaneRow { count: 0, scored: 0, sum: 0.0, bounds: None };
-            let row = self.panes.entry((start, dimension.to_owned(), value.to_owned())).or_insert(fresh);
+            let empty = PaneRow { count: 0, scored: 0, sum: 0.0, bounds: None };
+            let row = self.panes.entry((start, dimension.to_owned(), value.to_owned())).or_insert(empty);
             row.count += 1;
             if let Some(score) = SCORES[event.score] {
                 row.scored += 1;
@@ -229,12 +229,12 @@ impl Exact {
     }
 }
 
-/// The id that number `id` stands for.
+/// Returns the event id with number `id`.
 pub fn id_of(id: u32) -> String {
     format!("e{id}")
 }
 
-/// The CQL bytes of an event's declared columns.
+/// Returns the CQL bytes of an event's declared columns. `None` means unset.
 pub fn columns_of(event: &Event) -> [Option<Vec<u8>>; 2] {
     [
         KINDS[event.kind].map(|kind| kind.as_bytes().to_vec()),
@@ -242,22 +242,22 @@ pub fn columns_of(event: &Event) -> [Option<Vec<u8>>; 2] {
     ]
 }
 
-/// A partition's log, with what each prefix of it says.
+/// The log of one partition, with the exact state for each prefix.
 pub struct Log {
-    /// The records.
+    /// All records, from offset 0 on. Retention only raises `low`.
     pub records: Vec<Rec>,
-    /// First offset that retention has left.
+    /// First offset that retention has not removed.
     pub low: i64,
-    /// Number `n`: what the first `n` records say.
+    /// The exact state after each number of records.
     pub exact: Vec<Arc<Exact>>,
-    /// Told apart from another log of the same records.
+    /// Offset added to all timestamps. It distinguishes logs with the same records.
     pub broker: i64,
     /// Offsets that cannot be read.
     pub damaged: Range<i64>,
 }
 
 impl Log {
-    /// Of these records, none of them removed.
+    /// Creates a log from which no record was removed.
     pub fn new(records: Vec<Rec>) -> Log {
         let mut log = Log { records, low: 0, exact: Vec::new(), broker: 0, damaged: 0..0 };
         log.recompute();
@@ -277,13 +277,13 @@ impl Log {
         }
     }
 
-    /// Offsets that nobody has read yet can no longer be read: an operator will have them skipped.
+    /// Makes a range of unfetched offsets unreadable. An operator will mark them to be skipped.
     pub fn damage(&mut self, damaged: Range<i64>) {
         self.damaged = damaged;
         self.recompute();
     }
 
-    /// The last record below `offset`.
+    /// Returns the last readable record below `offset`.
     pub fn last_record_below(&self, offset: i64) -> Option<LastRecord> {
         let is_record =
             |at: &i64| !matches!(self.records[*at as usize], Rec::Marker) && !self.damaged.contains(at);
@@ -291,22 +291,22 @@ impl Log {
         Some(LastRecord { offset, fingerprint: self.fingerprint(offset) })
     }
 
-    /// Offset after the last record.
+    /// Returns the offset after the last record.
     pub fn high(&self) -> i64 {
         self.records.len() as i64
     }
 
-    /// What the log below `offset` says.
+    /// Returns the exact state for the log below `offset`.
     pub fn below(&self, offset: i64) -> &Arc<Exact> {
         &self.exact[offset as usize]
     }
 
-    /// What the whole log says.
+    /// Returns the exact state for the whole log.
     pub fn all(&self) -> &Arc<Exact> {
         self.below(self.high())
     }
 
-    /// The offset from which time has leapt: that of the first event whose rows may have expired.
+    /// Returns the offset of the leap in time, which is that of the first event whose rows may have expired.
     pub fn leap(&self) -> Option<i64> {
         self.records.iter().position(|rec| matches!(rec, Rec::TooOld(_))).map(|at| at as i64)
     }
@@ -326,7 +326,7 @@ impl Log {
         }
     }
 
-    /// Identity of the record at `offset`.
+    /// Returns the fingerprint of the record at `offset`.
     pub fn fingerprint(&self, offset: i64) -> i64 {
         fingerprint(b"", &self.value(offset), self.timestamp(offset))
     }
@@ -354,7 +354,7 @@ impl Log {
         }
         chunk.last_record =
             self.last_record_below(offsets.end).filter(|record| record.offset >= offsets.start);
-        if !mutations::is_out(Mutation::FollowPosition) {
+        if !mutations::is_active(Mutation::FollowPosition) {
             chunk.next_offset = offsets.end;
         }
         chunk

@@ -1,5 +1,5 @@
-//! Machines with their checkpoint volumes, and the checkpoint of one process on them: in memory, or a real state file on a
-//! simulated disk.
+//! Machines with checkpoint volumes, and the checkpoint of one process. A volume is either in memory or a real state
+//! file on a simulated disk.
 
 use super::disk::Disk;
 use super::log::{BASE_MS, LATENESS_MS, PANE_MS};
@@ -12,12 +12,12 @@ use crate::windows::pane::Pane;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Locks, whoever panicked before.
+/// Locks a mutex, even if it is poisoned.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a state file holds, in memory.
+/// The contents of a state file, in memory.
 #[derive(Debug, Clone, Default)]
 pub struct Image {
     head: Option<Head>,
@@ -25,10 +25,10 @@ pub struct Image {
     seen: BTreeMap<(i64, i64), Vec<u64>>,
 }
 
-/// A machine's checkpoint volume.
+/// The checkpoint volume of a machine.
 #[derive(Debug)]
 pub enum Volume {
-    /// A state file without redb: fast.
+    /// A state file without redb, which is fast.
     Memory(Box<Image>),
     /// A real state file on a simulated disk.
     Disk(Disk),
@@ -42,7 +42,7 @@ impl Volume {
         }
     }
 
-    /// Empty, of the same sort.
+    /// Returns an empty volume of the same variant.
     pub fn wiped(&self) -> Volume {
         match self {
             Volume::Memory(_) => Volume::Memory(Box::default()),
@@ -51,30 +51,30 @@ impl Volume {
     }
 }
 
-/// A machine: its volume, and what the volume held before.
+/// A machine: its volume and backups of the volume.
 #[derive(Debug)]
 pub struct Machine {
-    /// The volume.
+    /// The current volume.
     pub volume: Volume,
-    /// Earlier contents, oldest first: what a backup could bring back.
+    /// Earlier contents of the volume, oldest first.
     pub backups: Vec<Volume>,
-    /// For the mutation that publishes before the commit.
+    /// A commit that is not on the volume yet, for the mutation `PublishBeforeCommit`.
     pending: Option<Image>,
 }
 
 impl Machine {
-    /// With an empty volume.
+    /// Creates a machine without backups.
     pub fn new(volume: Volume) -> Machine {
         Machine { volume, backups: Vec::new(), pending: None }
     }
 
-    /// The volume is gone, or replaced.
+    /// Replaces the volume.
     pub fn replace(&mut self, volume: Volume) {
         self.volume = volume;
         self.pending = None;
     }
 
-    /// What was put off is on the volume.
+    /// Moves a deferred commit to the volume.
     pub fn settle(&mut self) {
         if let Some(image) = self.pending.take() {
             self.volume = Volume::Memory(Box::new(image));
@@ -82,7 +82,7 @@ impl Machine {
     }
 }
 
-/// Opens the state file on a disk, as `StateFile::open` does.
+/// Opens the state file on a disk in the same way as `StateFile::open`.
 pub fn open_file(disk: &Disk) -> Result<StateFile, StateError> {
     let opened = StateFile::with_backend("simulated", disk.attach());
     if opened.is_err() && never_finished(&disk.bytes()) {
@@ -92,7 +92,7 @@ pub fn open_file(disk: &Disk) -> Result<StateFile, StateError> {
     opened
 }
 
-/// The checkpoint of one process.
+/// The checkpoint that one process uses.
 pub struct SimCheckpoint {
     world: Shared,
     life: usize,
@@ -102,7 +102,7 @@ pub struct SimCheckpoint {
 }
 
 impl SimCheckpoint {
-    /// Opens what is on the machine's volume.
+    /// Opens the state file on the volume of `machine`.
     pub fn open(
         world: Shared,
         life: usize,
@@ -153,23 +153,26 @@ impl SimCheckpoint {
         }
         let kept = image.panes.keys().chain(image.seen.keys().map(|(start, _)| start));
         if let Some(start) = kept.into_iter().find(|start| **start < panes.hot_from) {
-            return Err(broken(&format!("pane {start} was closed, but never dropped")));
+            return Err(broken(&format!("pane {start} is cold, but was never dropped")));
         }
         Ok(())
     }
 }
 
-/// What is committed has closed the panes that its position closes, and keeps nothing of them: else the file would only grow.
-fn check_border(world: &mut World, commit: &Commit<'_>) {
+/// Checks that a commit moves `hot_from` as far as its position requires, and keeps no pane below it. Otherwise the
+/// file would only grow.
+fn check_hot_from(world: &mut World, commit: &Commit<'_>) {
     let panes = &commit.partition.panes;
-    let closed = commit.partition.position.seen_to.map_or(i64::MIN, |seen_to| {
+    let required = commit.partition.position.seen_to.map_or(i64::MIN, |seen_to| {
         BASE_MS + (seen_to - LATENESS_MS - BASE_MS).div_euclid(PANE_MS) * PANE_MS
     });
-    if panes.hot_from < closed {
-        world.bad("the committed border is behind its position", || format!("{} < {closed}", panes.hot_from));
+    if panes.hot_from < required {
+        world.violate("the committed hot_from is behind its position", || {
+            format!("{} < {required}", panes.hot_from)
+        });
     }
     if panes.hot.keys().any(|start| *start < panes.hot_from) {
-        world.bad("a pane is kept hot below the border", || format!("{}", panes.hot_from));
+        world.violate("a pane below hot_from is still hot", || format!("{}", panes.hot_from));
     }
 }
 
@@ -193,7 +196,7 @@ impl Checkpoint for SimCheckpoint {
         }
         panes.hot_from = self.image.head.as_ref().map_or(i64::MIN, |head| head.hot_from);
         for (start, bytes) in &self.image.panes {
-            let pane = Pane::decode(&panes.shape, bytes).ok_or_else(|| broken("a pane"))?;
+            let pane = Pane::decode(&panes.shape, bytes).ok_or_else(|| broken("a pane cannot be decoded"))?;
             panes.hot_mut(*start).1.pane = pane;
         }
         for ((start, _), hashes) in &self.image.seen {
@@ -216,21 +219,21 @@ impl Checkpoint for SimCheckpoint {
         let (life, next) = (self.life, position.next_offset);
         let failure = {
             let mut world = self.world.lock();
-            // A commit on top of lost history is found out by the next look at the tables.
+            // A commit on top of lost history is detected when the process next reads the tables.
             if world.watch && world.has_confirmed(life) {
                 world.check_written(next, "the commit");
             }
             let exact = world.log.below(next).totals;
             if world.watch && next >= position.count_from && position.totals != exact {
-                world.bad("committed totals are not those of the offset", || {
+                world.violate("committed totals are not those of the offset", || {
                     format!("{position:?}, {exact:?}")
                 });
             }
             if world.watch {
-                check_border(&mut world, commit);
+                check_hot_from(&mut world, commit);
             }
             world.steps += 1;
-            if world.fail_at == Some(world.steps) { 1 } else { world.fault(3, 3) }
+            if world.fail_at == Some(world.steps) { 1 } else { world.draw_fault(3, 3) }
         };
         if failure != 1 {
             self.change(commit)?;
@@ -239,12 +242,12 @@ impl Checkpoint for SimCheckpoint {
         let mut world = self.world.lock();
         if failure > 0 {
             world.failing.insert(life);
-            world.say(|| {
-                format!("{life}: the commit fails{}", if failure == 2 { ", but is on the disk" } else { "" })
+            world.note(|| {
+                format!("{life}: the commit fails{}", if failure == 2 { ", but is on disk" } else { "" })
             });
-            return Err(broken("told to fail"));
+            return Err(broken("injected failure"));
         }
-        world.say(|| format!("{life}: commit {position:?} hot from {}", commit.partition.panes.hot_from));
+        world.note(|| format!("{life}: commit {position:?} hot from {}", commit.partition.panes.hot_from));
         if !(world.watch && world.mutation == Some(Mutation::PublishBeforeCommit)) {
             world.committed.insert(life, next);
         }

@@ -1,13 +1,15 @@
-//! Every step × every fault, hot and cold, on real state files: killed, the write fails for good, the volume is wiped, the disk of
-//! the state file is full. Then the partition starts again and must come to what the log says.
+//! Injects every fault at every step, with hot and with cold panes, on real state files: a kill, a permanent write
+//! failure, a wiped volume, a replay, a power loss, and a full disk. The partition is then restarted and must reach the
+//! exact end state.
 
 use super::choices::Choices;
-use super::life::StartWith;
+use super::life::StartOptions;
 use super::log::{Rec, event};
 use super::machine::Volume;
 use super::schedule::{Case, Sim};
 
-/// Six batches: on time, copies in a batch and across batches, disorder, very late, one id at two times, poison.
+/// The records of six batches: events on time, out of order and very late, copies within and across batches, one id at
+/// two times, and undecodable records.
 fn records() -> Vec<Rec> {
     let (a, b, c) = (event(0, 1), event(4_999, 2), event(10_000, 3));
     let (d, e) = (event(20_000, 4), event(14_999, 5));
@@ -41,10 +43,10 @@ enum Fault {
 }
 
 fn sim(cold: bool) -> Sim {
-    let case = Case { on_disk: true, story: true, ..Case::default() };
+    let case = Case { on_disk: true, trace: true, ..Case::default() };
     let mut sim = Sim::new(records(), Choices::given(&[]), case);
     if cold {
-        sim.with = StartWith { memory_most: 0, cold_most: 0, ..sim.with };
+        sim.start_options = StartOptions { max_memory_bytes: 0, max_cold: 0, ..sim.start_options };
     }
     sim.world().batches = Some(SIZES.to_vec());
     sim
@@ -53,7 +55,7 @@ fn sim(cold: bool) -> Sim {
 fn finish(mut sim: Sim, case: &str) {
     {
         let mut world = sim.world();
-        // What a fetch thread had taken is fetched again, in batches of another size.
+        // Records that were fetched but not processed are fetched again, in batches of a different size.
         world.batches = Some(vec![2; 20]);
         world.fail_at = None;
     }
@@ -62,11 +64,11 @@ fn finish(mut sim: Sim, case: &str) {
     }
     sim.finish();
     let world = sim.world();
-    let story = world.story.iter().flatten().cloned().collect::<Vec<_>>().join("\n  ");
-    assert!(world.violation.is_none(), "{case}\n  {story}");
+    let trace = world.trace.iter().flatten().cloned().collect::<Vec<_>>().join("\n  ");
+    assert!(world.violation.is_none(), "{case}\n  {trace}");
 }
 
-/// Steps a run without faults takes.
+/// Returns the number of steps of a run without faults.
 fn steps(cold: bool) -> u64 {
     let mut sim = sim(cold);
     sim.start(0);
@@ -76,7 +78,7 @@ fn steps(cold: bool) -> u64 {
     steps
 }
 
-fn strike(cold: bool, step: u64, fault: Fault) {
+fn check_fault(cold: bool, step: u64, fault: Fault) {
     let mut sim = sim(cold);
     if fault == Fault::Error {
         sim.world().fail_at = Some(step);
@@ -84,12 +86,12 @@ fn strike(cold: bool, step: u64, fault: Fault) {
     sim.start(0);
     let stopped = sim.run_until(|world| fault != Fault::Error && world.steps >= step);
     if stopped && fault != Fault::Error {
-        return finish(sim, "the end");
+        return finish(sim, "ended before the step");
     }
     if fault == Fault::Error {
         let ended = sim.owner.as_ref().and_then(|owner| owner.ended.as_ref());
         let failed = ended.is_some_and(Result::is_err);
-        assert_eq!(failed, step > 0, "step {step}, cold {cold}: the error ended nothing");
+        assert_eq!(failed, step > 0, "step {step}, cold {cold}: the error did not end the process");
     }
     sim.crash();
     if let (Fault::PowerLoss, Volume::Disk(disk)) = (fault, &sim.machine(0).volume) {
@@ -98,19 +100,19 @@ fn strike(cold: bool, step: u64, fault: Fault) {
     if fault == Fault::Wipe || fault == Fault::Replay {
         sim.wipe(0);
     }
-    sim.with.replay = fault == Fault::Replay;
+    sim.start_options.replay = fault == Fault::Replay;
     finish(sim, &format!("{fault:?} at step {step}, cold {cold}"));
 }
 
 #[test]
-fn every_step_survives_every_fault_hot_and_cold() {
+fn the_end_state_is_exact_after_every_fault_at_every_step_in_hot_and_cold_panes() {
     let mut cases = 0;
     for cold in [false, true] {
         let steps = steps(cold);
         assert!(steps > 80, "{steps}");
         for step in 0..=steps {
             for fault in [Fault::Kill, Fault::Error, Fault::Wipe, Fault::Replay, Fault::PowerLoss] {
-                strike(cold, step, fault);
+                check_fault(cold, step, fault);
                 cases += 1;
             }
         }
@@ -119,7 +121,7 @@ fn every_step_survives_every_fault_hot_and_cold() {
 }
 
 #[test]
-fn a_full_disk_at_every_write_of_the_state_file_stops_the_worker_and_skips_nothing() {
+fn a_full_disk_at_any_write_of_the_state_file_stops_the_worker_without_losing_records() {
     let mut cases = 0;
     for cold in [false, true] {
         for write in 1.. {
@@ -134,7 +136,7 @@ fn a_full_disk_at_every_write_of_the_state_file_stops_the_worker_and_skips_nothi
             let ended = sim.owner.as_ref().and_then(|owner| owner.ended.as_ref());
             let error = ended.and_then(|ended| ended.as_ref().err()).map(ToString::to_string);
             sim.crash();
-            disk.mend();
+            disk.repair();
             cases += 1;
             finish(sim, &format!("disk full at write {write}, cold {cold}"));
             match error {

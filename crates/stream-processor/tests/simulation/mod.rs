@@ -1,6 +1,7 @@
-//! Deterministic simulation of the real start decision, worker and partition on fakes: seeded schedules of faults, the
-//! schedules of `protocol-model/FINDINGS.md` by name, mutations, the fault matrix, and the state file on a faulty disk. Lives in
-//! `tests/`, but is compiled with the crate: it changes fields and takes out repairs that nobody else may.
+//! Deterministic simulation of the real start decision, worker and partition on fakes. It runs seeded schedules of
+//! faults, the sixteen named findings of the protocol model, mutations of the protocol, a matrix of every fault at
+//! every step, and the state file on a faulty disk. The code is in `tests/` but compiled with the crate, because it
+//! changes private fields and disables safeguards.
 
 mod choices;
 mod disk;

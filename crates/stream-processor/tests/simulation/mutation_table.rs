@@ -1,14 +1,14 @@
-//! Each repair taken out, each pair of steps swapped: how many seeds until the simulation notices.
+//! Counts how many seeds the simulation needs to detect each mutation.
 
 use super::choices::Choices;
 use super::mutations::Mutation;
 use super::schedule::{Case, run};
 use super::seeds::first_failing;
 
-/// Seeds within which every mutation must be noticed.
-const WITHIN: u64 = 2_000;
+/// Number of seeds within which every mutation must be detected.
+const MAX_SEEDS: u64 = 2_000;
 
-const NOTICED: [Mutation; 25] = [
+const MUTATIONS: [Mutation; 25] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -36,7 +36,7 @@ const NOTICED: [Mutation; 25] = [
     Mutation::PanesBeforeRows,
 ];
 
-/// Swaps of which only a reader on the way can see anything: what is written, or lost, is the same in the end.
+/// Swaps that are visible to readers in between, but leave the same end state.
 const HARMLESS_AT_THE_END: [Mutation; 2] = [Mutation::PublishBeforeCommit, Mutation::PanesBeforeRows];
 
 fn seeds_until(mutation: Mutation, end_only: bool, within: u64) -> Option<u64> {
@@ -45,13 +45,13 @@ fn seeds_until(mutation: Mutation, end_only: bool, within: u64) -> Option<u64> {
 }
 
 #[test]
-fn each_repair_taken_out_and_each_swap_of_steps_is_noticed() {
-    let within = |seeds: Option<u64>| seeds.map_or_else(|| format!("not in {WITHIN}"), |n| n.to_string());
+fn every_mutation_is_detected() {
+    let within = |seeds: Option<u64>| seeds.map_or_else(|| format!("not in {MAX_SEEDS}"), |n| n.to_string());
     println!("{:24} {:>8} {:>12}  what", "mutation", "watched", "end only");
     let mut missed = Vec::new();
-    for mutation in NOTICED {
-        let watched = seeds_until(mutation, false, WITHIN);
-        let at_the_end = seeds_until(mutation, true, WITHIN);
+    for mutation in MUTATIONS {
+        let watched = seeds_until(mutation, false, MAX_SEEDS);
+        let at_the_end = seeds_until(mutation, true, MAX_SEEDS);
         let case = Case { mutation: Some(mutation), ..Case::default() };
         let what =
             watched.and_then(|seeds| run(Choices::seeded(seeds - 1), case).violation).unwrap_or_default();

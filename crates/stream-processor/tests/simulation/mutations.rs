@@ -1,95 +1,96 @@
-//! Taking out one repair of the protocol at a time, and swapping its steps: the simulation must notice each. A mutation is made
-//! at the seams (store, checkpoint, fetched chunks), where it has the effect of the missing repair; the two that cannot be made
-//! there are lines of `partition.rs` that exist in tests only.
+//! Mutations of the protocol: each disables one safeguard or swaps two steps, and the simulation must detect each. Most
+//! are implemented in the fakes (store, checkpoint, fetched chunks), where they have the effect of the missing
+//! safeguard. The two that cannot be implemented there are lines in `partition.rs` that are compiled only in tests.
 
 use std::cell::Cell;
 
-/// What is taken out, or swapped.
+/// The safeguard that is disabled, or the steps that are swapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mutation {
-    /// A pane row read back counts everything again: `upto` is ignored.
+    /// The `upto` of a pane row that was read back is ignored, so it counts everything again.
     Fence,
-    /// Copies inside one batch are not recognised.
+    /// Copies in one batch are not detected.
     CopiesInOneBatch,
     /// `hot_from` moves in the middle of a batch.
     Freeze,
-    /// A seen key is the id alone, without the event time.
+    /// The key of an event is the id without the event time.
     IdOnly,
-    /// A record whose row is there is not offered to its pane.
+    /// A record whose row already exists is not added to its pane.
     ReplayMarks,
-    /// `--replay` starts from zero and hot.
+    /// `--replay` starts from zero with hot panes.
     ReplayHot,
-    /// The progress row carries the watermark less the lateness, not the highest event time.
+    /// The progress row has the watermark minus the lateness instead of the watermark.
     RawWatermark,
-    /// The look-ups of a batch are made before the last one is written.
+    /// The lookups of a batch run before the previous batch is written.
     LookUpsAhead,
-    /// Panes and progress are stamped with a clock.
+    /// Writes of panes and progress use the clock as their stamp.
     StampsByClock,
-    /// A state behind the progress row is gone on with.
+    /// The processor resumes from a state that is behind the progress row.
     StaleState,
-    /// Events are taken however old they are for their record.
+    /// Events are accepted however old they are relative to their record.
     Horizon,
-    /// Events are taken however far they are ahead of their record.
+    /// Events are accepted however far they are ahead of their record.
     FutureBound,
-    /// The record before the next offset is not compared.
+    /// The fingerprint of the record before the next offset is not compared.
     Fingerprint,
-    /// The next offset stays behind transaction markers at the end of the log.
+    /// The next offset does not advance past transaction markers at the end of the log.
     FollowPosition,
-    /// The note that everything is written does not come before the commit.
+    /// `written_to` is not stored before the commit.
     NoteWritten,
-    /// A partition is not opened again after an outage, in which a snapshot may have been restored.
+    /// A partition is not reopened after an outage, during which a snapshot may have been restored.
     ReopenAfterOutage,
-    /// A store that lost history is gone on with.
+    /// The processor continues with a store that lost history.
     StoreBehind,
-    /// Skipped offsets are not recorded as such.
+    /// Skipped offsets are not counted as skipped.
     RecordSkips,
-    /// A new state does not show its progress row before its first batch.
+    /// A new state does not publish its progress row before its first batch.
     FirstProgress,
-    /// `throughput` holds a batch's records, not the running total.
+    /// `throughput` has the number of records of a batch instead of the running total.
     RunningTotal,
-    /// The commit comes before the rows.
+    /// The commit happens before the rows are written.
     CommitBeforeRows,
-    /// The commit comes before the dead letters.
+    /// The commit happens before the dead letters are sent.
     CommitBeforeDeadLetters,
-    /// The commit comes before the panes.
+    /// The commit happens before the panes are written.
     CommitBeforePanes,
-    /// The progress row comes before the commit.
+    /// The progress row is written before the commit.
     PublishBeforeCommit,
-    /// Panes come before rows.
+    /// Panes are written before rows.
     PanesBeforeRows,
 }
 
 thread_local! {
-    static OUT: Cell<Option<Mutation>> = const { Cell::new(None) };
+    static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
 }
 
-/// Whether this thread's simulation has taken `mutation` out.
-pub fn is_out(mutation: Mutation) -> bool {
-    OUT.get() == Some(mutation)
+/// Whether `mutation` is active in the simulation of this thread.
+pub fn is_active(mutation: Mutation) -> bool {
+    ACTIVE.get() == Some(mutation)
 }
 
-/// Takes out `mutation`, or puts everything back.
-pub fn take_out(mutation: Option<Mutation>) {
-    OUT.set(mutation);
+/// Activates `mutation` for this thread. `None` deactivates all.
+pub fn activate(mutation: Option<Mutation>) {
+    ACTIVE.set(mutation);
 }
 
-/// The time stamp the decoder is told, where a bound it decides by is taken out: as if the event had just happened.
+/// Returns the timestamp to decode a record with. The mutations `Horizon` and `FutureBound` move it close to the event
+/// time.
 pub fn record_time(timestamp_ms: i64, event_ms: i64) -> i64 {
-    match OUT.get() {
+    match ACTIVE.get() {
         Some(Mutation::Horizon) => timestamp_ms.min(event_ms.max(0) + 1000),
         Some(Mutation::FutureBound) => timestamp_ms.max(event_ms),
         _ => timestamp_ms,
     }
 }
 
-/// In `Partition::apply`: whether a first copy whose row is there already is not offered to its pane.
-pub fn skips(found: Option<i64>, offset: i64) -> bool {
-    is_out(Mutation::ReplayMarks) && found == Some(offset)
+/// Called by `Partition::apply`: whether a first copy is not added to its pane, because its row already exists.
+pub fn omits_from_pane(found: Option<i64>, offset: i64) -> bool {
+    is_active(Mutation::ReplayMarks) && found == Some(offset)
 }
 
-/// In `Partition::apply`, after each event: moves the border at once.
-pub fn move_border(partition: &mut crate::partition::Partition) {
-    if is_out(Mutation::Freeze)
+/// Called by `Partition::apply` after each event: moves `hot_from` in the middle of a batch.
+pub fn move_hot_from(partition: &mut crate::partition::Partition) {
+    if is_active(Mutation::Freeze)
         && let Some(seen_to) = partition.position.seen_to
     {
         let panes = &mut partition.panes;

@@ -1,48 +1,49 @@
-//! Schedules: who moves next and what goes wrong, drawn from a seed or written by hand.
+//! Schedules decide which process runs its next step and which faults happen. They are drawn from a seed or written by
+//! hand.
 
 use super::choices::Choices;
-use super::life::{Life, Setting, StartWith, new_volume};
+use super::life::{Environment, Life, StartOptions, new_volume};
 use super::log::{Log, Rec, definition, random};
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::{self, Mutation};
-use super::world::{FAULTS_MOST, Shared, World};
+use super::world::{MAX_FAULTS, Shared, World};
 use crate::error::ProcessorError;
 use crate::metrics::Metrics;
 use crate::partition::Totals;
 use crate::state::Checkpoint;
-use crate::windows::hot::COLD_PANES_MOST;
+use crate::windows::hot::MAX_COLD_PANES;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const MACHINES: usize = 3;
-const STEPS_MOST: usize = 20_000;
+const MAX_STEPS: usize = 20_000;
 const MEMORY: [usize; 3] = [usize::MAX, 0, 700];
-const COLD: [usize; 3] = [COLD_PANES_MOST, 0, 1];
+const COLD: [usize; 3] = [MAX_COLD_PANES, 0, 1];
 
-/// What sort of run it is.
+/// Options of a run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Case {
-    /// The repair that is taken out.
+    /// The mutation of the protocol, if any.
     pub mutation: Option<Mutation>,
-    /// Real state files on simulated disks, rather than in memory.
+    /// Whether to use real state files on simulated disks instead of checkpoints in memory.
     pub on_disk: bool,
-    /// Whether the story is kept.
-    pub story: bool,
-    /// Whether only the end is judged, not what a reader sees on the way.
+    /// Whether to keep the trace.
+    pub trace: bool,
+    /// Whether to check only the end state, not the state that readers see in between.
     pub end_only: bool,
 }
 
-/// A partition's processes and machines in their world.
+/// The processes and machines of one partition, and their world.
 pub struct Sim {
-    /// What they share.
-    pub setting: Setting,
-    /// Checkpoint volumes.
+    /// Everything that the processes share.
+    pub environment: Environment,
+    /// The machines with their checkpoint volumes.
     pub machines: Vec<Arc<Mutex<Machine>>>,
-    /// Who has the partition.
+    /// The process that owns the partition.
     pub owner: Option<Life>,
-    /// Who had it and goes on.
+    /// Former owners that are still running.
     pub zombies: Vec<Life>,
-    /// How the next process is started.
-    pub with: StartWith,
+    /// Options for the next process.
+    pub start_options: StartOptions,
     lives: usize,
 }
 
@@ -52,19 +53,19 @@ fn metrics() -> Arc<Metrics> {
 }
 
 impl Sim {
-    /// Nobody has started yet.
+    /// Creates a simulation in which no process has started.
     pub fn new(records: Vec<Rec>, choices: Choices, case: Case) -> Sim {
-        mutations::take_out(case.mutation);
+        mutations::activate(case.mutation);
         let log = Log::new(records);
         let ttl_seconds = if log.leap().is_some() { 365 * 86_400 } else { 0 };
         let mut world = World::new(log, choices, case.mutation);
         world.watch = !case.end_only;
-        world.story = case.story.then(Vec::new);
+        world.trace = case.trace.then(Vec::new);
         let log = format!("log {:?}", world.log.records);
-        world.say(|| log);
+        world.note(|| log);
         let machines = (0..MACHINES).map(|_| Arc::new(Mutex::new(Machine::new(new_volume(case.on_disk)))));
         Sim {
-            setting: Setting {
+            environment: Environment {
                 world: Shared(Arc::new(Mutex::new(world))),
                 definition: Arc::new(definition(ttl_seconds)),
                 metrics: metrics(),
@@ -72,77 +73,77 @@ impl Sim {
             machines: machines.collect(),
             owner: None,
             zombies: Vec::new(),
-            with: StartWith::default(),
+            start_options: StartOptions::default(),
             lives: 0,
         }
     }
 
-    /// The world.
+    /// Locks the world.
     pub fn world(&self) -> std::sync::MutexGuard<'_, World> {
-        self.setting.world.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.environment.world.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A machine.
+    /// Locks a machine.
     pub fn machine(&self, machine: usize) -> std::sync::MutexGuard<'_, Machine> {
         self.machines[machine].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, line: impl FnOnce() -> String) {
-        self.world().say(line);
+    fn note(&self, line: impl FnOnce() -> String) {
+        self.world().note(line);
     }
 
-    /// The machine the partition is on.
-    pub fn place(&self) -> usize {
+    /// Number of the machine on which the owner runs.
+    pub fn current_machine(&self) -> usize {
         self.owner.as_ref().map_or(0, |owner| owner.machine)
     }
 
-    /// A new process on `machine` takes the partition.
+    /// Starts a new process on `machine`, which becomes the owner.
     pub fn start(&mut self, machine: usize) {
-        // A state file is never open twice: a zombie there must be dead first.
+        // A state file cannot be open twice, so zombies on this machine are killed first.
         while let Some(at) = self.zombies.iter().position(|zombie| zombie.machine == machine) {
             self.zombies.remove(at).kill();
         }
         let disk = (machine, Arc::clone(&self.machines[machine]));
-        self.owner = Some(Life::start(&self.setting, self.lives, disk, self.with));
+        self.owner = Some(Life::start(&self.environment, self.lives, disk, self.start_options));
         self.lives += 1;
-        self.with.replay = false;
+        self.start_options.replay = false;
     }
 
     pub(super) fn kill_zombies(&mut self) {
         self.zombies.drain(..).for_each(|mut zombie| zombie.kill());
     }
 
-    /// `kill -9` of the owner.
+    /// Kills the owner.
     pub fn crash(&mut self) {
-        self.say(|| "CRASH".into());
+        self.note(|| "CRASH".into());
         if let Some(mut owner) = self.owner.take() {
             owner.kill();
         }
     }
 
-    /// The volume of `machine` is empty.
+    /// Replaces the volume of `machine` with an empty one.
     pub fn wipe(&mut self, machine: usize) {
-        self.say(|| format!("the volume of machine {machine} is lost"));
+        self.note(|| format!("the volume of machine {machine} is lost"));
         let mut machine = self.machine(machine);
         let wiped = machine.volume.wiped();
         machine.replace(wiped);
     }
 
-    /// The owner goes on, but no longer owns.
+    /// Starts a new owner on `machine`. The previous owner keeps running as a zombie.
     pub fn move_to(&mut self, machine: usize) {
-        self.say(|| format!("MOVE to machine {machine}: the old owner goes on"));
+        self.note(|| format!("MOVE to machine {machine}: the previous owner keeps running"));
         self.zombies.extend(self.owner.take());
         self.start(machine);
     }
 
-    /// Lets everybody run until all wait.
+    /// Runs all processes until all their tasks wait.
     pub fn settle(&mut self) {
         self.owner.iter_mut().for_each(Life::settle);
         self.zombies.iter_mut().for_each(Life::settle);
         self.zombies.retain(|zombie| zombie.ended.is_none());
     }
 
-    /// Lets one waiting step of `life` through; false where none waits.
+    /// Runs one waiting step of process `life`. Returns `false` if none waits.
     pub fn step(&mut self, life: usize) -> bool {
         let mut world = self.world();
         let own: Vec<usize> =
@@ -155,9 +156,9 @@ impl Sim {
         true
     }
 
-    /// Lets the owner go on until it ends, or `until` says so; true where it ended.
+    /// Runs the owner until it ends or `until` returns true. Returns `true` if the owner ended.
     pub fn run_until(&mut self, mut until: impl FnMut(&World) -> bool) -> bool {
-        for _ in 0..STEPS_MOST {
+        for _ in 0..MAX_STEPS {
             self.settle();
             let Some(owner) = &self.owner else { return true };
             if owner.ended.is_some() {
@@ -168,18 +169,18 @@ impl Sim {
             }
             let id = owner.id;
             if !self.step(id) {
-                self.world().bad("a worker is stuck", || format!("{id}"));
+                self.world().violate("a worker is stuck", || format!("{id}"));
                 return true;
             }
         }
         true
     }
 
-    /// Runs the owner to its end, lets what is late land, and compares everything.
+    /// Runs the owner to the end of the log, applies all delayed writes, and checks the end state.
     pub fn finish(&mut self) {
         self.run_until(|_| false);
         self.expect_end();
-        self.land_everything();
+        self.apply_all_writes();
         let totals = self.totals();
         self.world().check_end(totals);
     }
@@ -187,14 +188,14 @@ impl Sim {
     fn expect_end(&mut self) {
         if let Some(Err(error)) = self.owner.as_ref().and_then(|owner| owner.ended.as_ref()) {
             let shown = error.to_string();
-            self.world().bad("a worker ended", || shown);
+            self.world().violate("a worker ended", || shown);
         }
     }
 
-    fn land_everything(&mut self) {
+    fn apply_all_writes(&mut self) {
         while let Some(zombie) = self.zombies.first().map(|zombie| zombie.id) {
-            let goes_on = self.world().choices.pick(2, 95) == 1 && self.step(zombie);
-            if !goes_on {
+            let advances = self.world().choices.pick(2, 95) == 1 && self.step(zombie);
+            if !advances {
                 self.zombies.remove(0).kill();
             }
             self.settle();
@@ -204,36 +205,36 @@ impl Sim {
             let count = world.delayed.len();
             let at = world.choices.index(count, 50);
             let op = world.delayed.remove(at);
-            world.land(&op, "lands late");
+            world.apply(&op, "takes effect late");
         }
     }
 
-    /// The totals in the owner's state file.
+    /// Stops the owner and returns the totals in its state file.
     pub fn totals(&mut self) -> Totals {
-        let machine = self.place();
-        // Closes the file.
+        let machine = self.current_machine();
+        // Dropping the owner closes the file.
         self.owner = None;
-        let world = self.setting.world.clone();
+        let world = self.environment.world.clone();
         let opened = SimCheckpoint::open(world, usize::MAX, Arc::clone(&self.machines[machine]));
         opened.ok().and_then(|state| state.facts()).map(|facts| facts.position.totals).unwrap_or_default()
     }
 }
 
-/// What came of a schedule.
+/// The result of running a schedule.
 pub struct Run {
-    /// The promise that was broken.
+    /// The violated guarantee, if any.
     pub violation: Option<String>,
-    /// Its choices.
+    /// All choices of the schedule.
     pub made: Vec<u32>,
-    /// What happened.
-    pub story: Vec<String>,
-    /// Lines the story has, or would have.
-    pub moments: usize,
-    /// Faults in it.
+    /// Description of everything that happened. Empty if no trace was kept.
+    pub trace: Vec<String>,
+    /// Number of trace lines, counted even if no trace was kept.
+    pub trace_len: usize,
+    /// Number of faults.
     pub faults: u32,
 }
 
-/// Carries out the schedule that `choices` come to.
+/// Runs the schedule determined by `choices`.
 pub fn run(mut choices: Choices, case: Case) -> Run {
     let records = random(&mut choices);
     let mut sim = Sim::new(records, choices, case);
@@ -243,12 +244,12 @@ pub fn run(mut choices: Choices, case: Case) -> Run {
     }
     sim.choose_start();
     sim.start(0);
-    let done = (0..STEPS_MOST).any(|_| sim.act());
+    let done = (0..MAX_STEPS).any(|_| sim.advance());
     if !done {
-        sim.world().bad("the partition does not come to its end", String::new);
+        sim.world().violate("the partition does not reach the end of the log", String::new);
     }
     if sim.world().violation.is_none() {
-        sim.land_everything();
+        sim.apply_all_writes();
         let totals = sim.totals();
         sim.world().check_end(totals);
     }
@@ -256,18 +257,18 @@ pub fn run(mut choices: Choices, case: Case) -> Run {
     Run {
         violation: world.violation.clone(),
         made: std::mem::take(&mut world.choices.made),
-        story: world.story.take().unwrap_or_default(),
-        moments: world.moments,
+        trace: world.trace.take().unwrap_or_default(),
+        trace_len: world.trace_len,
         faults: world.faults,
     }
 }
 
 impl Sim {
     fn choose_start(&mut self) {
-        let mut world = self.setting.world.lock();
-        let memory_most = MEMORY[world.choices.index(3, 30)];
-        let cold_most = COLD[world.choices.index(3, 30)];
-        self.with = StartWith { memory_most, cold_most, ..self.with };
+        let mut world = self.environment.world.lock();
+        let max_memory_bytes = MEMORY[world.choices.index(3, 30)];
+        let max_cold = COLD[world.choices.index(3, 30)];
+        self.start_options = StartOptions { max_memory_bytes, max_cold, ..self.start_options };
     }
 
     pub(super) fn restart(&mut self, machine: usize) {
@@ -276,7 +277,7 @@ impl Sim {
             log.leap().is_some_and(|leap| leap <= log.low)
         };
         if is_expired {
-            // Nobody lives as long as a row.
+            // No process outlives a row.
             self.kill_zombies();
             self.world().expire();
         }
@@ -284,8 +285,8 @@ impl Sim {
         self.start(machine);
     }
 
-    /// One move; true at the end.
-    fn act(&mut self) -> bool {
+    /// Runs one step or fault. Returns `true` at the end of the schedule.
+    fn advance(&mut self) -> bool {
         self.settle();
         if self.world().violation.is_some() {
             return true;
@@ -299,7 +300,7 @@ impl Sim {
         match &owner.ended {
             Some(Ok(())) if at_the_end && self.world().has_confirmed(id) => return true,
             Some(Ok(())) if at_the_end => {
-                // Told again later that the log is quiet, it would find that the tables went back.
+                // At a later `Quiet`, the process would detect the restored tables. A restart has the same effect.
                 self.crash();
                 self.restart(machine);
                 return false;
@@ -312,9 +313,9 @@ impl Sim {
             }
             Some(Err(error)) => {
                 let shown = error.to_string();
-                let opens_again = matches!(error, ProcessorError::Reopen(_));
-                if !opens_again && !self.world().failing.contains(&id) {
-                    self.world().bad("a worker ended", || shown);
+                let reopens = matches!(error, ProcessorError::Reopen(_));
+                if !reopens && !self.world().failing.contains(&id) {
+                    self.world().violate("a worker ended", || shown);
                     return true;
                 }
                 if let ProcessorError::Halted(halt) = error {
@@ -331,14 +332,14 @@ impl Sim {
             self.world().take_snapshot();
         }
         let action = self.world().choices.pick(13, 35);
-        if !self.strike(action) && !self.step(id) {
-            self.world().bad("a worker is stuck", || format!("{id}"));
+        if !self.apply_action(action) && !self.step(id) {
+            self.world().violate("a worker is stuck", || format!("{id}"));
         }
         false
     }
 
-    /// Does what `action` says; false where it does not apply.
-    fn strike(&mut self, action: u32) -> bool {
+    /// Performs `action`. Returns `false` if it is a normal step or not possible now.
+    fn apply_action(&mut self, action: u32) -> bool {
         match action {
             1 => {
                 let count = self.zombies.len();
@@ -357,25 +358,25 @@ impl Sim {
                 let count = world.delayed.len();
                 let at = world.choices.index(count, 50);
                 let op = world.delayed.remove(at);
-                world.land(&op, "lands late");
+                world.apply(&op, "takes effect late");
                 true
             }
             3.. => {
                 let mut world = self.world();
-                if world.faults >= FAULTS_MOST || world.choices.pick(2, 40) == 0 {
+                if world.faults >= MAX_FAULTS || world.choices.pick(2, 40) == 0 {
                     return false;
                 }
                 world.faults += 1;
                 drop(world);
-                self.disaster(action);
+                self.apply_fault(action);
                 true
             }
             _ => false,
         }
     }
 
-    fn disaster(&mut self, action: u32) {
-        let machine = self.place();
+    fn apply_fault(&mut self, action: u32) {
+        let machine = self.current_machine();
         match action {
             3 => {
                 self.crash();
@@ -386,7 +387,7 @@ impl Sim {
                 self.crash();
                 self.wipe(machine);
                 let replay = self.world().choices.pick(2, 50) == 1;
-                self.with.replay = replay;
+                self.start_options.replay = replay;
                 self.trim();
                 self.restart(machine);
             }
@@ -404,14 +405,14 @@ impl Sim {
                     let backup = disk.backups.remove(at);
                     disk.replace(backup);
                     drop(disk);
-                    self.say(|| format!("machine {machine} gets back an old state"));
+                    self.note(|| format!("machine {machine} is restored from a backup"));
                 } else {
                     drop(disk);
                 }
                 self.restart(machine);
             }
             7 => {
-                self.say(|| "asked to stop".into());
+                self.note(|| "graceful stop".into());
                 self.owner.iter().for_each(|owner| owner.stop.cancel());
             }
             8 => self.trim(),
@@ -420,7 +421,7 @@ impl Sim {
             12 => self.damage(),
             _ => {
                 self.crash();
-                self.with.replay = true;
+                self.start_options.replay = true;
                 self.restart(machine);
             }
         }
@@ -433,7 +434,7 @@ impl Sim {
         };
         let seed = self.world().choices.pick(1000, 50);
         if seed > 0 {
-            self.say(|| "and the power fails".into());
+            self.note(|| "with a power loss".into());
             disk.power_loss(&mut u64::from(seed));
         }
     }

@@ -1,20 +1,20 @@
-//! Many seeds: none may break a promise. `PIPELINE_SIMULATION_SEEDS` runs more of them.
+//! Runs many seeded schedules, none of which may violate a guarantee. `PIPELINE_SIMULATION_SEEDS` sets their number.
 
 use super::choices::{Choices, shrink};
 use super::schedule::{Case, run};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Schedules with the checkpoint in memory.
+/// Number of schedules with checkpoints in memory.
 const SEEDS: u64 = 50_000;
-/// Schedules with real state files on simulated disks.
+/// Number of schedules with real state files on simulated disks.
 const DISK_SEEDS: u64 = 5_000;
 
-fn wanted(default: u64) -> u64 {
+fn seed_count(default: u64) -> u64 {
     let set = std::env::var("PIPELINE_SIMULATION_SEEDS");
     set.ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(default)
 }
 
-/// The lowest seed of `seeds` that breaks a promise.
+/// Returns the lowest of `seeds` that violates a guarantee.
 pub fn first_failing(seeds: std::ops::Range<u64>, case: Case) -> Option<u64> {
     let (next, failing) = (AtomicU64::new(seeds.start), AtomicU64::new(u64::MAX));
     std::thread::scope(|scope| {
@@ -35,47 +35,47 @@ pub fn first_failing(seeds: std::ops::Range<u64>, case: Case) -> Option<u64> {
     Some(failing.into_inner()).filter(|seed| *seed < u64::MAX)
 }
 
-/// The story of the shortest schedule found that fails as `seed` does.
-pub fn shortest_story(seed: u64, case: Case) -> String {
+/// Shrinks the schedule of a failing `seed`. Returns the trace of the shortest schedule that fails in the same way.
+pub fn shortest_trace(seed: u64, case: Case) -> String {
     let failing = run(Choices::seeded(seed), case).made;
     let retry = |list: &[u32]| {
         let run = run(Choices::given(list), case);
-        run.violation.map(|what| (what, run.moments))
+        run.violation.map(|violation| (violation, run.trace_len))
     };
     let short = shrink(failing, retry);
-    let told = run(Choices::given(&short), Case { story: true, ..case });
-    format!("seed {seed}, choices {short:?}\n  {}", told.story.join("\n  "))
+    let shortest = run(Choices::given(&short), Case { trace: true, ..case });
+    format!("seed {seed}, choices {short:?}\n  {}", shortest.trace.join("\n  "))
 }
 
-/// Runs the seeds; the first that fails is shrunk and told.
+/// Runs the seeds. Panics with the shrunk trace of the first failing one.
 pub fn check(seeds: u64, case: Case) {
     if let Some(seed) = first_failing(0..seeds, case) {
-        panic!("{}", shortest_story(seed, case));
+        panic!("{}", shortest_trace(seed, case));
     }
 }
 
 #[test]
-fn no_schedule_of_faults_breaks_a_promise_to_readers_or_at_the_end() {
-    check(wanted(SEEDS), Case::default());
+fn no_schedule_of_faults_violates_a_guarantee_for_readers_or_at_the_end() {
+    check(seed_count(SEEDS), Case::default());
 }
 
 #[test]
-fn no_schedule_of_faults_breaks_a_promise_on_real_state_files() {
-    check(wanted(DISK_SEEDS), Case { on_disk: true, ..Case::default() });
+fn no_schedule_of_faults_violates_a_guarantee_with_real_state_files() {
+    check(seed_count(DISK_SEEDS), Case { on_disk: true, ..Case::default() });
 }
 
 #[test]
-fn a_seed_is_told_again_word_for_word() {
+fn a_seed_always_produces_the_same_trace() {
     for seed in 0..20 {
-        let case = Case { story: true, ..Case::default() };
+        let case = Case { trace: true, ..Case::default() };
         let (once, again) = (run(Choices::seeded(seed), case), run(Choices::seeded(seed), case));
-        assert_eq!(once.story, again.story);
-        assert_eq!(run(Choices::given(&once.made), case).story, once.story);
+        assert_eq!(once.trace, again.trace);
+        assert_eq!(run(Choices::given(&once.made), case).trace, once.trace);
     }
 }
 
 #[test]
-fn the_seeds_hold_faults_enough() {
+fn the_seeds_contain_enough_faults() {
     let runs: Vec<_> = (0..500).map(|seed| run(Choices::seeded(seed), Case::default())).collect();
     let with = |least: u32| runs.iter().filter(|run| run.faults >= least).count();
     assert!(with(1) > 300 && with(2) > 100, "{} and {} of 500", with(1), with(2));

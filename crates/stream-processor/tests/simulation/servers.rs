@@ -1,4 +1,4 @@
-//! What happens to the servers: snapshots restored, offsets damaged, the topic deleted and created again, retention.
+//! Faults of the servers: restored snapshots, damaged offsets, recreated topics, and retention.
 
 use super::choices::Choices;
 use super::log::{Log, event};
@@ -7,7 +7,7 @@ use super::world::{Tables, Target, World, number, position_of, progress_of};
 use crate::error::ProcessorError;
 
 impl World {
-    /// Keeps what the tables hold now.
+    /// Takes a snapshot of the tables.
     pub fn take_snapshot(&mut self) {
         if self.snapshots.len() < 16 {
             self.snapshots.push(Tables {
@@ -19,8 +19,8 @@ impl World {
         }
     }
 
-    /// The tables go back to a snapshot, and whatever was on its way to them is gone. `false`: there is none that the log could
-    /// bring up to date.
+    /// Restores a snapshot of the tables and drops all writes in flight. Returns `false` if no snapshot is recent
+    /// enough to be brought up to date from the log.
     pub fn restore_snapshot(&mut self) -> bool {
         let low = self.log.low;
         let usable = |tables: &Tables| low == 0 || number(&tables.progress, "next_offset") >= Some(low);
@@ -39,13 +39,13 @@ impl World {
         self.delayed.retain(|op| matches!(op.target, Target::Dead(_)));
         self.restores += 1;
         let shown = position_of(&self.progress).next_offset;
-        self.say(|| format!("the tables go back to a snapshot in which {shown} comes next"));
+        self.note(|| format!("the tables are restored to a snapshot with next offset {shown}"));
         true
     }
 }
 
 impl Sim {
-    /// An operator has some or all of the damaged offsets skipped, or waits.
+    /// An operator marks some or all of the damaged offsets to be skipped, or does nothing.
     pub(super) fn skip_or_try_again(&mut self, offset: i64) {
         let mut world = self.world();
         let end = world.log.damaged.end;
@@ -54,11 +54,11 @@ impl Sim {
             1 => offset + 1,
             _ => return,
         };
-        world.say(|| format!("an operator has offsets {offset} to {skipped} skipped"));
+        world.note(|| format!("an operator marks offsets {offset} to {skipped} to be skipped"));
         world.skips.push(offset..skipped);
     }
 
-    /// The tables go back to an older snapshot, while processes run or after they were killed.
+    /// Restores an older snapshot of the tables, either while processes run or after they were killed.
     pub(super) fn restore(&mut self, machine: usize) {
         let is_stopped = self.world().choices.pick(2, 50) == 1;
         if is_stopped {
@@ -71,7 +71,7 @@ impl Sim {
         }
     }
 
-    /// Offsets that nobody has fetched yet can no longer be read.
+    /// Damages a range of offsets that no process has fetched yet.
     pub(super) fn damage(&mut self) {
         let mut world = self.world();
         let (from, high) = (world.fetched_to, world.log.high());
@@ -79,11 +79,12 @@ impl Sim {
             let start = from + i64::from(world.choices.pick((high - from) as u32, 50));
             let end = start + 1 + i64::from(world.choices.pick((high - start) as u32, 50));
             world.log.damage(start..end);
-            world.say(|| format!("offsets {start} to {end} are damaged"));
+            world.note(|| format!("offsets {start} to {end} are damaged"));
         }
     }
 
-    /// The topic is recreated with as many records, until somebody notices; nothing may be taken from it.
+    /// Recreates the topic with the same number of records until a process refuses it. No record of it may be
+    /// processed.
     pub(super) fn recreate_topic(&mut self, machine: usize) {
         self.crash();
         self.kill_zombies();
@@ -95,20 +96,21 @@ impl Sim {
             progress.is_some_and(|progress| progress.position.last_record.is_some())
         };
         if is_known {
-            self.meet_another_topic(machine);
+            self.start_on_recreated_topic(machine);
         }
         self.restart(machine);
     }
 
-    fn meet_another_topic(&mut self, machine: usize) {
+    /// Starts a process on the recreated topic and checks that it refuses the topic without any write.
+    fn start_on_recreated_topic(&mut self, machine: usize) {
         let written = |world: &World| (world.rows.clone(), world.panes.clone(), world.dead.clone());
         let (before, replay) = {
             let mut world = self.world();
-            world.say(|| "the topic is recreated".into());
-            world.other = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
+            world.note(|| "the topic is recreated".into());
+            world.replacement = Some(Log { broker: 77, ..Log::new(world.log.records.clone()) });
             (written(&world), world.choices.pick(2, 30) == 1)
         };
-        self.with.replay = replay;
+        self.start_options.replay = replay;
         self.start(machine);
         self.run_until(|_| false);
         let ended = self.owner.take().and_then(|owner| Some((owner.id, owner.ended?)));
@@ -117,30 +119,30 @@ impl Sim {
             ended.is_err_and(|error| error.exit_code() == 3 || world.failing.contains(&id))
         });
         if !is_refused || written(&world) != before {
-            world.bad("a recreated topic is not refused at once", String::new);
+            world.violate("a recreated topic is not refused at once", String::new);
         }
-        world.other = None;
+        world.replacement = None;
     }
 
-    /// Retention removes records that the progress row has passed.
+    /// Removes records below the next offset of the progress row, as retention does.
     pub(super) fn trim(&mut self) {
         let mut world = self.world();
         let Some(progress) = progress_of(&world.progress) else { return };
         let passed = progress.position.next_offset;
         let low = world.log.low.max(i64::from(world.choices.pick(passed as u32 + 1, 40)));
         world.log.low = low;
-        world.say(|| format!("the log begins at {low}"));
+        world.note(|| format!("the log starts at {low}"));
     }
 }
 
 #[test]
-fn a_snapshot_restored_while_cassandra_stays_up_is_noticed_before_anything_is_noted() {
+fn a_snapshot_restored_while_cassandra_stays_up_is_detected_before_written_to_is_stored() {
     let records = [event(0, 1), event(1, 2), event(2, 3)];
     let mut sim = Sim::new(records.to_vec(), Choices::given(&[]), Case::default());
     {
         let mut world = sim.world();
         world.batches = Some(vec![1, 1, 1]);
-        // A batch that is under way writes on top of the snapshot, and is judged only at the end.
+        // A batch in progress writes on top of the snapshot, so only the end state is checked.
         world.watch = false;
         world.take_snapshot();
     }

@@ -1,5 +1,6 @@
-//! The world around the workers: tables whose cells keep the value of the highest stamp, writes on their way, machines'
-//! disks, and the gates at which a schedule decides who moves next. Everything a reader could see is checked as it lands.
+//! The environment of the workers: tables in which the write with the highest stamp wins, writes in flight, and the
+//! gates at which a schedule decides which step runs next. Every write that readers could see is checked when it takes
+//! effect.
 
 use super::choices::Choices;
 use super::log::{BASE_MS, LEAP_MS, Log, PaneRow, columns_of};
@@ -11,41 +12,41 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
-/// Faults of one schedule at most.
-pub const FAULTS_MOST: u32 = 4;
+/// Maximum number of faults in one schedule.
+pub const MAX_FAULTS: u32 = 4;
 
-/// A name of a column.
+/// Name of a column.
 pub type Name = &'static str;
-/// Column → (stamp, value).
+/// The cells of a row: column → (stamp, value).
 pub type Cells = BTreeMap<Name, (i64, Vec<u8>)>;
 
-/// What a write changes.
+/// The row that a write changes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
-    /// Event time, id.
+    /// An event row, by event time and id.
     Row(i64, String),
-    /// Pane start, row number, dimension and value.
+    /// A pane row, by pane start, dimension and value.
     Pane(i64, String, String),
     /// The progress row.
     Progress,
-    /// A second of the running total.
+    /// The running total at a second.
     Throughput(i64),
-    /// Offset of a dead letter.
+    /// A dead letter, by the offset of its source record.
     Dead(i64),
 }
 
-/// One write of one row.
+/// A write to one row.
 #[derive(Debug, Clone)]
 pub struct Op {
-    /// What it changes.
+    /// The row that is written.
     pub target: Target,
     /// `USING TIMESTAMP`.
     pub stamp: i64,
-    /// What it binds; an unset column is not among them.
+    /// Bound columns. Unset columns are left out.
     pub cells: Vec<(Name, Vec<u8>)>,
 }
 
-/// Everything the tables hold.
+/// A snapshot of all tables.
 #[derive(Clone)]
 pub struct Tables {
     pub(super) rows: BTreeMap<(i64, String), Cells>,
@@ -54,30 +55,30 @@ pub struct Tables {
     pub(super) throughput: BTreeMap<i64, Cells>,
 }
 
-/// A worker's step that waits to be let through.
+/// A step of a process that waits for permission to run.
 pub struct Gate {
-    /// Whose.
+    /// Number of the process.
     pub life: usize,
     sender: oneshot::Sender<()>,
 }
 
-/// Everything outside the processes.
+/// The state of everything servers the processes.
 pub struct World {
     /// The partition's log.
     pub log: Log,
-    /// The log that is found in its place while the topic is another.
-    pub other: Option<Log>,
-    /// What happens next.
+    /// The log of the recreated topic, while the topic is recreated.
+    pub replacement: Option<Log>,
+    /// Source of all decisions.
     pub choices: Choices,
-    /// The repair that is taken out.
+    /// The mutation of the protocol, if any.
     pub mutation: Option<Mutation>,
-    /// Whether what lands is checked, not only the end.
+    /// Whether every write is checked. If `false`, only the end state is checked.
     pub watch: bool,
-    /// What happened, where somebody wants to read it.
-    pub story: Option<Vec<String>>,
-    /// How many lines the story has, or would have.
-    pub moments: usize,
-    /// The first promise that was broken.
+    /// Description of everything that happened. `None` if no trace is kept.
+    pub trace: Option<Vec<String>>,
+    /// Number of trace lines, counted even if no trace is kept.
+    pub trace_len: usize,
+    /// The first violation of a guarantee.
     pub violation: Option<String>,
     /// Event rows.
     pub rows: BTreeMap<(i64, String), Cells>,
@@ -87,66 +88,66 @@ pub struct World {
     pub progress: Cells,
     /// Running totals by second.
     pub throughput: BTreeMap<i64, Cells>,
-    /// The second that clocks show.
+    /// The current second, for running totals.
     pub second: i64,
-    /// Dead letters, by source offset: how many.
+    /// Number of dead letters by source offset.
     pub dead: BTreeMap<i64, u32>,
-    /// Writes that may land at any later time.
+    /// Writes that timed out and may take effect at any later time.
     pub delayed: Vec<Op>,
-    /// Steps that wait.
+    /// Waiting steps.
     pub gates: Vec<Gate>,
-    /// Per process: writes sent and not acknowledged.
+    /// Writes that were sent but not acknowledged, by process.
     pub in_flight: BTreeMap<usize, Vec<Op>>,
-    /// Faults so far.
+    /// Number of faults so far.
     pub faults: u32,
-    /// Per process: last committed next offset.
+    /// Last committed next offset, by process.
     pub committed: BTreeMap<usize, i64>,
-    /// Processes that were told to fail.
+    /// Processes that are expected to end with an error, because a fault was injected.
     pub failing: BTreeSet<usize>,
-    /// Sizes of the next batches, where a test sets them.
+    /// Sizes of the next batches, if a test sets them.
     pub batches: Option<Vec<i64>>,
     /// Rows before this event time have expired.
     pub expired_before: Option<i64>,
-    /// Ranges that an operator wants skipped.
+    /// Ranges that an operator has marked to be skipped.
     pub skips: Vec<Range<i64>>,
-    /// Offset after the last record that anybody has fetched.
+    /// Offset after the last record that any process has fetched.
     pub fetched_to: i64,
     /// Snapshots of the tables, oldest first.
     pub snapshots: Vec<Tables>,
-    /// How often a snapshot was restored.
+    /// Number of restored snapshots.
     pub restores: u32,
-    /// Per process: `restores` when it last confirmed that the tables hold what they acknowledged.
+    /// Value of `restores` when a process last confirmed that the tables have all acknowledged writes, by process.
     pub confirmed: BTreeMap<usize, u32>,
-    /// Moves with everything that lands: what a clock would show.
+    /// A logical clock that advances with every write.
     pub clock: i64,
-    /// What the hashes of seen keys are cut down to, so that they collide.
+    /// Mask for the hashes of seen keys. A small mask makes them collide.
     pub hash_mask: u64,
-    /// Steps let through, and the one at which a fault strikes.
+    /// Number of steps executed so far.
     pub steps: u64,
-    /// The process and the step at which a write fails forever.
+    /// Step at which a write or commit fails permanently.
     pub fail_at: Option<u64>,
 }
 
-/// The world, as processes share it.
+/// A handle to the world that all processes share.
 #[derive(Clone)]
 pub struct Shared(pub Arc<Mutex<World>>);
 
 impl Shared {
-    /// Enters it.
+    /// Locks the world.
     pub fn lock(&self) -> MutexGuard<'_, World> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the schedule lets `life` go on.
+    /// Waits until the schedule runs this step of process `life`.
     pub async fn gate(&self, life: usize) {
         let (sender, opened) = oneshot::channel();
         self.lock().gates.push(Gate { life, sender });
-        // A closed gate is a process that was killed: it is never polled again.
+        // The sender is dropped only if the process was killed, and then this task is never polled again.
         let _opened = opened.await;
     }
 }
 
-/// The number in a column.
+/// Reads a column as a number. `None` if it is unset.
 pub fn number(cells: &Cells, name: Name) -> Option<i64> {
     cells.get(name).map(|(_, bytes)| i64::from_be_bytes(bytes.as_slice().try_into().unwrap()))
 }
@@ -156,16 +157,16 @@ fn float(cells: &Cells, name: Name) -> Option<f64> {
 }
 
 impl World {
-    /// Around `log`, empty.
+    /// Creates a world with `log` and empty tables.
     pub fn new(log: Log, choices: Choices, mutation: Option<Mutation>) -> World {
         World {
             log,
-            other: None,
+            replacement: None,
             choices,
             mutation,
             watch: true,
-            story: None,
-            moments: 0,
+            trace: None,
+            trace_len: 0,
             violation: None,
             rows: BTreeMap::new(),
             panes: BTreeMap::new(),
@@ -193,42 +194,43 @@ impl World {
         }
     }
 
-    /// What a fetch finds under the topic's name.
+    /// The log that a fetch reads.
     pub fn topic(&self) -> &Log {
-        self.other.as_ref().unwrap_or(&self.log)
+        self.replacement.as_ref().unwrap_or(&self.log)
     }
 
-    /// Fingerprint of the record that a fetch finds at `offset`; always the right one, where the comparison is taken out.
-    pub fn compared(&self, offset: i64) -> i64 {
-        let is_out = self.mutation == Some(Mutation::Fingerprint);
-        if is_out { &self.log } else { self.topic() }.fingerprint(offset)
+    /// Fingerprint of the record that a fetch finds at `offset`. The mutation `Fingerprint` always returns the expected
+    /// one.
+    pub fn found_fingerprint(&self, offset: i64) -> i64 {
+        let is_active = self.mutation == Some(Mutation::Fingerprint);
+        if is_active { &self.log } else { self.topic() }.fingerprint(offset)
     }
 
-    /// Tells the story on.
-    pub fn say(&mut self, line: impl FnOnce() -> String) {
-        self.moments += 1;
-        if let Some(story) = &mut self.story {
-            story.push(line());
+    /// Appends a line to the trace.
+    pub fn note(&mut self, line: impl FnOnce() -> String) {
+        self.trace_len += 1;
+        if let Some(trace) = &mut self.trace {
+            trace.push(line());
         }
     }
 
-    /// A promise is broken; `what` names it, `detail` the case.
-    pub fn bad(&mut self, what: &str, detail: impl FnOnce() -> String) {
+    /// Records the violation of a guarantee. Only the first one is kept.
+    pub fn violate(&mut self, what: &str, detail: impl FnOnce() -> String) {
         if self.violation.is_none() {
             let detail = detail();
-            self.say(|| format!("!! {what}: {detail}"));
+            self.note(|| format!("!! {what}: {detail}"));
             self.violation = Some(what.to_owned());
         }
     }
 
-    /// Whether `life` has confirmed since the last restore that the tables hold what they acknowledged.
+    /// Whether `life` has confirmed since the last restore that the tables have all acknowledged writes.
     pub fn has_confirmed(&self, life: usize) -> bool {
         self.restores == 0 || self.confirmed.get(&life) == Some(&self.restores)
     }
 
-    /// Whether another fault is allowed, and drawn.
-    pub fn fault(&mut self, kinds: u32, percent: u64) -> u32 {
-        if self.faults >= FAULTS_MOST {
+    /// Draws one of `kinds` outcomes. 0 means no fault, which is the only outcome once [`MAX_FAULTS`] is reached.
+    pub fn draw_fault(&mut self, kinds: u32, percent: u64) -> u32 {
+        if self.faults >= MAX_FAULTS {
             return 0;
         }
         let kind = self.choices.pick(kinds, percent);
@@ -236,16 +238,16 @@ impl World {
         kind
     }
 
-    /// Lets number `index` of the waiting steps through.
+    /// Runs the waiting step at `index`.
     pub fn open(&mut self, index: usize) {
         let gate = self.gates.remove(index);
         self.steps += 1;
-        // Nobody listens where a sibling of the step has failed meanwhile.
-        let _heard = gate.sender.send(());
+        // The receiver is gone if a concurrent step of the same process has failed.
+        let _sent = gate.sender.send(());
     }
 
-    /// Forgets what `life` was about to do; what it had sent may still land.
-    pub fn died(&mut self, life: usize) {
+    /// Removes the waiting steps of a killed process. Its writes in flight may still take effect later.
+    pub fn remove_process(&mut self, life: usize) {
         self.gates.retain(|gate| gate.life != life);
         for op in self.in_flight.remove(&life).unwrap_or_default() {
             if self.choices.pick(2, 15) == 1 {
@@ -254,11 +256,11 @@ impl World {
         }
     }
 
-    /// A write takes effect: cell by cell the higher stamp wins, on a tie the larger value.
-    pub fn land(&mut self, op: &Op, who: &str) {
+    /// Applies a write. In each cell the higher stamp wins, and the larger value on a tie.
+    pub fn apply(&mut self, op: &Op, who: &str) {
         self.clock += 1;
         let shown = op.clone();
-        self.say(|| format!("{who}: {}", describe(&shown)));
+        self.note(|| format!("{who}: {}", describe(&shown)));
         let cells = match &op.target {
             Target::Dead(offset) => {
                 *self.dead.entry(*offset).or_default() += 1;
@@ -292,22 +294,22 @@ impl World {
 
     fn check_dead(&mut self, offset: i64) {
         if !self.log.all().dead.contains(&offset) {
-            self.bad("an event went to the dead letters", || offset.to_string());
+            self.violate("an event was sent to the dead letters", || offset.to_string());
         }
     }
 
     fn check_row(&mut self, at: i64, id: &str, cells: &Cells) {
         let Some((offset, event)) = self.log.all().rows.get(&(at, id.to_owned())).copied() else {
-            return self.bad("a row of no event", || format!("{} {id}", at - BASE_MS));
+            return self.violate("a row of no event", || format!("{} {id}", at - BASE_MS));
         };
         if number(cells, "kafka_offset") != Some(offset) {
-            self.bad("a row holds the offset of a later copy", || {
+            self.violate("a row holds the offset of a later copy", || {
                 format!("{id}: {:?}, first at {offset}", number(cells, "kafka_offset"))
             });
         }
         let held = ["kind", "score"].map(|name| cells.get(name).map(|(_, bytes)| bytes.clone()));
         if held != columns_of(&event) {
-            self.bad("a row holds other columns than the first copy's", || format!("{id}: {held:?}"));
+            self.violate("a row holds other columns than the first copy", || format!("{id}: {held:?}"));
         }
     }
 
@@ -316,26 +318,26 @@ impl World {
         let key = (start, dimension.to_owned(), value.to_owned());
         let exact = self.log.below(upto.clamp(0, self.log.high())).panes.get(&key).copied();
         if exact != Some(row) {
-            self.bad("a pane row is not the exact value for the log below its offset", || {
+            self.violate("a pane row is not the exact value for the log below its offset", || {
                 format!("{key:?} upto {upto}: {row:?}, exact {exact:?}")
             });
         }
         let end = start + super::log::PANE_MS;
         let below = self.log.below(upto.clamp(0, self.log.high()));
         let of_pane = below.rows.iter().filter(|((at, _), _)| (start..end).contains(at));
-        // A batch that was under way when a snapshot was restored writes panes whose rows are gone, until they are written again.
+        // A batch in progress during a restore writes panes whose rows are gone. The rows are written again later.
         let settled_to = if self.restores == 0 { upto } else { position_of(&self.progress).next_offset };
         let missing = of_pane
             .filter(|(key, (offset, _))| *offset < settled_to && !self.rows.contains_key(*key))
             .map(|(key, _)| key)
             .find(|(at, _)| !self.is_expired(*at));
         if let Some(missing) = missing.cloned() {
-            self.bad("a pane is ahead of its rows", || format!("{missing:?} upto {upto}"));
+            self.violate("a pane is ahead of its rows", || format!("{missing:?} upto {upto}"));
         }
         if !before.is_empty() {
             let (old, old_upto) = pane_row(before);
             if row.count < old.count || upto < old_upto {
-                self.bad("a pane row goes back", || format!("{key:?}: {old:?} -> {row:?}"));
+                self.violate("a pane row goes back", || format!("{key:?}: {old:?} -> {row:?}"));
             }
         }
     }
@@ -349,15 +351,15 @@ impl World {
         let exact = self.log.below(next.clamp(0, self.log.high()));
         if (position.totals, position.seen_to) != (exact.totals, exact.seen_to) {
             let exact = (exact.totals, exact.seen_to);
-            return self.bad("the progress row's totals are not those of its offset", || {
+            return self.violate("the progress row's totals are not those of its offset", || {
                 format!("{position:?}, exact {exact:?}")
             });
         }
         if position.last_record != self.log.last_record_below(next) {
-            self.bad("the progress row's fingerprint is of another record", || format!("{position:?}"));
+            self.violate("the progress row's fingerprint is of another record", || format!("{position:?}"));
         }
         if number(before, "next_offset").is_some_and(|before| next < before) {
-            self.bad("the progress row goes back", || format!("{position:?}"));
+            self.violate("the progress row goes back", || format!("{position:?}"));
         }
         self.check_written(next, "progress");
     }
@@ -366,14 +368,14 @@ impl World {
         let (next, total) = (cells["total"].0, number(cells, "total"));
         let exact = self.log.below(next.clamp(0, self.log.high())).totals.records();
         if total != Some(exact) {
-            self.bad("a running total is not that of its offset", || format!("{total:?} at {next}"));
+            self.violate("a running total is not that of its offset", || format!("{total:?} at {next}"));
         }
     }
 
-    /// Rows from before time leapt expire: their records are long gone.
+    /// Expires all rows from before the leap in time. Their records are no longer in the log.
     pub fn expire(&mut self) {
         let before = BASE_MS + LEAP_MS;
-        self.say(|| "rows expire".into());
+        self.note(|| "rows expire".into());
         self.rows.retain(|(at, _), _| *at >= before);
         self.expired_before = Some(before);
     }
@@ -382,53 +384,53 @@ impl World {
         self.expired_before.is_some_and(|before| at < before)
     }
 
-    /// Everything below `next` must be readable: rows, dead letters and panes.
+    /// Checks that rows, dead letters and panes include everything below `next`.
     pub fn check_written(&mut self, next: i64, what: &str) {
         let exact = Arc::clone(self.log.below(next.clamp(0, self.log.high())));
         for ((at, id), (offset, _)) in &exact.rows {
             if !self.is_expired(*at) && !self.rows.contains_key(&(*at, id.clone())) {
-                return self.bad(&format!("{what} is ahead of the rows"), || format!("{id} at {offset}"));
+                return self.violate(&format!("{what} is ahead of the rows"), || format!("{id} at {offset}"));
             }
         }
         if let Some(offset) = exact.dead.iter().find(|offset| !self.dead.contains_key(offset)) {
-            return self.bad(&format!("{what} is ahead of the dead letters"), || offset.to_string());
+            return self.violate(&format!("{what} is ahead of the dead letters"), || offset.to_string());
         }
         for (key, row) in &exact.panes {
             let shown = self.panes.get(key).map_or(0, |cells| pane_row(cells).0.count);
             if shown < row.count {
-                return self.bad(&format!("{what} is ahead of the panes"), || {
+                return self.violate(&format!("{what} is ahead of the panes"), || {
                     format!("{key:?}: {shown} of {}", row.count)
                 });
             }
         }
     }
 
-    /// The end: everything there is equals what the log says.
+    /// Checks that the end state is exactly the one determined by the log.
     pub fn check_end(&mut self, totals: Totals) {
         let exact = Arc::clone(self.log.all());
         let high = self.log.high();
         self.check_written(high, "the end");
         if totals != exact.totals {
-            self.bad("totals are wrong at the end", || format!("{totals:?}, exact {:?}", exact.totals));
+            self.violate("totals are wrong at the end", || format!("{totals:?}, exact {:?}", exact.totals));
         }
         let position = position_of(&self.progress.clone());
         if (position.next_offset, position.totals) != (high, exact.totals) {
-            self.bad("the progress row is wrong at the end", || format!("{position:?}"));
+            self.violate("the progress row is wrong at the end", || format!("{position:?}"));
         }
         for (key, cells) in self.panes.clone() {
             let row = pane_row(&cells).0;
             if exact.panes.get(&key) != Some(&row) {
-                self.bad("a pane is wrong at the end", || format!("{key:?}: {row:?}"));
+                self.violate("a pane is wrong at the end", || format!("{key:?}: {row:?}"));
             }
         }
         self.throughput.clone().values().for_each(|cells| self.check_throughput(cells));
         if let Some(extra) = self.rows.keys().find(|key| !exact.rows.contains_key(key)).cloned() {
-            self.bad("a row too many at the end", || format!("{extra:?}"));
+            self.violate("an extra row at the end", || format!("{extra:?}"));
         }
     }
 }
 
-/// What a pane row's cells hold, and its `upto`.
+/// Reads a pane row and its `upto` from its cells.
 pub fn pane_row(cells: &Cells) -> (PaneRow, i64) {
     let scored = number(cells, "scored").unwrap_or(-1);
     let bounds = float(cells, "min").zip(float(cells, "max"));
@@ -441,7 +443,7 @@ pub fn pane_row(cells: &Cells) -> (PaneRow, i64) {
     (row, number(cells, "upto").unwrap_or(-1))
 }
 
-/// What the progress row's cells hold.
+/// Reads the position from the cells of the progress row.
 pub fn position_of(cells: &Cells) -> Position {
     let of = |name| number(cells, name).unwrap_or(-1);
     Position {
@@ -461,7 +463,7 @@ pub fn position_of(cells: &Cells) -> Position {
     }
 }
 
-/// The progress row as the store reads it; none before anything was published.
+/// Returns the progress row as the store reads it. `None` before the first publication.
 pub fn progress_of(cells: &Cells) -> Option<Progress> {
     number(cells, "next_offset")?;
     Some(Progress { position: position_of(cells), written_to: number(cells, "written_to") })

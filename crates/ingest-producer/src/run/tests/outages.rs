@@ -1,8 +1,8 @@
-//! Sources that refuse for long, and producers that were away for longer: what is unresolved is known until it no longer is.
+//! Tests of long outages of the source and of producers: unresolved intervals are counted until they are resolved.
 
 use super::*;
 
-/// The gauge of intervals without their data, as (failed, missed).
+/// The gauge of unresolved intervals, as (failed, missed).
 fn unresolved(runner: &Runner) -> (f64, f64) {
     let families = runner.metrics.registry.gather();
     let family = families.iter().find(|family| family.name() == "ingest_unresolved_intervals").unwrap();
@@ -13,24 +13,24 @@ fn unresolved(runner: &Runner) -> (f64, f64) {
     (of("failed"), of("missed"))
 }
 
-/// A source that refuses whatever is asked, until it is told not to.
-struct Refuses {
-    refuses: std::sync::atomic::AtomicBool,
-    asked: AtomicU64,
+/// A source that rejects every request until `rejecting` is cleared.
+struct RejectingSource {
+    rejecting: std::sync::atomic::AtomicBool,
+    requests: AtomicU64,
 }
 
 #[async_trait]
-impl FetchPage for Refuses {
+impl FetchPage for RejectingSource {
     async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        if self.refuses.load(Ordering::SeqCst) {
-            return Err(AttemptError::fatal("the source answers 404"));
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        if self.rejecting.load(Ordering::SeqCst) {
+            return Err(AttemptError::fatal("the source returned 404"));
         }
         Ok(page("{\"results\": []}"))
     }
 }
 
-/// An hour of plannings, one every five seconds.
+/// Plans every five seconds for an hour.
 async fn an_hour(world: &World, service: &mut Service) {
     for _ in 0..720 {
         world.pass(5000);
@@ -40,9 +40,9 @@ async fn an_hour(world: &World, service: &mut Service) {
 }
 
 #[tokio::test]
-async fn failed_intervals_are_counted_and_tried_now_and_then_until_they_succeed_or_are_given_up() {
+async fn failed_intervals_are_counted_and_retried_until_they_succeed_or_are_given_up() {
     let world = World { catch_up_limit_ms: 2 * DAY, ..World::new(19, 0, 0) };
-    let source = Refuses { refuses: true.into(), asked: AtomicU64::new(0) };
+    let source = RejectingSource { rejecting: true.into(), requests: AtomicU64::new(0) };
     let source = Arc::new(source);
     let runner = Runner { source: source.clone(), ..Arc::into_inner(world.runner("a")).unwrap() };
     let runner = Arc::new(runner);
@@ -52,10 +52,10 @@ async fn failed_intervals_are_counted_and_tried_now_and_then_until_they_succeed_
     let runs = world.ledger.all();
     let tried: usize = runs.iter().filter(|run| run.state == RunState::Failed).count();
     assert!(tried > 10 && unresolved(&runner) == (tried as f64, 0.0), "{tried} {:?}", unresolved(&runner));
-    let asked = source.asked.load(Ordering::SeqCst);
-    assert!(asked < 200, "a source that is away is asked seldom, not {asked} times");
+    let requests = source.requests.load(Ordering::SeqCst);
+    assert!(requests < 200, "an unavailable source must receive few requests, not {requests}");
 
-    // The first is accepted as lost; a restart knows of all that failed, and forgets none of it.
+    // The first interval is given up. After a restart, all other failed intervals are still counted.
     let span = crate::config::SpanArgs {
         from: runs[0].interval.start_ms,
         to: runs[1].interval.start_ms,
@@ -66,7 +66,7 @@ async fn failed_intervals_are_counted_and_tried_now_and_then_until_they_succeed_
     second.tick().await.unwrap();
     second.wait_for_active().await;
     assert!(unresolved(&runner).0 >= tried as f64 - 1.0, "{tried} {:?}", unresolved(&runner));
-    source.refuses.store(false, Ordering::SeqCst);
+    source.rejecting.store(false, Ordering::SeqCst);
     an_hour(&world, &mut second).await;
     let runs = world.ledger.all();
     assert_eq!(runs[0].state, RunState::GivenUp);

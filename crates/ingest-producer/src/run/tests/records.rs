@@ -1,22 +1,22 @@
-//! Pages of all kinds: what becomes of their records, and how much of a page is held.
+//! Tests of the records of unusual pages, and of how much of a page is in memory.
 
 use super::*;
 
-/// Gives the same page for whatever is asked.
-struct Fixed(String);
+/// Returns the same page for every request.
+struct FixedSource(String);
 
 #[async_trait]
-impl FetchPage for Fixed {
+impl FetchPage for FixedSource {
     async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
         Ok(page(&self.0))
     }
 }
 
 impl World {
-    /// One attempt at the last minute, of a source that gives this page.
+    /// Runs one attempt for the last minute with a source that returns `body`.
     async fn attempt_at(&self, body: String) -> (Ended, Run) {
         let runner = Arc::into_inner(self.runner("a")).unwrap();
-        let mut runner = Runner { source: Arc::new(Fixed(body)), ..runner };
+        let mut runner = Runner { source: Arc::new(FixedSource(body)), ..runner };
         runner.definition.source.pagination = common::stream::Pagination::None;
         let runner = Arc::new(runner);
         let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
@@ -26,7 +26,7 @@ impl World {
     }
 }
 
-/// A person whose age is written so.
+/// A person with the given JSON text for the age.
 fn person(id: &str, age: &str) -> String {
     format!(
         r#"{{"login": {{"uuid": "{id}"}}, "name": {{"first": "A", "last": "B"}}, "dob": {{"age": {age}}}}}"#
@@ -34,7 +34,7 @@ fn person(id: &str, age: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_record_that_cannot_be_read_costs_itself_and_not_its_page() {
+async fn an_invalid_record_does_not_affect_the_rest_of_its_page() {
     let world = World::new(13, 0, 0);
     let people = [person("a", "NaN"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
     let body = format!("{{\"results\": [{}]}}", people.join(", "));
@@ -44,29 +44,32 @@ async fn a_record_that_cannot_be_read_costs_itself_and_not_its_page() {
         world.kafka.delivered.lock().unwrap().keys().map(|(id, _)| id.clone()).collect();
     assert_eq!(delivered, ["b"]);
     let refused = world.kafka.refused.lock().unwrap();
-    assert!(refused[0].contains("no JSON") && refused[1].contains("is a float"), "{refused:?}");
+    assert!(refused[0].contains("not valid JSON") && refused[1].contains("is a float"), "{refused:?}");
 }
 
 #[tokio::test]
-async fn a_page_is_published_while_it_is_read_and_never_held_as_a_whole() {
+async fn a_page_is_published_in_batches_while_it_is_read() {
     let world = World::new(15, 0, 0);
     let people: Vec<String> = (0..3 * BATCH_RECORDS).map(|n| person(&format!("id-{n:05}"), "1")).collect();
-    // Two commas: what stands before them has been published by the time they are found.
+    // The records before the double comma are published before the error is found.
     let body = format!("{{\"results\": [{},, {}]}}", people[..2 * BATCH_RECORDS].join(","), people[0]);
     let (ended, run) = world.attempt_at(body).await;
     assert_eq!((ended, run.records, run.acked), (Ended::Retrying, 1000, 1000), "{run:?}");
-    assert!(run.error.contains("no JSON at byte") && run.error.contains("a value is missing"), "{run:?}");
+    assert!(
+        run.error.contains("not valid JSON at byte") && run.error.contains("expected a value"),
+        "{run:?}"
+    );
     assert_eq!(world.kafka.largest_batch.load(Ordering::SeqCst), BATCH_RECORDS as u64);
     let large = format!("\"{}\"", "x".repeat(BATCH_BYTES / 10));
     let body = format!("{{\"results\": [{}]}}", vec![large; 100].join(","));
     world.kafka.largest_batch.store(0, Ordering::SeqCst);
     let other = World { kafka: world.kafka.clone(), ..World::new(15, 0, 0) };
     assert_eq!(other.attempt_at(body).await.0, Ended::Succeeded);
-    assert_eq!(other.kafka.largest_batch.load(Ordering::SeqCst), 10, "bytes fill a batch too");
+    assert_eq!(other.kafka.largest_batch.load(Ordering::SeqCst), 10, "the size in bytes limits a batch too");
 }
 
 #[tokio::test]
-async fn nothing_is_produced_into_a_topic_that_is_not_the_registered_one() {
+async fn nothing_is_produced_to_a_topic_that_does_not_match_its_registration() {
     let world = World::new(23, 0, 0);
     world.topic.0.store(true, Ordering::SeqCst);
     let (ended, run) = world.attempt_at(format!("{{\"results\": [{}]}}", person("a", "1"))).await;

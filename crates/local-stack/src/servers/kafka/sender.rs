@@ -1,4 +1,4 @@
-//! Events sent from outside the pipeline, as other programs may do: to a partition of one's choice, in transactions. All
+//! Sends events from outside the pipeline, as another program would: to chosen partitions, or in transactions. All
 //! calls block.
 
 use std::time::Duration;
@@ -10,52 +10,54 @@ use rdkafka::producer::{BaseRecord, DefaultProducerContext, Producer, ThreadedPr
 use super::failed;
 use crate::error::Result;
 
-/// How long Kafka may take for one step: all records acknowledged, a transaction begun or ended.
-const STEP_WITHIN: Duration = Duration::from_secs(20);
+/// Time limit for one step: the acknowledgement of all records, or the start or end of a transaction.
+const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long a batch waits for more records: what is sent at once to one partition becomes one batch.
+/// `linger.ms`, long enough that the records sent to one partition at the same time form a single batch.
 const LINGER_MILLIS: u32 = 200;
 
-/// Kafka aborts a transaction that is open for longer.
+/// `transaction.timeout.ms`, after which Kafka aborts an open transaction.
 const TRANSACTION_MILLIS: u32 = 30_000;
 
-/// A producer of events of one topic.
+/// Sends events to one topic.
 pub struct Sender {
     producer: ThreadedProducer<DefaultProducerContext>,
     topic: String,
 }
 
-/// Events that share everything but their ids.
+/// Events that differ only in their ids.
 #[derive(Clone, Copy, Debug)]
 pub struct Events<'a> {
-    /// One event each.
+    /// Ids of the events, one event per id.
     pub ids: &'a [String],
-    /// Event time, RFC 3339.
+    /// Event time of all events, in RFC 3339 format.
     pub time: &'a str,
-    /// The record's value.
+    /// Record value of all events.
     pub value: &'a [u8],
 }
 
 impl Sender {
-    /// A producer without transactions.
+    /// Creates a sender without transactions.
     pub fn new(brokers: &str, topic: &str) -> Result<Self> {
         let producer = config(brokers).create().map_err(failed)?;
         Ok(Self { producer, topic: topic.to_owned() })
     }
 
-    /// A producer that has begun a transaction. A transaction that an earlier producer of the same id left open is aborted.
+    /// Creates a sender and begins a transaction. Kafka aborts a transaction that an earlier sender with the same id
+    /// left open.
     pub fn begin(brokers: &str, topic: &str, id: &str) -> Result<Self> {
         let producer: ThreadedProducer<DefaultProducerContext> = config(brokers)
             .set("transactional.id", id)
             .set("transaction.timeout.ms", TRANSACTION_MILLIS.to_string())
             .create()
             .map_err(failed)?;
-        producer.init_transactions(STEP_WITHIN).map_err(failed)?;
+        producer.init_transactions(STEP_TIMEOUT).map_err(failed)?;
         producer.begin_transaction().map_err(failed)?;
         Ok(Self { producer, topic: topic.to_owned() })
     }
 
-    /// Sends events, to one partition or each to that of its id, and waits until Kafka has answered.
+    /// Sends events and waits for all acknowledgements. Without a partition, the id of each event determines its
+    /// partition.
     pub fn send(&self, partition: Option<i32>, events: Events<'_>) -> Result<()> {
         for id in events.ids {
             let headers = [("ce_id", id.as_str()), ("ce_time", events.time)];
@@ -66,15 +68,15 @@ impl Sender {
             record.partition = partition;
             self.producer.send(record).map_err(|(error, _)| failed(error))?;
         }
-        self.producer.flush(STEP_WITHIN).map_err(failed)
+        self.producer.flush(STEP_TIMEOUT).map_err(failed)
     }
 
-    /// Ends the transaction.
-    pub fn end(self, commits: bool) -> Result<()> {
-        let ended = if commits {
-            self.producer.commit_transaction(STEP_WITHIN)
+    /// Commits the transaction if `commit` is true, otherwise aborts it.
+    pub fn end(self, commit: bool) -> Result<()> {
+        let ended = if commit {
+            self.producer.commit_transaction(STEP_TIMEOUT)
         } else {
-            self.producer.abort_transaction(STEP_WITHIN)
+            self.producer.abort_transaction(STEP_TIMEOUT)
         };
         ended.map_err(failed)
     }

@@ -1,4 +1,4 @@
-//! One part of a soak with its present process.
+//! One part of a soak and its current process.
 
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -12,22 +12,22 @@ use crate::process::{Process, Spec, cause_in_log};
 use crate::servers::Probe;
 use crate::soak::recovery::{FaultId, SharedClock};
 
-/// How long a server may need to answer again; after SIGKILL both check their logs first.
-const SERVER_WITHIN: Duration = Duration::from_secs(180);
+/// Time limit for a server to become ready again. After SIGKILL, both servers first recover from their logs.
+const SERVER_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// How often a server that starts is asked.
-const ASK_EVERY: Duration = Duration::from_millis(250);
+/// Poll interval while waiting for a server to become ready.
+const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What a part does.
+/// State of a part.
 #[derive(Debug)]
 pub(super) enum State {
-    /// It does not run, and is not started before this time.
+    /// It does not run and is not started before `not_before`.
     Down { not_before: Instant },
-    /// It was started and has not answered yet; the task ends once it does.
-    Starting { since: Instant, asking: JoinHandle<()> },
-    /// It runs, and answers where that is asked.
+    /// It was started and is not ready yet. The task `probing` ends when it is ready.
+    Starting { since: Instant, probing: JoinHandle<()> },
+    /// It runs, and is ready if it has a probe.
     Running,
-    /// It stands still.
+    /// It is paused with SIGSTOP.
     Paused { since: Instant, until: Instant },
 }
 
@@ -36,49 +36,49 @@ pub(super) enum State {
 pub(super) struct Slot {
     process: Option<Process>,
     pub(super) state: State,
-    /// What must be done before the next start.
+    /// Work that must finish before the next start.
     preparing: Option<JoinHandle<Result<()>>>,
-    lives: u64,
-    /// Faults of this part that are not over yet.
+    starts: u64,
+    /// Faults of this part that have not ended yet.
     pub(super) faults: Vec<FaultId>,
-    /// Started again whenever it ends.
-    pub(super) wanted: bool,
+    /// Whether the part is started whenever it is down.
+    pub(super) enabled: bool,
 }
 
 impl Slot {
-    /// A part that does not run.
+    /// Creates a part that does not run.
     pub(super) fn new() -> Self {
         Self {
             process: None,
             state: State::Down { not_before: Instant::now() },
             preparing: None,
-            lives: 0,
+            starts: 0,
             faults: Vec::new(),
-            wanted: false,
+            enabled: false,
         }
     }
 
-    /// Takes a process that was started elsewhere and answers.
-    pub(super) fn runs(&mut self, process: Process) {
+    /// Adopts a ready process that was started elsewhere.
+    pub(super) fn adopt(&mut self, process: Process) {
         self.process = Some(process);
         self.state = State::Running;
-        self.lives = 1;
-        self.wanted = true;
+        self.starts = 1;
+        self.enabled = true;
     }
 
-    /// Starts the part; where there is a probe, it counts as running once that is answered.
+    /// Starts the part. With a probe, it counts as running only after the probe succeeds.
     pub(super) fn start(&mut self, mut spec: Spec, probe: Option<Probe>, folders: &Folders) -> Result<()> {
-        self.lives += 1;
-        // Each life has a log of its own: they are the evidence.
-        spec.name = format!("{}-{:04}", spec.name, self.lives);
+        self.starts += 1;
+        // Each start gets its own log, so that all logs are available for troubleshooting.
+        spec.name = format!("{}-{:04}", spec.name, self.starts);
         self.process = Some(Process::spawn(&spec, folders)?);
         self.state = match probe {
             None => State::Running,
             Some(probe) => State::Starting {
                 since: Instant::now(),
-                asking: tokio::spawn(async move {
+                probing: tokio::spawn(async move {
                     while !probe.answers().await {
-                        tokio::time::sleep(ASK_EVERY).await;
+                        tokio::time::sleep(PROBE_INTERVAL).await;
                     }
                 }),
             },
@@ -86,23 +86,23 @@ impl Slot {
         Ok(())
     }
 
-    /// Whether it is down, and may be started now.
-    pub(super) fn is_due(&self) -> bool {
+    /// Returns whether the part is down and may be started now.
+    pub(super) fn can_start(&self) -> bool {
         let prepared = self.preparing.as_ref().is_none_or(JoinHandle::is_finished);
         prepared && matches!(self.state, State::Down { not_before } if Instant::now() >= not_before)
     }
 
-    /// Keeps the part down for so long.
+    /// Keeps the part down for this duration.
     pub(super) fn down_for(&mut self, length: Duration) {
         self.state = State::Down { not_before: Instant::now() + length };
     }
 
-    /// Something that blocks and must be done before the part starts again.
+    /// Starts blocking work that must finish before the part starts again.
     pub(super) fn prepare(&mut self, work: impl FnOnce() -> Result<()> + Send + 'static) {
         self.preparing = Some(tokio::task::spawn_blocking(work));
     }
 
-    /// The outcome of [`Slot::prepare`], once that is over.
+    /// Waits for the work of [`Slot::prepare`] and returns its result.
     pub(super) async fn prepared(&mut self) -> Result<()> {
         match self.preparing.take() {
             None => Ok(()),
@@ -110,35 +110,36 @@ impl Slot {
         }
     }
 
-    /// How long it took to answer, when a part that was starting does so now; an error once it has taken too long.
-    pub(super) fn answers(&mut self) -> Result<Option<Duration>> {
-        let State::Starting { since, asking } = &self.state else { return Ok(None) };
+    /// Detects that a starting part has become ready, and returns how long that took. Fails once the time limit is
+    /// over.
+    pub(super) fn ready_after(&mut self) -> Result<Option<Duration>> {
+        let State::Starting { since, probing } = &self.state else { return Ok(None) };
         let took = since.elapsed();
-        if asking.is_finished() {
+        if probing.is_finished() {
             self.state = State::Running;
             return Ok(Some(took));
         }
         match &self.process {
-            Some(process) if took > SERVER_WITHIN => {
-                Err(process.not_ready("its port after a kill", SERVER_WITHIN))
+            Some(process) if took > SERVER_TIMEOUT => {
+                Err(process.not_ready("its port after a restart", SERVER_TIMEOUT))
             }
             _ => Ok(None),
         }
     }
 
-    /// How a process has ended that should run, and the line that tells it.
+    /// Returns the exit status and an error message if the process has exited.
     pub(super) fn ended(&mut self) -> Option<(ExitStatus, String)> {
         let process = self.process.as_mut()?;
         let status = process.ended()?;
-        Some((status, process.death(status).to_string().replace(" while starting", "")))
+        Some((status, process.exit_error(status).to_string().replace(" while starting", "")))
     }
 
-    /// Whether it runs and answers: a fault meets a part that works.
-    pub(super) fn can_be_hit(&self) -> bool {
+    /// Returns whether the part runs and is ready. Faults are injected only into such parts.
+    pub(super) fn is_up(&self) -> bool {
         self.process.is_some() && matches!(self.state, State::Running)
     }
 
-    /// SIGSTOP; the part stands still for so long.
+    /// Pauses the part with SIGSTOP for this duration.
     pub(super) fn pause(&mut self, length: Duration, id: FaultId) {
         if let Some(process) = &self.process {
             process.record.signal(Signal::STOP);
@@ -147,49 +148,49 @@ impl Slot {
         self.faults.push(id);
     }
 
-    /// SIGCONT.
-    pub(super) fn go_on(&mut self) {
+    /// Resumes the part with SIGCONT.
+    pub(super) fn resume(&mut self) {
         if let Some(process) = &self.process {
             process.record.signal(Signal::CONT);
         }
         self.state = State::Running;
     }
 
-    /// The faults of this part are over.
-    pub(super) fn faults_end(&mut self, clock: &SharedClock) {
+    /// Ends all faults of this part.
+    pub(super) fn end_faults(&mut self, clock: &SharedClock) {
         for id in self.faults.drain(..) {
             clock.end(id);
         }
     }
 
-    /// SIGKILL, if it runs.
+    /// Kills the part with SIGKILL, if it runs.
     pub(super) async fn kill(&mut self) {
-        self.ask_no_more();
+        self.stop_probing();
         if let Some(mut process) = self.process.take() {
             process.kill().await;
         }
         self.down_for(Duration::ZERO);
     }
 
-    /// Ends the part in peace; it is not started again.
+    /// Stops the part gracefully. It is not started again.
     pub(super) async fn stop(&mut self) {
-        self.wanted = false;
-        self.go_on();
-        self.ask_no_more();
+        self.enabled = false;
+        self.resume();
+        self.stop_probing();
         if let Some(mut process) = self.process.take() {
             process.stop().await;
         }
         self.down_for(Duration::ZERO);
     }
 
-    /// The line of its log that says most.
-    pub(super) fn says(&self) -> String {
+    /// Returns the most relevant line of its log.
+    pub(super) fn last_error(&self) -> String {
         self.process.as_ref().map_or_else(String::new, |process| cause_in_log(&process.record.log))
     }
 
-    fn ask_no_more(&mut self) {
-        if let State::Starting { asking, .. } = &self.state {
-            asking.abort();
+    fn stop_probing(&mut self) {
+        if let State::Starting { probing, .. } = &self.state {
+            probing.abort();
         }
     }
 }

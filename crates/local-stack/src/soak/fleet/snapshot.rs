@@ -1,14 +1,14 @@
-//! Copies of a killed Cassandra's data folder. Its commit log is part of the folder and synced before a write is acknowledged, so
-//! a copy holds everything that was acknowledged.
+//! Snapshots of the data folder of Cassandra, taken while it is down. The folder includes the commit log, which
+//! Cassandra syncs before it acknowledges a write. A snapshot therefore contains every acknowledged write.
 
 use std::fs;
 use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// Copies the data folder in place of an earlier snapshot.
+/// Copies the data folder, replacing any earlier snapshot.
 pub(super) fn take(data: &Path, snapshot: &Path) -> Result<()> {
-    // An unfinished copy must never be restored.
+    // Copy to a temporary name first, because an incomplete copy must never be restored.
     let unfinished = snapshot.with_extension("new");
     remove(&unfinished)?;
     copy(data, &unfinished)?;
@@ -16,7 +16,7 @@ pub(super) fn take(data: &Path, snapshot: &Path) -> Result<()> {
     fs::rename(&unfinished, snapshot).map_err(Error::io(snapshot))
 }
 
-/// Puts a snapshot in place of the data folder, and keeps it.
+/// Replaces the data folder with a copy of the snapshot.
 pub(super) fn restore(snapshot: &Path, data: &Path) -> Result<()> {
     remove(data)?;
     copy(snapshot, data)
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_restored_folder_is_what_it_was_when_the_snapshot_was_taken() {
+    fn a_restore_brings_back_the_folder_as_of_the_snapshot() {
         let root = tempfile::tempdir().unwrap();
         let (data, snapshot) = (root.path().join("data"), root.path().join("snapshot"));
         let write = |file: &str, text: &str| {
