@@ -123,7 +123,7 @@ impl Slot {
         let stopped = match self {
             Slot::Running(running) => {
                 let (offset, ended) = running.stop(partition, parts, runtime, deadline);
-                (Some(offset), ended)
+                (Some(offset), fatal_only(partition, ended))
             }
             Slot::Opening { opening, .. } => {
                 let ended = match runtime.block_on(opening) {
@@ -142,6 +142,18 @@ impl Slot {
         parts.health.forget(&partition_dependency(partition));
         parts.holdings.remove(partition);
         stopped
+    }
+}
+
+/// Drops an error that only requires the partition to be reopened or halted: it is being released anyway, and its next owner
+/// reads everything again.
+fn fatal_only(partition: i32, ended: Result<(), ProcessorError>) -> Result<(), ProcessorError> {
+    match ended {
+        Err(error @ (ProcessorError::Reopen(_) | ProcessorError::Halted(_))) => {
+            tracing::warn!(partition, %error, "released after an error");
+            Ok(())
+        }
+        ended => ended,
     }
 }
 
@@ -250,6 +262,16 @@ mod tests {
 
     fn halt(offset: i64) -> Halt {
         Halt { partition: 0, offset, cause: "x".into(), readable_from: None }
+    }
+
+    #[test]
+    fn only_a_fatal_error_of_a_released_partition_ends_the_process() {
+        let check = |error: ProcessorError, ends: bool| assert_eq!(fatal_only(0, Err(error)).is_err(), ends);
+        check(ProcessorError::Reopen("x".into()), false);
+        check(halt(7).into(), false);
+        check(ProcessorError::Refused("x".into()), true);
+        check(ProcessorError::Fatal("x".into()), true);
+        assert!(fatal_only(0, Ok(())).is_ok());
     }
 
     #[test]
