@@ -1,14 +1,17 @@
-//! The rules of CONTRIBUTING.md that a program can check, over the files that git tracks.
+//! Checks the rules of CONTRIBUTING.md that a program can check, on the files that git tracks.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, helpers included")]
+
+mod docs;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const MOST_LINES: usize = 500;
+/// Maximum number of lines of a file without its tests.
+const MAX_LINES: usize = 500;
 const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
-/// Modules that must stay pure: no async, no clock, no I/O, no logging.
-const PURE: [&str; 33] = [
+/// Modules that must contain no async code, clock, I/O or logging.
+const PURE_MODULES: [&str; 33] = [
     "common/src/stream.rs",
     "common/src/stream/layout.rs",
     "common/src/stream/parse.rs",
@@ -43,7 +46,8 @@ const PURE: [&str; 33] = [
     "metrics-dashboard/src/reason.rs",
     "metrics-dashboard/src/services.rs",
 ];
-const IMPURE: [&str; 9] = [
+/// Code that must not occur in a pure module.
+const IMPURE_CODE: [&str; 9] = [
     "async fn",
     ".await",
     "tokio::",
@@ -59,7 +63,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// Tracked files below `under` that end with `ending`; what git does not know yet and does not ignore counts too.
+/// Files below `under` that end with `ending`, sorted by path. Includes untracked files that git does not ignore.
 fn files(under: &str, ending: &str) -> Vec<String> {
     let listed = Command::new("git")
         .args(["ls-files", "--cached", "--others", "--exclude-standard", "--", under])
@@ -81,7 +85,7 @@ fn read(file: &str) -> String {
     std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
 }
 
-/// A source file without its tests.
+/// The text of a source file without its test module.
 fn code(file: &str) -> String {
     const MARK: &str = "\n#[cfg(test)]\n";
     let text = read(file);
@@ -97,28 +101,29 @@ fn is_test(file: &str) -> bool {
     file.contains("/tests/") || file.ends_with("/tests.rs")
 }
 
+/// Asserts that nothing breaks `rule`.
 fn assert_none(broken: &[String], rule: &str) {
     assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
 }
 
 #[test]
-fn every_file_opens_with_what_lives_in_it() {
+fn every_file_starts_with_a_doc_comment() {
     let broken: Vec<_> = files("crates", ".rs").into_iter().filter(|f| !read(f).starts_with("//!")).collect();
-    assert_none(&broken, "a file opens with `//!`");
+    assert_none(&broken, "a file starts with `//!`");
 }
 
 #[test]
-fn no_file_is_longer_than_a_reader_can_hold() {
+fn no_file_exceeds_the_maximum_length() {
     let broken: Vec<_> = files("crates", ".rs")
         .into_iter()
-        .filter_map(|f| Some((code(&f).lines().count(), f)).filter(|(lines, _)| *lines > MOST_LINES))
-        .map(|(lines, f)| format!("{f}: {lines} lines without tests, at most {MOST_LINES}"))
+        .filter_map(|f| Some((code(&f).lines().count(), f)).filter(|(lines, _)| *lines > MAX_LINES))
+        .map(|(lines, f)| format!("{f}: {lines} lines without tests, at most {MAX_LINES}"))
         .collect();
-    assert_none(&broken, "files are short");
+    assert_none(&broken, "files are short enough");
 }
 
 #[test]
-fn nothing_is_left_for_later() {
+fn no_file_marks_unfinished_work() {
     let marks = [["TO", "DO"].concat(), ["FIX", "ME"].concat(), ["#[ig", "nore"].concat()];
     let mut broken = Vec::new();
     for file in [files("crates", ".rs"), files("crates", ".ts"), files("crates", ".sh")].concat() {
@@ -128,16 +133,16 @@ fn nothing_is_left_for_later() {
             }
         }
     }
-    assert_none(&broken, "no marks of unfinished work, no ignored test");
+    assert_none(&broken, "no file marks unfinished work or ignores a test");
 }
 
 #[test]
 fn pure_modules_stay_pure() {
     let mut broken = Vec::new();
-    for file in PURE {
+    for file in PURE_MODULES {
         let code = code(&format!("crates/{file}"));
         for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
-            if let Some(word) = IMPURE.iter().find(|w| line.contains(**w)) {
+            if let Some(word) = IMPURE_CODE.iter().find(|w| line.contains(**w)) {
                 broken.push(format!("crates/{file}: {word}"));
             }
         }
@@ -157,7 +162,7 @@ fn only_config_reads_the_environment() {
 }
 
 #[test]
-fn the_services_never_import_each_other() {
+fn the_services_do_not_import_each_other() {
     let mut broken = Vec::new();
     for service in SERVICES {
         let manifest = read(&format!("crates/{service}/Cargo.toml"));
@@ -174,10 +179,10 @@ fn the_services_never_import_each_other() {
             .filter(|s| stack.contains(&format!("{s}.")))
             .map(|s| format!("local-stack imports {s}")),
     );
-    assert_none(&broken, "services meet in common, Kafka and Cassandra only");
+    assert_none(&broken, "services share only `common`, Kafka and Cassandra");
 }
 
-/// Names of metrics: string literals of `metrics.rs` with one of the pipeline's prefixes.
+/// The metric names: string literals in `metrics.rs` that start with a prefix of the pipeline's metrics.
 fn metrics() -> BTreeSet<String> {
     let prefixes = ["processor_", "ingest_", "dashboard_", "pipeline_"];
     let mut names = BTreeSet::new();
@@ -190,12 +195,12 @@ fn metrics() -> BTreeSet<String> {
             }
         }
     }
-    assert!(names.len() > 20, "the metrics are no longer found in metrics.rs: {names:?}");
+    assert!(names.len() > 20, "only these metrics are found in metrics.rs: {names:?}");
     names
 }
 
 #[test]
-fn only_metrics_rs_names_metrics() {
+fn only_metrics_rs_contains_metric_names() {
     let names = metrics();
     let broken: Vec<_> = files("crates", ".rs")
         .into_iter()
@@ -203,69 +208,12 @@ fn only_metrics_rs_names_metrics() {
         .filter(|f| !f.ends_with("/metrics.rs") && !is_test(f))
         .filter(|f| names.iter().any(|n| code(f).contains(&format!("\"{n}\""))))
         .collect();
-    assert_none(&broken, "only metrics.rs names metrics");
+    assert_none(&broken, "only metrics.rs contains metric names");
 }
 
 #[test]
-fn every_metric_stands_in_a_dashboard_an_alert_or_the_readme() {
-    let mut shown = read("README.md");
-    for file in [files("grafana", ".json"), files("prometheus", ".yml")].concat() {
-        shown.push_str(&read(&file));
-    }
-    let broken: Vec<_> = metrics().into_iter().filter(|name| !shown.contains(name.as_str())).collect();
-    assert_none(&broken, "each metric is shown somewhere");
-}
-
-#[test]
-fn every_setting_stands_in_the_readme_with_its_default() {
-    let readme = read("README.md");
-    let mut broken = Vec::new();
-    for file in files("crates", "config.rs") {
-        let code = code(&file);
-        for (at, _) in code.match_indices("env = \"PIPELINE_") {
-            let name: String = code[at + 7..].chars().take_while(|c| *c != '"').collect();
-            let attribute = code[at..].split(")]").next().unwrap_or_default();
-            let default = attribute
-                .split("default_value_t = ")
-                .nth(1)
-                .or_else(|| attribute.split("default_value = \"").nth(1))
-                .map(|d| d.split([',', '"', ')']).next().unwrap_or_default().trim().replace('_', ""));
-            let row = readme.lines().find(|l| l.starts_with('|') && l.contains(&format!("`{name}`")));
-            match (row, default) {
-                (None, _) => broken.push(format!("{file}: {name} is not in the README's table")),
-                (Some(row), Some(default)) if !row.replace('_', "").contains(&default) => {
-                    broken.push(format!(
-                        "{file}: the README's row of {name} does not name its default {default}"
-                    ));
-                }
-                _ => {}
-            }
-        }
-    }
-    assert_none(&broken, "each setting is in the README with its default");
-}
-
-#[test]
-fn every_path_that_the_architecture_names_exists() {
-    let text = read("ARCHITECTURE.md");
-    let paths: Vec<&str> = text
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .filter(|p| {
-            p.contains('/')
-                && p.rsplit('.').next().is_some_and(|e| ["rs", "toml", "yml", "md", "ts"].contains(&e))
-        })
-        .filter(|p| !p.contains([' ', '{', '<', '*']))
-        .collect();
-    assert!(paths.len() > 10, "the map of ARCHITECTURE.md is no longer found");
-    let broken: Vec<_> = paths.into_iter().filter(|p| !root().join(p).exists()).map(str::to_owned).collect();
-    assert_none(&broken, "each path that ARCHITECTURE.md names exists");
-}
-
-#[test]
-fn no_committed_file_names_a_home_folder_or_a_package_registry() {
-    let words = [
+fn no_committed_file_contains_a_home_folder_or_a_package_registry() {
+    let forbidden = [
         ["/ro", "ot/"].concat(),
         ["static.cr", "ates.io"].concat(),
         ["registry.npm", "js.org"].concat(),
@@ -274,12 +222,12 @@ fn no_committed_file_names_a_home_folder_or_a_package_registry() {
     ];
     let mut broken = Vec::new();
     for file in files(".", "") {
-        // A lock file names the index in its own form.
+        // The lock file contains the address of the registry index.
         if file == "Cargo.lock" {
             continue;
         }
         let Ok(text) = std::fs::read_to_string(root().join(&file)) else { continue };
-        broken.extend(words.iter().filter(|w| text.contains(w.as_str())).map(|w| format!("{file}: {w}")));
+        broken.extend(forbidden.iter().filter(|w| text.contains(w.as_str())).map(|w| format!("{file}: {w}")));
     }
-    assert_none(&broken, "no machine and no registry in a committed file");
+    assert_none(&broken, "committed files contain no home folder and no package registry");
 }
