@@ -1,6 +1,6 @@
 //! The processor's command line and settings.
 
-use crate::start::RecoverPolicy;
+use crate::pipeline::start::RecoverPolicy;
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use common::config::CommonArgs;
@@ -126,7 +126,7 @@ pub struct RunArgs {
     #[cfg(feature = "failpoints")]
     #[arg(long, hide = true)]
     #[serde(skip)]
-    pub kill_at: Option<crate::kill_at::KillAt>,
+    pub kill_at: Option<crate::pipeline::kill_at::KillAt>,
 }
 
 /// Settings of `verify`.

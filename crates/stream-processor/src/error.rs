@@ -1,7 +1,7 @@
 //! Errors of the processor, classified by how the caller handles them.
 
-use crate::partition::LaterOffset;
-use crate::start::Refusal;
+use crate::count::partition::LaterOffset;
+use crate::pipeline::start::Refusal;
 use common::cassandra::{ConnectError, DatacenterError};
 
 /// An error of the processor. An undecodable record is not an error: it goes to the dead-letter topic.

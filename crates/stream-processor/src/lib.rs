@@ -1,50 +1,29 @@
 //! Writes events from Kafka to Cassandra and counts each exactly once.
 //!
-//! [`service`] wires the parts of `run` together. [`group`] joins the consumer group and starts a fetch thread
-//! ([`fetch`]) and a [`worker`] for each assigned partition. The fetch thread uses [`decode`] to turn records into
-//! [`chunk`]s. [`open`] reads what is stored about a partition, and [`start`] decides at which offset it starts. The
-//! worker is the only file that orders effects: [`partition`] applies a chunk to the panes in [`windows`],
-//! [`write_plan`] splits the result into statements, [`store`] and [`dead_letters`] write it, and [`state`] commits it.
-//!
-//! [`init`] creates tables and topics. [`verify`], [`report`], [`dlq`], [`skip`] and [`checkpoint`] implement the
-//! operator commands. [`log_reader`] reads a topic outside the consumer group.
+//! [`service`] wires the parts of `run` together. In [`pipeline`], `group` joins the consumer group and starts a fetch thread
+//! (`fetch`) and a `worker` for each assigned partition; `open` reads what is stored about a partition, and `start` decides
+//! at which offset it starts. [`record`] turns Kafka records into chunks of events. The worker is the only file that orders
+//! effects: [`count`] applies a chunk and splits the result into statements, and [`io`] writes it and commits the state.
+//! [`commands`] implements `init` and the operator commands.
 
-pub mod checkpoint;
-pub mod chunk;
+pub mod commands;
 pub mod config;
-pub mod dead_letters;
-pub mod decode;
-pub mod dlq;
+pub mod count;
 pub mod error;
-pub mod fetch;
-pub mod group;
-pub mod init;
-#[cfg(feature = "failpoints")]
-pub mod kill_at;
-pub mod log_reader;
+pub mod io;
 pub mod metrics;
-pub mod open;
-pub mod partition;
-pub mod poison_gate;
-pub mod report;
+pub mod pipeline;
+pub mod record;
 pub mod service;
-pub mod skip;
-pub mod stages;
-pub mod start;
-pub mod state;
-pub mod store;
-pub mod verify;
-pub mod windows;
-pub mod worker;
-pub mod write_plan;
 
+use crate::commands::verify::Verifier;
+use crate::commands::{checkpoint, dlq, init, report, skip, verify};
 use crate::config::{Cli, Command, VerifyArgs};
 use crate::error::ProcessorError;
+use crate::io::store::cassandra::CassandraStore;
+use crate::io::store::requests::StoreContext;
 use crate::metrics::Metrics;
 use crate::service::{METADATA_DEADLINE, topic_partitions};
-use crate::store::cassandra::CassandraStore;
-use crate::store::requests::StoreContext;
-use crate::verify::Verifier;
 use common::config::CommonArgs;
 use common::presence;
 use common::registry::check_layout;

@@ -1,11 +1,11 @@
 //! Every metric of the processor. The `*_committed_*` counters come from the checkpoint's totals, so they survive
 //! restarts and are never ahead of what is stored. All other metrics describe this process.
 
-use crate::group::Lost;
-use crate::partition::{Partition, Totals};
-use crate::stages::{StageClock, Stages};
-use crate::start::How;
-use crate::store::StepTimes;
+use crate::count::partition::{Partition, Totals};
+use crate::io::store::StepTimes;
+use crate::pipeline::group::Lost;
+use crate::pipeline::stages::{StageClock, Stages};
+use crate::pipeline::start::How;
 use common::metrics::Maker;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -317,7 +317,7 @@ impl Collector for Checkpoints {
     fn collect(&self) -> Vec<MetricFamily> {
         self.bytes.reset();
         for partition in self.stages.partitions() {
-            let file = crate::state::path_of(&self.folder, &self.stream, partition);
+            let file = crate::io::state::path_of(&self.folder, &self.stream, partition);
             if let Ok(found) = std::fs::metadata(file) {
                 self.bytes.with_label_values(&[&partition.to_string()]).set(found.len() as i64);
             }
@@ -344,7 +344,7 @@ mod tests {
         let metrics = Metrics::new().unwrap();
         metrics.watch_checkpoints(folder.path().to_owned(), "s").unwrap();
         for partition in [1, 2] {
-            std::fs::write(crate::state::path_of(folder.path(), "s", partition), [0; 7]).unwrap();
+            std::fs::write(crate::io::state::path_of(folder.path(), "s", partition), [0; 7]).unwrap();
         }
         let _clock = metrics.stage(1, WORK);
         let families = metrics.registry.gather();

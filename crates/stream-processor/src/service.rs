@@ -1,21 +1,21 @@
 //! Implements `run`: connects to Kafka and Cassandra, checks that the stream definition matches the registered one, and
 //! runs the consumer group until shutdown.
 
-use crate::checkpoint;
+use crate::commands::checkpoint;
+use crate::commands::init;
 use crate::config::RunArgs;
-use crate::dead_letters::DeadLetterTopic;
+use crate::count::poison_gate::{PoisonLimits, WINDOW_RECORDS};
+use crate::count::windows::pane::{Pane, PaneShape};
 use crate::error::ProcessorError;
-use crate::fetch::ChunkLimits;
-use crate::group::client::MemberSettings;
-use crate::group::ownership::{self, Ownership, Watched};
-use crate::group::{self, GroupSettings, Parts};
-use crate::init;
+use crate::io::dead_letters::DeadLetterTopic;
+use crate::io::store::cassandra::CassandraStore;
+use crate::io::store::requests::StoreContext;
 use crate::metrics::Metrics;
-use crate::open::{Opener, Replays};
-use crate::poison_gate::{PoisonLimits, WINDOW_RECORDS};
-use crate::store::cassandra::CassandraStore;
-use crate::store::requests::StoreContext;
-use crate::windows::pane::{Pane, PaneShape};
+use crate::pipeline::fetch::ChunkLimits;
+use crate::pipeline::group::client::MemberSettings;
+use crate::pipeline::group::ownership::{self, Ownership, Watched};
+use crate::pipeline::group::{self, GroupSettings, Parts};
+use crate::pipeline::open::{Opener, Replays};
 use common::admin::hosts::Hosts;
 use common::admin::{self, Health};
 use common::config::CommonArgs;
@@ -66,7 +66,10 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> Result<(), ProcessorError> {
     #[cfg(feature = "failpoints")]
-    args.kill_at.as_ref().map_or(Ok(()), crate::kill_at::KillAt::arm).map_err(ProcessorError::Fatal)?;
+    args.kill_at
+        .as_ref()
+        .map_or(Ok(()), crate::pipeline::kill_at::KillAt::arm)
+        .map_err(ProcessorError::Fatal)?;
     // Safe to log: secrets are kept in files, and the settings hold only their paths.
     let settings = serde_json::json!({"common": common, "run": args});
     tracing::info!(%settings, "settings in force");

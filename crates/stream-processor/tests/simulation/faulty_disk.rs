@@ -5,11 +5,11 @@ use super::choices::{Choices, splitmix};
 use super::disk::Disk;
 use super::log::{Log, definition, random};
 use super::machine::open_file;
-use crate::decode::Decoder;
-use crate::partition::{Partition, Position};
-use crate::state::{Commit, FORMAT, Head, StateError, StateFile};
-use crate::windows::hot::Panes;
-use crate::windows::pane::PaneShape;
+use crate::count::partition::{Partition, Position};
+use crate::count::windows::hot::Panes;
+use crate::count::windows::pane::PaneShape;
+use crate::io::state::{Commit, FORMAT, Head, StateError, StateFile};
+use crate::record::decode::Decoder;
 use common::stream::Definition;
 use std::collections::BTreeMap;
 
@@ -109,7 +109,7 @@ impl Writer {
         Ok(())
     }
 
-    fn stored(&self, chunk: &crate::chunk::Chunk, index: u32, next: i64) -> Option<i64> {
+    fn stored(&self, chunk: &crate::record::chunk::Chunk, index: u32, next: i64) -> Option<i64> {
         let event = &chunk.events[index as usize];
         let id = String::from_utf8_lossy(chunk.id(event)).into_owned();
         self.log.below(next).rows.get(&(event.time_ms, id)).map(|(offset, _)| *offset)

@@ -5,11 +5,11 @@ use super::disk::Disk;
 use super::log::{BASE_MS, Log, Rec, definition, event};
 use super::machine::{Volume, open_file};
 use super::schedule::{Case, Sim};
-use crate::partition::{Position, Totals};
-use crate::poison_gate::PoisonCounts;
-use crate::state::FORMAT;
-use crate::windows::hot::Panes;
-use crate::windows::pane::PaneShape;
+use crate::count::partition::{Position, Totals};
+use crate::count::poison_gate::PoisonCounts;
+use crate::count::windows::hot::Panes;
+use crate::count::windows::pane::PaneShape;
+use crate::io::state::FORMAT;
 use std::io::Read as _;
 use std::path::PathBuf;
 
@@ -34,7 +34,7 @@ fn check(bytes: Vec<u8>, format: u32) {
     let file = open_file(&Disk::of(bytes)).unwrap();
     let head = file.head().unwrap();
     assert_eq!(head.format, format);
-    crate::start::survives(&head.layout, &definition(0).layout()).unwrap();
+    crate::pipeline::start::survives(&head.layout, &definition(0).layout()).unwrap();
     let position = Position {
         next_offset: 5,
         first_offset: 0,

@@ -2,12 +2,12 @@
 //! them.
 
 use super::choices::splitmix;
-use crate::chunk::Chunk;
-use crate::decode::{Decoder, MAX_VALUE_BYTES, Record};
-use crate::partition::{Partition, Position};
-use crate::windows::hot::Panes;
-use crate::windows::pane::PaneShape;
-use crate::write_plan::{group_events, group_panes};
+use crate::count::partition::{Partition, Position};
+use crate::count::windows::hot::Panes;
+use crate::count::windows::pane::PaneShape;
+use crate::count::write_plan::{group_events, group_panes};
+use crate::record::chunk::Chunk;
+use crate::record::decode::{Decoder, MAX_VALUE_BYTES, Record};
 use common::stream::Definition;
 
 const NOW: i64 = 1_800_000_000_000;

@@ -6,19 +6,19 @@ use super::log::Rec;
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::Mutation;
 use super::world::Shared;
-use crate::chunk::Chunk;
-use crate::decode::Decoder;
+use crate::count::poison_gate::PoisonLimits;
+use crate::count::windows::hot::MAX_COLD_PANES;
+use crate::count::windows::pane::PaneShape;
 use crate::error::{Halt, ProcessorError};
-use crate::fetch::FirstRecord;
+use crate::io::state::Checkpoint;
+use crate::io::store::Assumed;
 use crate::metrics::Metrics;
-use crate::open::begin;
-use crate::poison_gate::PoisonLimits;
-use crate::start::{Facts, RecoverPolicy, Start};
-use crate::state::Checkpoint;
-use crate::store::Assumed;
-use crate::windows::hot::MAX_COLD_PANES;
-use crate::windows::pane::PaneShape;
-use crate::worker::{Chunks, Fetched, Worker};
+use crate::pipeline::fetch::FirstRecord;
+use crate::pipeline::open::begin;
+use crate::pipeline::start::{Facts, RecoverPolicy, Start};
+use crate::pipeline::worker::{Chunks, Fetched, Worker};
+use crate::record::chunk::Chunk;
+use crate::record::decode::Decoder;
 use common::admin::Health;
 use common::presence::Holdings;
 use common::stream::Definition;
@@ -156,8 +156,8 @@ impl Process {
         let machine = Arc::clone(&self.servers.machine);
         let checkpoint = SimCheckpoint::open(world.clone(), self.servers.life, machine);
         let mut state = checkpoint.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
-        let outages = crate::store::Store::outages(&*self.servers);
-        let mut progress = crate::store::Store::progress(&*self.servers, 0).await?;
+        let outages = crate::io::store::Store::outages(&*self.servers);
+        let mut progress = crate::io::store::Store::progress(&*self.servers, 0).await?;
         let (low, high, mutation) = {
             let world = world.lock();
             (world.topic().low, world.topic().high(), world.mutation)
@@ -173,7 +173,7 @@ impl Process {
         {
             progress.written_to = None;
         }
-        let skips = crate::store::Store::skips(&*self.servers, 0).await?;
+        let skips = crate::io::store::Store::skips(&*self.servers, 0).await?;
         let layout = definition.layout();
         let from_zero = self.options.replay && mutation == Some(Mutation::ReplayHot);
         let facts = Facts {

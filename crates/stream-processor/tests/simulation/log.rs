@@ -3,9 +3,9 @@
 
 use super::choices::Choices;
 use super::mutations::{self, Mutation};
-use crate::chunk::Chunk;
-use crate::decode::{Decoder, Record};
-use crate::partition::{LastRecord, Totals};
+use crate::count::partition::{LastRecord, Totals};
+use crate::record::chunk::Chunk;
+use crate::record::decode::{Decoder, Record};
 use common::event::fingerprint;
 use common::stream::Definition;
 use std::collections::BTreeMap;

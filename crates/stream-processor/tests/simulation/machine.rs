@@ -5,10 +5,10 @@ use super::disk::Disk;
 use super::log::{BASE_MS, LATENESS_MS, PANE_MS};
 use super::mutations::Mutation;
 use super::world::{Shared, World};
-use crate::start::StateFacts;
-use crate::state::{Checkpoint, Commit, Head, StateError, StateFile, never_finished};
-use crate::windows::hot::Panes;
-use crate::windows::pane::Pane;
+use crate::count::windows::hot::Panes;
+use crate::count::windows::pane::Pane;
+use crate::io::state::{Checkpoint, Commit, Head, StateError, StateFile, never_finished};
+use crate::pipeline::start::StateFacts;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -89,7 +89,7 @@ pub fn omits_from_pane(found: Option<i64>, offset: i64) -> bool {
 }
 
 /// Called by `Partition::apply` after each event: moves `hot_from` in the middle of a batch.
-pub fn move_hot_from(partition: &mut crate::partition::Partition) {
+pub fn move_hot_from(partition: &mut crate::count::partition::Partition) {
     if is_active(Mutation::Freeze)
         && let Some(seen_to) = partition.position.seen_to
     {

@@ -7,11 +7,11 @@ use super::log::{Log, Rec, definition, random};
 use super::machine::{Machine, SimCheckpoint, Volume};
 use super::mutations::{self, Mutation};
 use super::world::{MAX_FAULTS, Shared, World};
+use crate::count::partition::Totals;
+use crate::count::windows::hot::MAX_COLD_PANES;
 use crate::error::ProcessorError;
+use crate::io::state::Checkpoint;
 use crate::metrics::Metrics;
-use crate::partition::Totals;
-use crate::state::Checkpoint;
-use crate::windows::hot::MAX_COLD_PANES;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const MACHINES: usize = 3;

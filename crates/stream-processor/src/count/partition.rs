@@ -1,0 +1,241 @@
+//! The state of one partition and the pure step that applies a decoded chunk to it. The step decides which records are
+//! first copies, updates panes and totals, and returns the rows to write. It uses no clock and no I/O, so its result
+//! depends on the log alone.
+
+use crate::count::poison_gate::PoisonCounts;
+use crate::count::windows::filter::BuildAlreadyHashed;
+use crate::count::windows::hot::Panes;
+use crate::record::chunk::Chunk;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// Counts of the records below the next offset, by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Totals {
+    /// First copies. Each has one row in the event table.
+    pub events: i64,
+    /// Later copies of an event that was already counted.
+    pub duplicates: i64,
+    /// First copies whose event time is more than the allowed lateness behind the watermark.
+    pub late: i64,
+    /// Records sent to the dead-letter topic.
+    pub dead_letters: i64,
+    /// Unreadable offsets skipped at an operator's request.
+    #[serde(default)]
+    pub skipped: i64,
+}
+
+impl Totals {
+    /// All records counted. Skipped offsets are not records.
+    pub fn records(&self) -> i64 {
+        self.events + self.duplicates + self.dead_letters
+    }
+}
+
+/// Identity of one record. A different record at the same offset shows that the log was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastRecord {
+    /// Offset of the record.
+    pub offset: i64,
+    /// Hash of the record's key, value and timestamp.
+    pub fingerprint: i64,
+}
+
+/// How far a partition's log has been processed. Every value is exact for the log below `next_offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Position {
+    /// Next offset to process.
+    pub next_offset: i64,
+    /// Offset at which counting started.
+    #[serde(default)]
+    pub first_offset: i64,
+    /// Last record below `next_offset`. Transaction markers may follow it. `None` if no record was processed.
+    pub last_record: Option<LastRecord>,
+    /// Totals of the records below `next_offset`, or below `count_from` during a replay.
+    pub totals: Totals,
+    /// Highest event time so far in Unix milliseconds, which is the watermark. `None` before the first event.
+    pub seen_to: Option<i64>,
+    /// Undecodable records counted against the limits.
+    #[serde(default)]
+    pub poison: PoisonCounts,
+    /// First offset that adds to the totals. It is above `next_offset` only during a replay.
+    pub count_from: i64,
+}
+
+/// The reads required before a chunk can be applied.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Questions {
+    /// Indexes of the events whose key must be looked up, in ascending order.
+    pub keys: Vec<u32>,
+    /// Starts of the cold panes whose rows must be loaded, in Unix milliseconds.
+    pub panes: BTreeSet<i64>,
+}
+
+/// The result of applying a chunk: rows to write, changed panes, and keys seen for the first time. Nothing has been
+/// written yet.
+#[derive(Debug, Default, PartialEq)]
+pub struct Applied {
+    /// Indexes of the events that are first copies.
+    pub rows: Vec<u32>,
+    /// Pane start → indexes of the pane's rows to write.
+    pub panes: BTreeMap<i64, Vec<usize>>,
+    /// Start of a hot pane → hashes of the keys first seen in this chunk.
+    pub seen: BTreeMap<i64, Vec<u64>>,
+    /// Number of events whose key was looked up.
+    pub looked_up: usize,
+    /// Number of first copies counted in cold panes.
+    pub cold: usize,
+}
+
+/// A lookup found a row with a later offset than the record's own, so the rows belong to a different log.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the event at offset {offset} is already stored with the later offset {found}, \
+     so the rows belong to a different log"
+)]
+pub struct LaterOffset {
+    /// Offset of the record.
+    pub offset: i64,
+    /// Offset in the stored row.
+    pub found: i64,
+}
+
+/// Events whose key is new in this chunk, by key hash. Full keys are compared because hashes may collide.
+#[derive(Default)]
+struct FirstInChunk(HashMap<u64, u32, BuildAlreadyHashed>);
+
+impl FirstInChunk {
+    /// Adds event `index`. Returns `false` if the chunk already has an event with the same key.
+    fn insert(&mut self, chunk: &Chunk, index: u32) -> bool {
+        let event = &chunk.events[index as usize];
+        let mut slot = event.hash;
+        while let Some(other) = self.0.get(&slot) {
+            let other = &chunk.events[*other as usize];
+            if other.time_ms == event.time_ms && chunk.id(other) == chunk.id(event) {
+                return false;
+            }
+            slot = slot.wrapping_add(1);
+        }
+        self.0.insert(slot, index);
+        true
+    }
+}
+
+/// The state of one partition: its position and the panes in memory.
+#[derive(Debug)]
+pub struct Partition {
+    /// How far the log has been processed.
+    pub position: Position,
+    /// Panes in memory.
+    pub panes: Panes,
+    lateness_ms: i64,
+}
+
+impl Partition {
+    /// Creates a partition at `position`. `panes` are restored from a checkpoint, or empty.
+    pub fn new(position: Position, panes: Panes, lateness_ms: i64) -> Partition {
+        Partition { position, panes, lateness_ms }
+    }
+
+    /// Returns the reads required before `chunk` can be applied. Perform them only after the last write is
+    /// acknowledged.
+    pub fn questions(&self, chunk: &Chunk) -> Questions {
+        let mut questions = Questions::default();
+        for (index, event) in (0u32..).zip(&chunk.events) {
+            let start = self.panes.start_of(event.time_ms);
+            if !self.panes.is_hot(start) {
+                questions.keys.push(index);
+                if self.panes.must_load(start) {
+                    questions.panes.insert(start);
+                }
+            } else if self.panes.may_have_seen(start, event.hash) {
+                questions.keys.push(index);
+            }
+        }
+        questions
+    }
+
+    /// Applies `chunk` to the state in memory and writes nothing. `lookups` holds the event indexes that were looked
+    /// up, and `found` the offset in each row, or `None` if there was no row.
+    pub fn apply(
+        &mut self,
+        chunk: &Chunk,
+        lookups: &[u32],
+        found: &[Option<i64>],
+    ) -> Result<Applied, LaterOffset> {
+        let mut applied = Applied { looked_up: lookups.len(), ..Applied::default() };
+        let mut first_in_chunk = FirstInChunk::default();
+        let mut answers = lookups.iter().zip(found).peekable();
+        for (index, event) in (0u32..).zip(&chunk.events) {
+            let counts = event.offset >= self.position.count_from;
+            let answer = answers.next_if(|(lookup, _)| **lookup == index).and_then(|(_, found)| *found);
+            if let Some(found) = answer.filter(|f| *f > event.offset) {
+                return Err(LaterOffset { offset: event.offset, found });
+            }
+            let stored_before = answer.is_some_and(|f| f < event.offset);
+            let is_first = !stored_before && first_in_chunk.insert(chunk, index);
+            let adds_to_pane = is_first;
+            #[cfg(test)]
+            let adds_to_pane =
+                adds_to_pane && !crate::simulation::mutations::omits_from_pane(answer, event.offset);
+            if adds_to_pane {
+                self.count_first(chunk, index, &mut applied);
+            }
+            let totals = &mut self.position.totals;
+            let late =
+                self.position.seen_to.is_some_and(|w| event.time_ms < w.saturating_sub(self.lateness_ms));
+            totals.events += i64::from(counts && is_first);
+            totals.duplicates += i64::from(counts && !is_first);
+            totals.late += i64::from(counts && is_first && late);
+            self.position.seen_to = self.position.seen_to.max(Some(event.time_ms));
+            #[cfg(test)]
+            crate::simulation::mutations::move_hot_from(self);
+        }
+        let dead = chunk.poison.iter().filter(|p| p.offset >= self.position.count_from).count();
+        self.position.totals.dead_letters += dead as i64;
+        self.position.totals.skipped += chunk.skipped_from(self.position.count_from);
+        self.position.next_offset = chunk.next_offset;
+        self.position.last_record = chunk.last_record.or(self.position.last_record);
+        self.settle(&mut applied);
+        Ok(applied)
+    }
+
+    /// Adds a first copy to its pane.
+    fn count_first(&mut self, chunk: &Chunk, index: u32, applied: &mut Applied) {
+        let event = &chunk.events[index as usize];
+        let measures = chunk.measures_of(index as usize);
+        let start = self.panes.start_of(event.time_ms);
+        if self.panes.is_hot(start) {
+            let (shape, hot) = self.panes.hot_mut(start);
+            hot.pane.add(shape, event.offset, &event.groups, measures);
+            hot.seen.insert(event.hash);
+            applied.seen.entry(start).or_default().push(event.hash);
+        } else {
+            let (shape, pane) = self.panes.cold_mut(start);
+            pane.add(shape, event.offset, &event.groups, measures);
+            applied.cold += 1;
+        }
+        applied.rows.push(index);
+    }
+
+    /// Marks the changed pane rows as exact up to the next offset and collects them.
+    fn settle(&mut self, applied: &mut Applied) {
+        let next_offset = self.position.next_offset;
+        let hot = self.panes.hot.iter_mut().map(|(start, hot)| (*start, &mut hot.pane));
+        let cold = self.panes.cold.iter_mut().map(|(start, pane)| (*start, pane));
+        for (start, pane) in hot.chain(cold) {
+            let rows = pane.settle(next_offset);
+            if !rows.is_empty() {
+                applied.panes.insert(start, rows);
+            }
+        }
+    }
+
+    /// Moves `hot_from`; call it between batches only. Returns the starts of the panes that are no longer hot.
+    pub fn advance(&mut self) -> Vec<i64> {
+        self.panes.advance(self.position.seen_to)
+    }
+}
+
+#[cfg(test)]
+mod tests;
