@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 #![expect(clippy::print_stdout, reason = "the child signals on stdout that it is listening")]
 
-use common::shutdown::Shutdown;
+use common::runtime::shutdown::Shutdown;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::time::Duration;

@@ -2,10 +2,10 @@
 //! which overrides the default. Only this module reads the environment.
 
 use clap::{Args, Parser, Subcommand};
-use common::config::CommonArgs;
-use common::control::MAX_ACTIVE_RUNS;
-use common::run_ledger::{Reprocess, RunState};
-use common::stream::redacted;
+use common::contracts::control::MAX_ACTIVE_RUNS;
+use common::contracts::run_ledger::{Reprocess, RunState};
+use common::contracts::stream::redacted;
+use common::runtime::config::CommonArgs;
 use serde::{Serialize, Serializer};
 use std::net::SocketAddr;
 
@@ -95,7 +95,7 @@ pub struct StressArgs {
 }
 
 fn length_ms(text: &str) -> Result<i64, String> {
-    common::windows::length_ms("span", text).map_err(|e| e.to_string())
+    common::readers::windows::length_ms("span", text).map_err(|e| e.to_string())
 }
 
 /// The commands for a source.
@@ -266,7 +266,7 @@ impl Config {
     /// Reads the command line, the environment and the settings file; an invalid setting ends the process with exit
     /// code 2.
     pub fn parse_all() -> Config {
-        common::config::parse()
+        common::runtime::config::parse()
     }
 }
 
@@ -277,7 +277,7 @@ mod tests {
 
     fn parse(line: &str) -> Result<Config, String> {
         let arguments = line.split(' ').map(OsString::from).collect();
-        common::config::parse_from(arguments, None).map_err(|e| e.to_string())
+        common::runtime::config::parse_from(arguments, None).map_err(|e| e.to_string())
     }
 
     #[test]

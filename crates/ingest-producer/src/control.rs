@@ -1,4 +1,4 @@
-//! Executes the commands of the control topic. `common::control` defines the commands and their limits.
+//! Executes the commands of the control topic. `common::contracts::control` defines the commands and their limits.
 //!
 //! The table `control_log`, not a committed offset, determines which commands are new. Each start reads the topic from
 //! the beginning ([`listen`]) and skips commands that have a row. The row is inserted with a compare-and-set before
@@ -14,8 +14,8 @@ pub mod work;
 use crate::ledger::LedgerError;
 use crate::metrics::Metrics;
 use crate::run::Clock;
-use common::control::{Action, Command, CommandState, LogKey, Received};
-use common::shutdown::Shutdown;
+use common::contracts::control::{Action, Command, CommandState, LogKey, Received};
+use common::runtime::shutdown::Shutdown;
 use log::{ControlLog, Entry};
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -11,7 +11,7 @@ mod suite;
 
 use crate::planner::Run;
 use async_trait::async_trait;
-use common::run_ledger::{Interval, RunState, RunType};
+use common::contracts::run_ledger::{Interval, RunState, RunType};
 
 /// A call of the ledger failed.
 #[derive(Debug, Clone, thiserror::Error)]

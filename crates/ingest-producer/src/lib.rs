@@ -34,12 +34,12 @@ pub mod stress;
 pub mod unresolved;
 
 use anyhow::Context;
-use common::admin::hosts::Hosts;
-use common::admin::{self, Health};
-use common::presence::{self, Holdings, Instance};
-use common::registry::{check_layout, check_tables};
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::readers::registry::{check_layout, check_tables};
+use common::runtime::admin::hosts::Hosts;
+use common::runtime::admin::{self, Health};
+use common::runtime::presence::{self, Holdings, Instance};
+use common::runtime::shutdown::Shutdown;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
 use control::log::CassandraControlLog;
 use control::{CommandContext, Control, listen, work::Worker};
@@ -130,7 +130,7 @@ async fn ledger(
     definition: &Definition,
     shutdown: &Shutdown,
 ) -> anyhow::Result<CassandraLedger> {
-    let session = common::cassandra::connect(&config.common, START_DEADLINE, shutdown).await?;
+    let session = common::runtime::cassandra::connect(&config.common, START_DEADLINE, shutdown).await?;
     Ok(CassandraLedger::new(session, &config.common.keyspace, &definition.stream.name).await?)
 }
 
@@ -141,7 +141,7 @@ async fn control_command(
     shutdown: &Shutdown,
 ) -> anyhow::Result<CommandOutput> {
     let common = &config.common;
-    let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
+    let session = common::runtime::cassandra::connect(common, START_DEADLINE, shutdown).await?;
     let stream = &definition.stream.name;
     let log = CassandraControlLog::new(session, &common.keyspace, stream).await?;
     control::send::control(common, stream, &log, args, shutdown).await
@@ -173,7 +173,7 @@ impl Connections {
         let probe = publisher.clone();
         tokio::task::spawn_blocking(move || probe.describe(START_DEADLINE)).await.context("kafka")??;
         health.set(publish::DEPENDENCY, Ok(()));
-        let session = common::cassandra::connect(common, START_DEADLINE, shutdown).await?;
+        let session = common::runtime::cassandra::connect(common, START_DEADLINE, shutdown).await?;
         check_tables(&session, &common.keyspace, &definition.stream.name).await?;
         let registered = check_layout(&session, &common.keyspace, &definition).await?;
         let definition = registered.complete(definition);

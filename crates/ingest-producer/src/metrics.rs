@@ -3,9 +3,9 @@
 
 use crate::planner::Run;
 use crate::unresolved::Count;
-use common::control::CommandState;
-use common::metrics::{Eventual, Maker};
-use common::run_ledger::RunState;
+use common::contracts::control::CommandState;
+use common::contracts::run_ledger::RunState;
+use common::runtime::metrics::{Eventual, Maker};
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 /// Values of label `outcome`: how an attempt ends.

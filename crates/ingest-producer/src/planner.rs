@@ -2,8 +2,8 @@
 //! decisions.
 
 use crate::schedule::Timeline;
-use common::run_ledger::{Interval, RunState, RunType};
-use common::stream::{RetryPolicy, StreamSettings};
+use common::contracts::run_ledger::{Interval, RunState, RunType};
+use common::contracts::stream::{RetryPolicy, StreamSettings};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -349,7 +349,7 @@ pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailu
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use common::stream::Schedule;
+    use common::contracts::stream::Schedule;
     use proptest::prelude::*;
 
     const MINUTE: i64 = 60_000;
@@ -619,7 +619,7 @@ pub(crate) mod tests {
     #[test]
     fn catch_up_covers_an_age_but_at_least_a_number_of_intervals() {
         let text = include_str!("../../../streams/user_created.toml");
-        let mut settings = common::stream::Definition::parse("users", text).unwrap().stream;
+        let mut settings = common::contracts::stream::Definition::parse("users", text).unwrap().stream;
         (settings.catch_up, settings.catch_up_limit_ms) = (3, 10 * MINUTE);
         let back = |schedule: &Schedule, start_ms: i64, settings: &StreamSettings| {
             let timeline = Timeline::first(schedule, Some(start_ms), 100_000, T0).unwrap();

@@ -5,12 +5,12 @@
 use crate::error::AttemptError;
 use crate::publish::KafkaPublisher;
 use async_trait::async_trait;
-use common::cassandra::ConnectError;
-use common::config::CommonArgs;
-use common::kafka;
-use common::registry::{RegistryError, changed, check_layout, registered};
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::readers::registry::{RegistryError, changed, check_layout, registered};
+use common::runtime::cassandra::ConnectError;
+use common::runtime::config::CommonArgs;
+use common::runtime::kafka;
+use common::runtime::shutdown::Shutdown;
 use rdkafka::consumer::Consumer;
 use scylla::client::session::Session;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ pub async fn check_load(
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
     let (stream, topic) = (&definition.stream.name, common.topic_of(definition));
-    let session = common::cassandra::connect(common, deadline, shutdown).await?;
+    let session = common::runtime::cassandra::connect(common, deadline, shutdown).await?;
     let registered = check_layout(&session, &common.keyspace, definition).await?;
     let (brokers, name) = (common.kafka_brokers.clone(), topic.clone());
     let found = tokio::task::spawn_blocking(move || {

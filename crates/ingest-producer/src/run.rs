@@ -16,8 +16,8 @@ use crate::source::extract::{self, Extractor, Outgoing};
 use crate::source::paginate::{Fetched, Next, Pages};
 use crate::source::request::Requests;
 use backon::{ExponentialBuilder, Retryable};
-use common::run_ledger::{Interval, RunState, RunType};
-use common::stream::Definition;
+use common::contracts::run_ledger::{Interval, RunState, RunType};
+use common::contracts::stream::Definition;
 use futures::FutureExt;
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -483,7 +483,7 @@ fn attempt_record(run: &Run, number: i32, outcome: &str, cause: String) -> Attem
 /// A number in `[0, 1)` that depends on owner, interval and attempt, so that runs that failed together retry at
 /// different times.
 fn jitter(claim: &Claim) -> f64 {
-    let drawn = common::event::seen_hash(
+    let drawn = common::contracts::event::seen_hash(
         claim.interval.start_ms,
         format!("{}/{}", claim.owner, claim.attempt).as_bytes(),
     );

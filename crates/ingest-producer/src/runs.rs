@@ -7,7 +7,7 @@ use crate::planner::Run;
 use chrono::{DateTime, SecondsFormat};
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use common::run_ledger::RunState;
+use common::contracts::run_ledger::RunState;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
     use crate::ledger::Note;
     use crate::ledger::memory::MemoryLedger;
-    use common::run_ledger::{Interval, RunType};
+    use common::contracts::run_ledger::{Interval, RunType};
 
     const T0: i64 = 1_767_225_600_000;
 

@@ -2,8 +2,8 @@
 //! decides what to do with an interval.
 
 use chrono::{DateTime, Utc};
-use common::run_ledger::Interval;
-use common::stream::Schedule;
+use common::contracts::run_ledger::Interval;
+use common::contracts::stream::Schedule;
 use croner::Cron;
 use croner::parser::{CronParser, Seconds, Year};
 use serde::{Deserialize, Serialize};
@@ -47,10 +47,10 @@ impl Tiling {
     /// The last boundary at or before `at_ms`, or `i64::MIN` if none exists.
     fn floor(&self, at_ms: i64) -> i64 {
         match self {
-            Tiling::Every(length) => common::event::floor_to(at_ms, *length),
+            Tiling::Every(length) => common::contracts::event::floor_to(at_ms, *length),
             Tiling::Cron(cron) => {
                 // Boundaries are whole seconds. Without rounding, the search would skip the second that contains `at`.
-                let at = time(common::event::floor_to(at_ms, 1000));
+                let at = time(common::contracts::event::floor_to(at_ms, 1000));
                 cron.find_previous_occurrence(&at, true).map_or(i64::MIN, |found| found.timestamp_millis())
             }
         }
@@ -59,9 +59,9 @@ impl Tiling {
     /// The first boundary after `at_ms`, or `i64::MAX` if none exists.
     fn next(&self, at_ms: i64) -> i64 {
         match self {
-            Tiling::Every(length) => common::event::floor_to(at_ms, *length) + length,
+            Tiling::Every(length) => common::contracts::event::floor_to(at_ms, *length) + length,
             Tiling::Cron(cron) => {
-                let at = time(common::event::floor_to(at_ms, 1000));
+                let at = time(common::contracts::event::floor_to(at_ms, 1000));
                 cron.find_next_occurrence(&at, false).map_or(i64::MAX, |found| found.timestamp_millis())
             }
         }

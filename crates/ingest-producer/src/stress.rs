@@ -7,10 +7,10 @@ mod report;
 
 use crate::config::StressArgs;
 use anyhow::Context;
-use common::event;
-use common::kafka;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::event;
+use common::contracts::stream::Definition;
+use common::runtime::kafka;
+use common::runtime::shutdown::Shutdown;
 use hdrhistogram::Histogram;
 use made_up::{Identity, Pool, Repeats};
 use rdkafka::client::ClientContext;

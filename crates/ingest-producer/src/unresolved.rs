@@ -3,7 +3,7 @@
 
 use crate::ledger::{Ledger, LedgerError};
 use crate::planner::Run;
-use common::run_ledger::RunState;
+use common::contracts::run_ledger::RunState;
 
 /// Refresh interval of recent runs, which are retried automatically.
 const RECENT_EVERY_MS: i64 = 10_000;

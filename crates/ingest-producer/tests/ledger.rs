@@ -9,7 +9,7 @@
 #[path = "../src/ledger/suite.rs"]
 mod suite;
 
-use common::schema;
+use common::contracts::schema;
 use ingest_producer::ledger::Ledger;
 use ingest_producer::ledger::cassandra::CassandraLedger;
 use scylla::client::session_builder::SessionBuilder;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 
 use crate::config::{Settings, loopback};
 use crate::error::{Error, Result};

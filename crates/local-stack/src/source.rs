@@ -26,7 +26,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Extension, Json, Router};
 use clap::Args;
-use common::shutdown::Shutdown;
+use common::runtime::shutdown::Shutdown;
 use faults::{Answer, Fault, FaultFlag, Faults};
 use serde::Deserialize;
 use serde_json::json;

@@ -1,7 +1,7 @@
-//! Settings of this service. See [`common::config`] for their sources and precedence.
+//! Settings of this service. See [`common::runtime::config`] for their sources and precedence.
 
 use clap::Parser;
-use common::config::CommonArgs;
+use common::runtime::config::CommonArgs;
 use serde::Serialize;
 use std::net::SocketAddr;
 
@@ -21,7 +21,7 @@ pub struct Config {
 impl Config {
     /// Parses the command line, the environment and the settings file. Exits with code 2 if a setting is invalid.
     pub fn parse_all() -> Config {
-        common::config::parse()
+        common::runtime::config::parse()
     }
 }
 
@@ -34,7 +34,7 @@ mod tests {
     fn a_flag_overrides_the_default_address() {
         let parse = |arguments: &[&str]| {
             let arguments = arguments.iter().map(OsString::from).collect();
-            common::config::parse_from::<Config>(arguments, None).unwrap()
+            common::runtime::config::parse_from::<Config>(arguments, None).unwrap()
         };
         let given = parse(&["metrics-dashboard", "--http-listen", "127.0.0.1:9", "--keyspace", "k"]);
         assert_eq!((given.http_listen.port(), given.common.keyspace.as_str()), (9, "k"));

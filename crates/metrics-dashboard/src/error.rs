@@ -2,10 +2,10 @@
 //! every failed read. Only invalid settings end it.
 
 use crate::reason::{Reason, Source};
-use common::cassandra::ConnectError;
-use common::kafka::KafkaError;
-use common::pane_reader::PaneReadError;
-use common::registry::RegistryError;
+use common::readers::pane_reader::PaneReadError;
+use common::readers::registry::RegistryError;
+use common::runtime::cassandra::ConnectError;
+use common::runtime::kafka::KafkaError;
 
 /// How the caller handles an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

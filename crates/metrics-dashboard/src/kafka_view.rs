@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::lag::{self, Watermarks};
 use crate::overview::{Figure, KafkaFacts, PartitionFacts};
 use crate::reason::{Reason, Source};
-use common::kafka::{KafkaError, Replaced, client_config};
+use common::runtime::kafka::{KafkaError, Replaced, client_config};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::MetadataPartition;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};

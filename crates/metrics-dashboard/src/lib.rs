@@ -22,9 +22,9 @@ pub mod services;
 pub mod store;
 
 use anyhow::Context;
-use common::admin::hosts::Hosts;
-use common::admin::{self, Health};
-use common::shutdown::Shutdown;
+use common::runtime::admin::hosts::Hosts;
+use common::runtime::admin::{self, Health};
+use common::runtime::shutdown::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! All metrics of this service. While a figure is unknown, its series is absent instead of 0.
 
 use crate::overview::Overview;
-use common::metrics::Maker;
+use common::runtime::metrics::Maker;
 use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::time::Duration;
 

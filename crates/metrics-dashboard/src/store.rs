@@ -5,13 +5,13 @@ use crate::error::Error;
 use crate::overview::{Progress, StoreFacts};
 use crate::rates::{History, Sample, WINDOW_SECONDS};
 use crate::services::{RefusalRow, ServiceRow};
-use common::config::CommonArgs;
-use common::event::floor_to;
-use common::pane_reader::PaneReader;
-use common::registry::{check_layout, check_tables};
-use common::schema::THROUGHPUT_RESOLUTIONS;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::event::floor_to;
+use common::contracts::schema::THROUGHPUT_RESOLUTIONS;
+use common::contracts::stream::Definition;
+use common::readers::pane_reader::PaneReader;
+use common::readers::registry::{check_layout, check_tables};
+use common::runtime::config::CommonArgs;
+use common::runtime::shutdown::Shutdown;
 use futures::TryStreamExt;
 use scylla::client::session::Session;
 use scylla::errors::{DbError, PrepareError, RequestAttemptError};
@@ -43,9 +43,9 @@ pub struct Run {
     pub interval_start: i64,
     /// First millisecond after it.
     pub interval_end: Option<i64>,
-    /// Name of a [`common::run_ledger::RunState`].
+    /// Name of a [`common::contracts::run_ledger::RunState`].
     pub state: Option<String>,
-    /// Name of a [`common::run_ledger::RunType`].
+    /// Name of a [`common::contracts::run_ledger::RunType`].
     pub run_type: Option<String>,
     /// Number of attempts started.
     pub attempt: Option<i32>,
@@ -110,7 +110,7 @@ impl Store {
         shutdown: &Shutdown,
     ) -> Result<Store, Error> {
         let stream = definition.stream.name.as_str();
-        let session = common::cassandra::connect(settings, CONNECT_TIMEOUT, shutdown).await?;
+        let session = common::runtime::cassandra::connect(settings, CONNECT_TIMEOUT, shutdown).await?;
         check_tables(&session, &settings.keyspace, stream).await?;
         let statements = Statements::prepare(&session, &settings.keyspace).await?;
         check_layout(&session, &settings.keyspace, definition).await?;

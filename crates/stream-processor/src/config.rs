@@ -3,8 +3,8 @@
 use crate::pipeline::start::RecoverPolicy;
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
-use common::config::CommonArgs;
-use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
+use common::contracts::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
+use common::runtime::config::CommonArgs;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::ops::Range;

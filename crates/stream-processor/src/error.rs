@@ -2,7 +2,7 @@
 
 use crate::count::partition::LaterOffset;
 use crate::pipeline::start::Refusal;
-use common::cassandra::{ConnectError, DatacenterError};
+use common::runtime::cassandra::{ConnectError, DatacenterError};
 
 /// An error of the processor. An undecodable record is not an error: it goes to the dead-letter topic.
 #[derive(Debug, thiserror::Error)]

@@ -24,11 +24,11 @@ use crate::io::store::cassandra::CassandraStore;
 use crate::io::store::requests::StoreContext;
 use crate::metrics::Metrics;
 use crate::service::{METADATA_DEADLINE, topic_partitions};
-use common::config::CommonArgs;
-use common::presence;
-use common::registry::check_layout;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::readers::registry::check_layout;
+use common::runtime::config::CommonArgs;
+use common::runtime::presence;
+use common::runtime::shutdown::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,7 +91,7 @@ async fn verify(
     let metrics = Arc::new(
         Metrics::new().map_err(|e| ProcessorError::Fatal(format!("cannot register the metrics: {e}")))?,
     );
-    let session = common::cassandra::connect(common, METADATA_DEADLINE, shutdown).await?;
+    let session = common::runtime::cassandra::connect(common, METADATA_DEADLINE, shutdown).await?;
     let registered =
         check_layout(&session, &common.keyspace, &definition).await.map_err(init::of_registry)?;
     let definition = registered.complete(definition);

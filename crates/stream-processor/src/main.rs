@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use stream_processor::config::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli: Cli = common::config::parse();
+    let cli: Cli = common::runtime::config::parse();
     if cli.common.print_config {
         let command = match &cli.command {
             Command::Init(args) => serde_json::json!(args),
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         println!("{:#}", serde_json::json!({"common": cli.common, "command": command}));
         return ExitCode::SUCCESS;
     }
-    if let Err(e) = common::telemetry::init("stream-processor", &cli.common) {
+    if let Err(e) = common::runtime::telemetry::init("stream-processor", &cli.common) {
         eprintln!("{e}");
         return ExitCode::from(2);
     }

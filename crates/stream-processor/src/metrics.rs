@@ -6,7 +6,7 @@ use crate::io::store::StepTimes;
 use crate::pipeline::group::Lost;
 use crate::pipeline::stages::{StageClock, Stages};
 use crate::pipeline::start::How;
-use common::metrics::Maker;
+use common::runtime::metrics::Maker;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{

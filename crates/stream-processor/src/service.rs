@@ -16,14 +16,14 @@ use crate::pipeline::group::client::MemberSettings;
 use crate::pipeline::group::ownership::{self, Ownership, Watched};
 use crate::pipeline::group::{self, GroupSettings, Parts};
 use crate::pipeline::open::{Opener, Replays};
-use common::admin::hosts::Hosts;
-use common::admin::{self, Health};
-use common::config::CommonArgs;
-use common::kafka::{self, Topic, partition_count};
-use common::presence::{self, Holdings, Instance};
-use common::registry::changed;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::readers::registry::changed;
+use common::runtime::admin::hosts::Hosts;
+use common::runtime::admin::{self, Health};
+use common::runtime::config::CommonArgs;
+use common::runtime::kafka::{self, Topic, partition_count};
+use common::runtime::presence::{self, Holdings, Instance};
+use common::runtime::shutdown::Shutdown;
 use rdkafka::consumer::Consumer;
 use scylla::client::session::Session;
 use std::sync::Arc;
@@ -151,7 +151,7 @@ impl Service<'_> {
         let wait = Duration::from_secs(self.args.start_seconds);
         let cluster_id = init::cluster_id(brokers, wait).await?;
         self.health.set("kafka", Ok(()));
-        let session = common::cassandra::connect(common, wait, &self.shutdown).await?;
+        let session = common::runtime::cassandra::connect(common, wait, &self.shutdown).await?;
         self.health.set("cassandra", Ok(()));
         let partitions = topic_partitions(brokers, &self.topic).await?;
         let found = Topic { cluster_id: cluster_id.clone(), partitions };
@@ -288,7 +288,7 @@ impl Service<'_> {
 pub async fn topic_partitions(brokers: &str, topic: &str) -> Result<i32, ProcessorError> {
     let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
     let request = tokio::task::spawn_blocking(move || {
-        let client = common::kafka::wait_for_broker(&brokers, METADATA_DEADLINE)?;
+        let client = common::runtime::kafka::wait_for_broker(&brokers, METADATA_DEADLINE)?;
         partition_count(client.client(), &brokers, &topic, METADATA_DEADLINE)
     });
     let count = request.await.map_err(|e| fatal("reading the topic's metadata failed")(&e))?;

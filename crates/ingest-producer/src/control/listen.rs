@@ -4,9 +4,9 @@
 use super::Control;
 use crate::ledger::{Ledger, LedgerError};
 use anyhow::Context;
-use common::control;
-use common::kafka::{KafkaError, Replaced, client_config};
-use common::shutdown::Shutdown;
+use common::contracts::control;
+use common::runtime::kafka::{KafkaError, Replaced, client_config};
+use common::runtime::shutdown::Shutdown;
 use rdkafka::Message;
 use rdkafka::consumer::{Consumer, StreamConsumer};
 use rdkafka::error::RDKafkaErrorCode;

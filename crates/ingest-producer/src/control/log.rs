@@ -5,7 +5,7 @@ use crate::error::shortened;
 use crate::ledger::LedgerError;
 use crate::ledger::cassandra::{applied, failed, prepare, unreadable};
 use async_trait::async_trait;
-use common::control::{CommandState, LogKey};
+use common::contracts::control::{CommandState, LogKey};
 use scylla::DeserializeRow;
 use scylla::client::session::Session;
 use scylla::statement::Consistency;

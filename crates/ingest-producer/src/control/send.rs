@@ -6,10 +6,10 @@ use crate::config::{ControlArgs, ControlCommand};
 use anyhow::Context;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use common::config::CommonArgs;
-use common::control::{Action, Command, CommandState};
-use common::kafka::producer_config;
-use common::shutdown::Shutdown;
+use common::contracts::control::{Action, Command, CommandState};
+use common::runtime::config::CommonArgs;
+use common::runtime::kafka::producer_config;
+use common::runtime::shutdown::Shutdown;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use std::time::Duration;
 
@@ -123,7 +123,7 @@ async fn outcome(
 /// Lists the commands of today and yesterday, newest first.
 async fn show(log: &dyn ControlLog, args: &ControlArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let limit = if let ControlCommand::Log { limit } = args.command { limit } else { 0 };
-    let today_ms = common::event::floor_to(now_ms, DAY_MS);
+    let today_ms = common::contracts::event::floor_to(now_ms, DAY_MS);
     let mut entries = log.of_day(today_ms, limit).await?;
     entries.extend(log.of_day(today_ms - DAY_MS, limit).await?);
     entries.truncate(limit as usize);

@@ -3,7 +3,7 @@
 
 use super::*;
 use async_trait::async_trait;
-use common::control::Received;
+use common::contracts::control::Received;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
@@ -151,7 +151,7 @@ fn sent(action: Action) -> Received {
 }
 
 fn received(command: &Command) -> Received {
-    common::control::read(&serde_json::to_vec(command).unwrap(), 0, NOW)
+    common::contracts::control::read(&serde_json::to_vec(command).unwrap(), 0, NOW)
 }
 
 fn spike() -> Received {
@@ -231,7 +231,7 @@ async fn one_load_runs_at_a_time_and_can_be_cancelled() {
 async fn an_invalid_command_is_refused_with_a_reason_and_blocks_no_other() {
     let world = World::new();
     let mut control = world.producer("a/1");
-    let garbage = common::control::read(b"\xff{", 3, NOW);
+    let garbage = common::contracts::control::read(b"\xff{", 3, NOW);
     let expired = received(&Command::new("users", "test", NOW - 10_000, 5_000, Action::Pause));
     let too_much = sent(Action::Spike { rate: u64::MAX, seconds: 1 });
     let elsewhere = received(&Command::new("orders", "test", NOW, 60_000, Action::Pause));

@@ -5,8 +5,8 @@ use crate::config::{BackfillArgs, SpanArgs, StressArgs};
 use crate::run::Runner;
 use crate::{backfill, runs, stress};
 use async_trait::async_trait;
-use common::control::Action;
-use common::shutdown::Shutdown;
+use common::contracts::control::Action;
+use common::runtime::shutdown::Shutdown;
 use std::sync::Arc;
 
 /// Executes the actions of commands. Tests use a fake.

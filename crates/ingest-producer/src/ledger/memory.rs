@@ -3,7 +3,7 @@
 use super::{Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, StreamState, claim_values};
 use crate::planner::Run;
 use async_trait::async_trait;
-use common::run_ledger::{Interval, RunState, RunType};
+use common::contracts::run_ledger::{Interval, RunState, RunType};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 

@@ -3,7 +3,7 @@
 use super::cassandra::unreadable;
 use super::{Attempt, Counts, LedgerError};
 use crate::planner::Run;
-use common::run_ledger::Interval;
+use common::contracts::run_ledger::Interval;
 use scylla::value::{CqlTimestamp, MaybeUnset};
 use scylla::{DeserializeRow, SerializeRow};
 
@@ -66,7 +66,7 @@ pub(super) struct AttemptRow {
 }
 
 pub(super) fn day(start_ms: i64) -> CqlTimestamp {
-    CqlTimestamp(common::event::floor_to(start_ms, DAY_MS))
+    CqlTimestamp(common::contracts::event::floor_to(start_ms, DAY_MS))
 }
 
 pub(super) fn set_if(holds: bool, at: CqlTimestamp) -> MaybeUnset<CqlTimestamp> {

@@ -1,7 +1,7 @@
 //! The test suite that every run ledger must pass. The unit tests run it on the memory ledger, and `./test e2e` runs
 //! it on Cassandra (`tests/ledger.rs`). Paths start with the crate name, so that both can compile it.
 
-use common::run_ledger::{Interval, RunState, RunType};
+use common::contracts::run_ledger::{Interval, RunState, RunType};
 use ingest_producer::ledger::{
     Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, Note, OUTCOME_FAILED, OUTCOME_LOST,
 };

@@ -4,8 +4,8 @@
 use super::scan;
 use crate::error::AttemptError;
 use async_trait::async_trait;
-use common::config::read_secret;
-use common::stream::{Auth, Source, redacted};
+use common::contracts::stream::{Auth, Source, redacted};
+use common::runtime::config::read_secret;
 use flate2::read::MultiGzDecoder;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -64,7 +64,7 @@ pub enum ClientError {
     Header(String),
     /// A secret file cannot be read.
     #[error(transparent)]
-    Secret(#[from] common::config::ConfigError),
+    Secret(#[from] common::runtime::config::ConfigError),
     /// The HTTP library failed.
     #[error("source: http client: {0}")]
     Client(String),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::Kind;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use std::io::Write;

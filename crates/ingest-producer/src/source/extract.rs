@@ -5,14 +5,14 @@
 //! the reason, and the processor writes it to the dead letters.
 
 use super::scan::{self, NotJson};
-use common::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
-use common::run_ledger::Interval;
-use common::stream::{Definition, EventMapping, EventTime};
+use common::contracts::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
+use common::contracts::run_ledger::Interval;
+use common::contracts::stream::{Definition, EventMapping, EventTime};
 use serde_json::value::RawValue;
 
 /// Maximum length of an id or key in bytes.
 const MAX_ID_BYTES: usize = 1024;
-/// Maximum size of a Kafka value in bytes. It is below `common::kafka::MAX_MESSAGE_BYTES`, which includes key and
+/// Maximum size of a Kafka value in bytes. It is below `common::runtime::kafka::MAX_MESSAGE_BYTES`, which includes key and
 /// headers.
 const MAX_VALUE_BYTES: usize = (4 << 20) - (64 << 10);
 /// How many bytes of a larger record are kept.
@@ -495,7 +495,7 @@ mod tests {
         let mut other = order();
         other["not_declared"] = long.into();
         event(&orders(), 0, &other);
-        const { assert!(MAX_VALUE_BYTES < common::kafka::MAX_MESSAGE_BYTES) }
+        const { assert!(MAX_VALUE_BYTES < common::runtime::kafka::MAX_MESSAGE_BYTES) }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::extract::kind;
 use super::scan::{self, NotJson};
-use common::stream::Pagination;
+use common::contracts::stream::Pagination;
 use std::collections::HashSet;
 
 /// Maximum length of a cursor or URL of the next page, in bytes.

@@ -2,8 +2,8 @@
 
 use super::paginate::Position;
 use chrono::{DateTime, SecondsFormat};
-use common::run_ledger::Interval;
-use common::stream::{Definition, redacted};
+use common::contracts::run_ledger::Interval;
+use common::contracts::stream::{Definition, redacted};
 use url::Url;
 
 /// A URL that cannot be built. Messages contain URLs only as [`redacted`], because they end up in the ledger and in

@@ -2,7 +2,7 @@
 //! Values are built once into a pool, and ids and times are written into reused buffers.
 
 use chrono::{DateTime, SecondsFormat};
-use common::stream::{Column, CqlType, Definition, Groups};
+use common::contracts::stream::{Column, CqlType, Definition, Groups};
 use serde_json::{Map, Value};
 
 /// Number of distinct values. More values would not change the compression ratio.

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use common::cassandra::{Failure, classify};
-use common::event;
-use common::schema;
-use common::stream::{CqlType, Definition};
+use common::contracts::event;
+use common::contracts::schema;
+use common::contracts::stream::{CqlType, Definition};
+use common::runtime::cassandra::{Failure, classify};
 use futures::StreamExt;
 use rdkafka::message::{Headers, Message};
 use scylla::client::session::Session;

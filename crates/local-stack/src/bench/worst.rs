@@ -72,7 +72,7 @@ ttl = "0"
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::stream::{Definition, MAX_GROUP_BY, MAX_GROUPS};
+    use common::contracts::stream::{Definition, MAX_GROUP_BY, MAX_GROUPS};
 
     #[test]
     fn no_valid_definition_needs_more_memory() {

@@ -139,7 +139,7 @@ pub struct Reader {
 impl Reader {
     /// Creates a reader of one topic.
     pub fn new(settings: &Settings, topic: &str) -> Result<Self> {
-        let consumer = common::kafka::client_config(&loopback(settings.ports.kafka), "local-stack")
+        let consumer = common::runtime::kafka::client_config(&loopback(settings.ports.kafka), "local-stack")
             .set("group.id", "local-stack")
             .set("enable.auto.commit", "false")
             .set("enable.partition.eof", "true")
@@ -216,7 +216,7 @@ impl Reader {
 /// Increases the number of partitions of a topic to `count`.
 pub async fn add_partitions(brokers: &str, topic: &str, count: usize) -> Result<()> {
     let admin: AdminClient<DefaultClientContext> =
-        common::kafka::client_config(brokers, "local-stack").create().map_err(failed)?;
+        common::runtime::kafka::client_config(brokers, "local-stack").create().map_err(failed)?;
     let more = NewPartitions::new(topic, count);
     let answers = admin.create_partitions([&more], &AdminOptions::new()).await.map_err(failed)?;
     for answer in answers {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use chrono::DateTime;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use futures::TryStreamExt;
 use rdkafka::message::{Headers, Message};
 use scylla::client::session::Session;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use local_stack::servers::http_client;
 use rustix::process::{Pid, Signal, kill_process};
 use scylla::client::session::Session;

@@ -156,8 +156,8 @@ impl Pipeline {
     /// Interval length in milliseconds. Panics for a cron schedule.
     pub fn interval_ms(&self) -> i64 {
         match self.definition.stream.schedule {
-            common::stream::Schedule::Every(ms) => ms,
-            common::stream::Schedule::Cron(_) => {
+            common::contracts::stream::Schedule::Every(ms) => ms,
+            common::contracts::stream::Schedule::Cron(_) => {
                 panic!("the intervals of a cron schedule have no fixed length")
             }
         }

@@ -10,15 +10,15 @@ const SETTINGS: &str = "docs/settings.md";
 /// What comes before the generated part.
 const MARK: &str =
     "<!-- generated from the config.rs files: UPDATE_DOCS=1 cargo test -p local-stack --test tree -->\n";
-/// Sections of the generated part: heading, file, the struct whose fields are listed.
+/// Sections of the generated part: heading, folder of config.rs, the struct whose fields are listed.
 const SECTIONS: [(&str, &str, &str); 7] = [
-    ("All services", "common", "CommonArgs"),
-    ("ingest-producer", "ingest-producer", "Config"),
-    ("ingest-producer run", "ingest-producer", "RunArgs"),
-    ("stream-processor init", "stream-processor", "InitArgs"),
-    ("stream-processor run", "stream-processor", "RunArgs"),
-    ("metrics-dashboard", "metrics-dashboard", "Config"),
-    ("./run and ./test", "local-stack", "PlaceArgs"),
+    ("All services", "common/src/runtime", "CommonArgs"),
+    ("ingest-producer", "ingest-producer/src", "Config"),
+    ("ingest-producer run", "ingest-producer/src", "RunArgs"),
+    ("stream-processor init", "stream-processor/src", "InitArgs"),
+    ("stream-processor run", "stream-processor/src", "RunArgs"),
+    ("metrics-dashboard", "metrics-dashboard/src", "Config"),
+    ("./run and ./test", "local-stack/src", "PlaceArgs"),
 ];
 
 /// One setting, as a field of a clap struct declares it.
@@ -30,8 +30,8 @@ struct Setting {
 }
 
 /// The fields of a struct that an environment variable sets.
-fn settings(part: &str, name: &str) -> Vec<Setting> {
-    let code = code(&format!("crates/{part}/src/config.rs"));
+fn settings(folder: &str, name: &str) -> Vec<Setting> {
+    let code = code(&format!("crates/{folder}/config.rs"));
     let body = code.split(&format!("pub struct {name} {{\n")).nth(1).unwrap_or_else(|| panic!("no {name}"));
     let body = body.split("\n}").next().unwrap();
     let (mut found, mut field) = (Vec::new(), String::new());
@@ -63,11 +63,11 @@ fn setting(field: &str, name: &str) -> Option<Setting> {
 
 fn generated() -> String {
     let mut text = String::new();
-    for (heading, part, name) in SECTIONS {
+    for (heading, folder, name) in SECTIONS {
         let _ =
             write!(text, "\n## {heading}\n\n| variable | flag | default | meaning |\n|---|---|---|---|\n");
-        let rows = settings(part, name);
-        assert!(!rows.is_empty(), "no settings in {name} of {part}");
+        let rows = settings(folder, name);
+        assert!(!rows.is_empty(), "no settings in {name} of {folder}");
         for Setting { flag, variable, default, meaning } in rows {
             let _ = writeln!(text, "| `{variable}` | `{flag}` | {default} | {meaning} |");
         }
@@ -136,6 +136,19 @@ fn every_path_that_the_documents_name_exists() {
     assert_none(&broken, "each path and link in a document exists");
     let named = read("ARCHITECTURE.md").split('`').skip(1).step_by(2).filter(|path| is_path(path)).count();
     assert!(named > 10, "the map of ARCHITECTURE.md is no longer found");
+}
+
+#[test]
+fn the_map_names_every_folder_of_common_and_the_processor() {
+    let text = read("ARCHITECTURE.md");
+    let mut unnamed = BTreeSet::new();
+    for source in ["crates/common/src/", "crates/stream-processor/src/"] {
+        for file in files(source, ".rs") {
+            let folder = file[source.len()..].split_once('/').map(|(folder, _)| format!("{source}{folder}/"));
+            unnamed.extend(folder.filter(|folder| !text.contains(&format!("`{folder}`"))));
+        }
+    }
+    assert_none(&unnamed.into_iter().collect::<Vec<_>>(), "each folder is in the map of ARCHITECTURE.md");
 }
 
 /// Whether a word in code style is a path in this repository.

@@ -74,8 +74,8 @@ mod tests {
     use axum::Router;
     use axum::middleware::from_fn_with_state;
     use axum::routing::get;
-    use common::admin;
-    use common::shutdown::Shutdown;
+    use common::runtime::admin;
+    use common::runtime::shutdown::Shutdown;
     use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::watch;

@@ -9,7 +9,7 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use chrono::Utc;
-use common::windows::{Asked, to_json};
+use common::readers::windows::{Asked, to_json};
 use serde::Deserialize;
 use serde_json::json;
 

@@ -6,7 +6,7 @@ use crate::count::windows::pane::PaneShape;
 use crate::error::ProcessorError;
 use crate::io::state::{Head, StateFile};
 use crate::pipeline::start::survives;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -4,12 +4,12 @@
 use crate::config::DlqCommand;
 use crate::error::ProcessorError;
 use crate::io::log_reader::LogReader;
-use common::cassandra::connect;
-use common::config::CommonArgs;
-use common::kafka::producer_config;
-use common::schema::dead_letter_topic;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::schema::dead_letter_topic;
+use common::contracts::stream::Definition;
+use common::runtime::cassandra::connect;
+use common::runtime::config::CommonArgs;
+use common::runtime::kafka::producer_config;
+use common::runtime::shutdown::Shutdown;
 use futures::future::try_join_all;
 use rdkafka::Message;
 use rdkafka::message::{Header, Headers, OwnedHeaders, OwnedMessage};

@@ -2,12 +2,12 @@
 
 use crate::config::WindowsArgs;
 use crate::error::ProcessorError;
-use common::cassandra::connect;
-use common::config::CommonArgs;
-use common::pane_reader::PaneReader;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
-use common::windows::{Asked, Window, to_json};
+use common::contracts::stream::Definition;
+use common::readers::pane_reader::PaneReader;
+use common::readers::windows::{Asked, Window, to_json};
+use common::runtime::cassandra::connect;
+use common::runtime::config::CommonArgs;
+use common::runtime::shutdown::Shutdown;
 use std::io::Write;
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ fn table(windows: &[Window], definition: &Definition, settled_ms: Option<i64>) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::windows::{Measure, Sum};
+    use common::readers::windows::{Measure, Sum};
 
     #[test]
     fn windows_are_shown_with_their_measures() {

@@ -4,11 +4,11 @@
 use crate::config::SkipArgs;
 use crate::error::ProcessorError;
 use crate::io::log_reader::LogReader;
-use common::cassandra::connect;
-use common::config::CommonArgs;
-use common::registry::registered;
-use common::shutdown::Shutdown;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::readers::registry::registered;
+use common::runtime::cassandra::connect;
+use common::runtime::config::CommonArgs;
+use common::runtime::shutdown::Shutdown;
 use scylla::value::CqlTimestamp;
 use std::io::Write;
 use std::time::Duration;

@@ -104,7 +104,7 @@ impl PoisonCounts {
 mod tests {
     use super::*;
     use crate::record::decode::{Decoder, Record};
-    use common::stream::Definition;
+    use common::contracts::stream::Definition;
 
     /// Builds a chunk that starts at offset `first`. `x` is an undecodable record, any other character an event.
     fn chunk(first: i64, records: &str) -> Chunk {

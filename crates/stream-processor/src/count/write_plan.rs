@@ -1,8 +1,8 @@
 //! Assigns rows to statements. Each statement writes to one Cassandra partition and is bounded in rows and bytes. Pure.
 
 use crate::record::chunk::Chunk;
-use common::event::Bucket;
-use common::schema::{MAX_BATCH_BYTES, MAX_BATCH_ROWS};
+use common::contracts::event::Bucket;
+use common::contracts::schema::{MAX_BATCH_BYTES, MAX_BATCH_ROWS};
 use std::collections::{BTreeMap, HashMap};
 
 /// Events that share one Cassandra partition of the event table, either to write or to look up.

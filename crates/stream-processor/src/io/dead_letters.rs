@@ -6,9 +6,9 @@
 use crate::error::ProcessorError;
 use crate::io::store::DeadLetters;
 use crate::record::chunk::{Chunk, Poison};
-use common::admin::Health;
-use common::kafka::{KafkaError, Replaced, producer_config};
-use common::schema::dead_letter_topic;
+use common::contracts::schema::dead_letter_topic;
+use common::runtime::admin::Health;
+use common::runtime::kafka::{KafkaError, Replaced, producer_config};
 use futures::future::try_join_all;
 use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::message::{Header, OwnedHeaders};

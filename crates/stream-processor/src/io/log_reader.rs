@@ -2,7 +2,7 @@
 //! opened. Blocking.
 
 use crate::error::ProcessorError;
-use common::kafka::client_config;
+use common::runtime::kafka::client_config;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};

@@ -10,7 +10,7 @@ use crate::pipeline::start::{Start, record_mismatch};
 use crate::pipeline::worker::{Chunks, Fetched};
 use crate::record::chunk::Chunk;
 use crate::record::decode::{Decoder, Record};
-use common::event::{fingerprint, floor_to};
+use common::contracts::event::{fingerprint, floor_to};
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};

@@ -2,7 +2,7 @@
 //! other and what an operator can do.
 
 use crate::count::partition::{LastRecord, Position};
-use common::stream::layout::Layout;
+use common::contracts::stream::layout::Layout;
 use std::ops::Range;
 
 /// What to do if the state file is missing or behind Cassandra's progress row.
@@ -335,7 +335,7 @@ fn check_log(facts: &Facts<'_>, position: &Position) -> Result<(), Refusal> {
 mod tests {
     use super::*;
     use crate::count::partition::Totals;
-    use common::stream::{Column, Definition};
+    use common::contracts::stream::{Column, Definition};
     use std::sync::LazyLock;
 
     static LAYOUT: LazyLock<Layout> = LazyLock::new(layout);

@@ -19,7 +19,7 @@ pub struct Event {
     /// Shard of the event table.
     pub shard: i32,
     /// Group index in each group-by column.
-    pub groups: [u16; common::stream::MAX_GROUP_BY],
+    pub groups: [u16; common::contracts::stream::MAX_GROUP_BY],
     /// Time at which the producer sent the event, in Unix microseconds by its clock. 0 if unknown.
     pub produced_at_us: i64,
     pub(crate) id: (u32, u32),

@@ -4,15 +4,15 @@
 mod value;
 
 use crate::record::chunk::{Chunk, Event, Poison, Reason, UNSET};
-use common::event::{self, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
-use common::schema::TOPIC_RETENTION_MS;
-use common::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
+use common::contracts::event::{self, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
+use common::contracts::schema::TOPIC_RETENTION_MS;
+use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
 use std::collections::HashMap;
 
 /// How far an event time may be ahead of its record's timestamp. One event from 2099 would advance the watermark so far
 /// that all other events would be cold.
 pub const MAX_AHEAD_MS: i64 = 3_600_000;
-/// Maximum value size, equal to `common::kafka::MAX_MESSAGE_BYTES`. A compressed record may exceed it, but its row
+/// Maximum value size, equal to `common::runtime::kafka::MAX_MESSAGE_BYTES`. A compressed record may exceed it, but its row
 /// could never be written.
 pub const MAX_VALUE_BYTES: usize = 4 << 20;
 /// Maximum size of an event id. The id is part of a clustering key, so its size is limited.

@@ -10,7 +10,7 @@ use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::io::state::{Commit, FORMAT, Head, StateError, StateFile};
 use crate::record::decode::Decoder;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use std::collections::BTreeMap;
 
 /// Number of logs. For each log, a power loss happens at every sync in turn.

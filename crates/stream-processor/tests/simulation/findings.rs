@@ -7,7 +7,7 @@ use super::log::{BASE_MS, Event, PANE_MS, Rec, event};
 use super::schedule::{Case, Sim};
 use super::world::{Cells, World, number, pane_row, position_of};
 use crate::error::ProcessorError;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 
 fn sim(records: &[Rec], batches: &[i64]) -> Sim {
     let sim = Sim::new(records.to_vec(), Choices::given(&[]), Case { trace: true, ..Case::default() });

@@ -52,7 +52,9 @@ fn check(bytes: Vec<u8>, format: u32) {
     let hot = &panes.hot[&(BASE_MS + 20_000)];
     let row = hot.pane.row(0);
     assert_eq!((row.count, row.upto, hot.pane.measures(0)[0].sum, hot.seen.len()), (1, 5, 0.1, 1));
-    assert!(panes.may_have_seen(BASE_MS + 20_000, common::event::seen_hash(BASE_MS + 20_000, b"e3")));
+    assert!(
+        panes.may_have_seen(BASE_MS + 20_000, common::contracts::event::seen_hash(BASE_MS + 20_000, b"e3"))
+    );
 }
 
 fn golden(format: u32) -> Vec<u8> {

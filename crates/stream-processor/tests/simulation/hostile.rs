@@ -8,7 +8,7 @@ use crate::count::windows::pane::PaneShape;
 use crate::count::write_plan::{group_events, group_panes};
 use crate::record::chunk::Chunk;
 use crate::record::decode::{Decoder, MAX_VALUE_BYTES, Record};
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 
 const NOW: i64 = 1_800_000_000_000;
 /// Number of generated records.
@@ -257,7 +257,7 @@ fn corrupted_records_are_events_or_dead_letters_and_the_partition_processes_all(
 
 #[test]
 fn a_value_too_large_to_be_written_is_a_dead_letter_and_counts_in_the_bytes_of_the_chunk() {
-    assert_eq!(MAX_VALUE_BYTES, common::kafka::MAX_MESSAGE_BYTES);
+    assert_eq!(MAX_VALUE_BYTES, common::runtime::kafka::MAX_MESSAGE_BYTES);
     let decoder = Decoder::new(&definitions()[0], 0);
     let mut chunk = decoder.chunk();
     let bomb = format!("{{\"first_name\":\"{}\"}}", "a".repeat(MAX_VALUE_BYTES));

@@ -19,9 +19,9 @@ use crate::pipeline::start::{Facts, RecoverPolicy, Start};
 use crate::pipeline::worker::{Chunks, Fetched, Worker};
 use crate::record::chunk::Chunk;
 use crate::record::decode::Decoder;
-use common::admin::Health;
-use common::presence::Holdings;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
+use common::runtime::admin::Health;
+use common::runtime::presence::Holdings;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -303,7 +303,7 @@ fn change_keys(chunk: &mut Chunk, hash_mask: u64, mutation: Option<Mutation>) {
         let id = chunk.id(&chunk.events[index]).to_vec();
         let event = &mut chunk.events[index];
         if mutation == Some(Mutation::IdOnly) {
-            event.hash = common::event::seen_hash(0, &id);
+            event.hash = common::contracts::event::seen_hash(0, &id);
         }
         event.hash &= hash_mask;
         if mutation == Some(Mutation::CopiesInOneBatch) {

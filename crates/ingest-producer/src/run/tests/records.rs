@@ -17,7 +17,7 @@ impl World {
     async fn attempt_at(&self, body: String) -> (Ended, Run) {
         let runner = Arc::into_inner(self.runner("a")).unwrap();
         let mut runner = Runner { source: Arc::new(FixedSource(body)), ..runner };
-        runner.definition.source.pagination = common::stream::Pagination::None;
+        runner.definition.source.pagination = common::contracts::stream::Pagination::None;
         let runner = Arc::new(runner);
         let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
         let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();

@@ -83,7 +83,7 @@ impl Sender {
 }
 
 fn config(brokers: &str) -> ClientConfig {
-    let mut config = common::kafka::producer_config(brokers, "local-stack");
+    let mut config = common::runtime::kafka::producer_config(brokers, "local-stack");
     config.set("linger.ms", LINGER_MILLIS.to_string());
     config
 }

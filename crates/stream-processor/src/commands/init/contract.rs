@@ -1,10 +1,10 @@
 //! The requirements for topics and keyspace. `init` creates them from this description, and `init` and `run` compare
 //! existing ones with it. Pure.
 
-use common::kafka::MAX_MESSAGE_BYTES;
-use common::schema::{
+use common::contracts::schema::{
     CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS, dead_letter_topic,
 };
+use common::runtime::kafka::MAX_MESSAGE_BYTES;
 use std::collections::BTreeMap;
 
 /// Number of replicas, and how many of them must have a record before Kafka acknowledges it.

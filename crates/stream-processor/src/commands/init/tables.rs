@@ -3,11 +3,11 @@
 
 use super::contract::FoundKeyspace;
 use crate::error::ProcessorError;
-use common::kafka::{PARTITIONER, Topic};
-use common::registry::{Registered, RegistryError, registered, tables_version};
-use common::schema::{self, Existing, TABLES_COMPONENT, TABLES_VERSION};
-use common::stream::Definition;
-use common::stream::layout::{Changes, Layout};
+use common::contracts::schema::{self, Existing, TABLES_COMPONENT, TABLES_VERSION};
+use common::contracts::stream::Definition;
+use common::contracts::stream::layout::{Changes, Layout};
+use common::readers::registry::{Registered, RegistryError, registered, tables_version};
+use common::runtime::kafka::{PARTITIONER, Topic};
 use scylla::client::session::Session;
 use scylla::value::CqlTimestamp;
 use std::collections::{BTreeMap, HashMap};

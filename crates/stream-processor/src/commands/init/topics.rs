@@ -3,7 +3,7 @@
 use super::contract::{FoundTopic, TopicContract};
 use super::fatal;
 use crate::error::ProcessorError;
-use common::kafka::client_config;
+use common::runtime::kafka::client_config;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::RDKafkaErrorCode;

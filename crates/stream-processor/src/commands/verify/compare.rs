@@ -2,7 +2,7 @@
 
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::record::decode::MAX_AHEAD_MS;
-use common::stream::MAX_GROUP_BY;
+use common::contracts::stream::MAX_GROUP_BY;
 
 /// Maximum assumed difference between the clocks of brokers, processors and Cassandra nodes.
 const CLOCK_SKEW_MS: i64 = 3_600_000;
@@ -110,7 +110,7 @@ pub fn may_have_expired(from_ms: i64, ttl_ms: i64, now_ms: i64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::stream::Definition;
+    use common::contracts::stream::Definition;
     use proptest::prelude::*;
 
     fn shape() -> PaneShape {

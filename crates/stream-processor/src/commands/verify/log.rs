@@ -10,7 +10,7 @@ use crate::io::store::Store;
 use crate::pipeline::fetch::readable_headers;
 use crate::record::chunk::Chunk;
 use crate::record::decode::{Decoder, Record};
-use common::event::seen_hash;
+use common::contracts::event::seen_hash;
 use indicatif::ProgressBar;
 use rdkafka::Message;
 use std::collections::HashSet;
@@ -274,7 +274,7 @@ impl Verifier {
 mod tests {
     use super::*;
     use crate::count::partition::Totals;
-    use common::stream::Definition;
+    use common::contracts::stream::Definition;
     use proptest::prelude::*;
 
     const NOW: i64 = 1_800_000_000_000;

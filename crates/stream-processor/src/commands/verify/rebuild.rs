@@ -12,8 +12,8 @@ use crate::error::ProcessorError;
 use crate::io::state::{self, StateFile};
 use crate::io::store::Store;
 use crate::pipeline::start::{StateFacts, survives};
-use common::schema::TOPIC_RETENTION_MS;
-use common::stream::layout::Layout;
+use common::contracts::schema::TOPIC_RETENTION_MS;
+use common::contracts::stream::layout::Layout;
 use indicatif::ProgressBar;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -167,7 +167,7 @@ fn resume_position(
 mod tests {
     use super::*;
     use crate::count::partition::Totals;
-    use common::stream::Definition;
+    use common::contracts::stream::Definition;
 
     #[test]
     fn a_rebuild_includes_the_position_of_the_state_file_and_refuses_another_layout() {

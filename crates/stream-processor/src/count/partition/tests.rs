@@ -5,7 +5,7 @@ use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::record::chunk::Chunk;
 use crate::record::decode::{Decoder, Record};
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 
 const MINUTE: i64 = 60_000;
 const BASE: i64 = 1_800_000_000_000;

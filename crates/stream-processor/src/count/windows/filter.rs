@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     fn key(i: u64) -> u64 {
-        common::event::seen_hash(0, &i.to_be_bytes())
+        common::contracts::event::seen_hash(0, &i.to_be_bytes())
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::filter::SeenFilter;
 use super::pane::{Pane, PaneShape};
-use common::event::floor_to;
+use common::contracts::event::floor_to;
 use std::collections::BTreeMap;
 
 /// Maximum number of cold panes kept between batches. They can be read back at any time.
@@ -140,7 +140,7 @@ impl Panes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::stream::Definition;
+    use common::contracts::stream::Definition;
 
     fn panes(max_memory_bytes: usize) -> Panes {
         let text = include_str!("../../../../../streams/user_created.toml");

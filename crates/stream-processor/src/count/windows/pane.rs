@@ -1,7 +1,7 @@
 //! One pane: a row for all its events and one for each group. Each row has a count, the measures, and the offset up to
 //! which it counts.
 
-use common::stream::{ALL, Definition};
+use common::contracts::stream::{ALL, Definition};
 
 /// One measure of one pane row.
 #[derive(Debug, Clone, Copy, PartialEq)]

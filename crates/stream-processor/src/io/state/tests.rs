@@ -4,7 +4,7 @@ use super::{Commit, FORMAT, Head, StateError, StateFile};
 use crate::count::partition::{Partition, Position};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use std::collections::BTreeMap;
 
 fn panes() -> Panes {

@@ -6,14 +6,14 @@ use scylla::serialize::SerializationError;
 use scylla::serialize::row::{RowSerializationContext, SerializeRow};
 use scylla::serialize::writers::RowWriter;
 
-/// One event row, with columns in the order of `common::schema::insert_event`.
+/// One event row, with columns in the order of `common::contracts::schema::insert_event`.
 pub struct EventRow<'a> {
     pub chunk: &'a Chunk,
     pub index: u32,
     pub bucket: i64,
 }
 
-/// One pane row, with columns in the order of `common::schema::insert_pane`.
+/// One pane row, with columns in the order of `common::contracts::schema::insert_pane`.
 pub struct PaneRowValues<'a> {
     pub bucket: i64,
     pub partition: i32,

@@ -2,9 +2,9 @@
 
 use super::requests::StoreContext;
 use crate::error::ProcessorError;
-use common::cassandra::StatementError;
-use common::schema::{self, MAX_BATCH_ROWS};
-use common::stream::Definition;
+use common::contracts::schema::{self, MAX_BATCH_ROWS};
+use common::contracts::stream::Definition;
+use common::runtime::cassandra::StatementError;
 use scylla::statement::batch::{Batch, BatchStatement, BatchType};
 use scylla::statement::prepared::PreparedStatement;
 use std::sync::OnceLock;
@@ -63,7 +63,7 @@ impl Statements {
             .collect();
         let deadline = Instant::now() + context.start_deadline;
         let prepare = async |cql: String| {
-            let prepared = common::cassandra::prepare(&context.session, &cql, deadline).await;
+            let prepared = common::runtime::cassandra::prepare(&context.session, &cql, deadline).await;
             prepared.map_err(|e| match e {
                 StatementError::NotSetUp(_) => ProcessorError::Fatal(e.to_string()),
                 StatementError::Unavailable(_) => ProcessorError::Retryable(e.to_string()),

@@ -2,8 +2,8 @@
 //! is closed within a bounded time.
 
 use crate::error::ProcessorError;
-use common::admin::Health;
-use common::kafka::client_config;
+use common::runtime::admin::Health;
+use common::runtime::kafka::client_config;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};

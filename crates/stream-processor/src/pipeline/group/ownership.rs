@@ -3,10 +3,10 @@
 //! Cassandra and the end offsets of the log. The group's thread acts on the verdict.
 
 use crate::metrics::Metrics;
-use common::admin::Health;
-use common::kafka::Replaced;
-use common::presence::{ALIVE_FOR, Announced, Holdings, Instance, Sightings, announced};
-use common::shutdown::Shutdown;
+use common::runtime::admin::Health;
+use common::runtime::kafka::Replaced;
+use common::runtime::presence::{ALIVE_FOR, Announced, Holdings, Instance, Sightings, announced};
+use common::runtime::shutdown::Shutdown;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use scylla::client::session::Session;
 use std::collections::{BTreeMap, BTreeSet};

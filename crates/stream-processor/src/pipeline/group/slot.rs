@@ -9,7 +9,7 @@ use crate::pipeline::fetch::{self, AssignedPartition};
 use crate::pipeline::open::Opened;
 use crate::pipeline::worker::Worker;
 use crate::record::decode::Decoder;
-use common::presence::partition_dependency;
+use common::runtime::presence::partition_dependency;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use std::sync::Arc;

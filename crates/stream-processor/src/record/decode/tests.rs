@@ -3,7 +3,7 @@
 
 use super::{Decoder, Record};
 use crate::record::chunk::Chunk;
-use common::stream::Definition;
+use common::contracts::stream::Definition;
 use proptest::prelude::*;
 
 const NOW: i64 = 1_800_000_000_000;

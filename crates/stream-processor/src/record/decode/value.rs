@@ -3,7 +3,7 @@
 
 use super::{Decoder, reason};
 use crate::record::chunk::{Chunk, Reason, UNSET};
-use common::stream::CqlType;
+use common::contracts::stream::CqlType;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;

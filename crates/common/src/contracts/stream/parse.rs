@@ -5,7 +5,7 @@ use super::{
     Auth, Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, Limits, MAX_GROUP_BY,
     MAX_GROUPS, Pagination, RetryPolicy, Schedule, Source, Store, StreamSettings, Windows, rules,
 };
-use crate::event::Bucket;
+use crate::contracts::event::Bucket;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use toml::{Table, Value};

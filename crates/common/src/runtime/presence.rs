@@ -2,10 +2,10 @@
 //! a TTL. The result of the write also tells an instance, even an idle one, whether Cassandra is up. A row of table
 //! `refusals` says why an instance exited with code 3. The instance clears the row when it starts again.
 
-use crate::admin::Health;
-use crate::config::CommonArgs;
-use crate::schema::SERVICE_TTL_SECONDS;
-use crate::shutdown::Shutdown;
+use crate::contracts::schema::SERVICE_TTL_SECONDS;
+use crate::runtime::admin::Health;
+use crate::runtime::config::CommonArgs;
+use crate::runtime::shutdown::Shutdown;
 use futures::TryStreamExt;
 use scylla::client::session::Session;
 use scylla::errors::PagerExecutionError;
@@ -209,7 +209,8 @@ pub async fn refuse(settings: &CommonArgs, service: &'static str, reason: &str) 
     let who = Instance::new(settings, service, "");
     let reason: String = reason.chars().take(MAX_REFUSAL_CHARACTERS).collect();
     let write = async {
-        let session = crate::cassandra::connect(settings, REFUSAL_TIMEOUT, &Shutdown::default()).await;
+        let session =
+            crate::runtime::cassandra::connect(settings, REFUSAL_TIMEOUT, &Shutdown::default()).await;
         who.put_refusal(&*session.map_err(|e| e.to_string())?, &reason).await
     };
     let written = tokio::select! {

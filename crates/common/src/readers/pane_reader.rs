@@ -1,9 +1,9 @@
-//! Reads pane rows, and the event time up to which panes are complete. [`crate::windows`] computes windows from them.
+//! Reads pane rows, and the event time up to which panes are complete. [`crate::readers::windows`] computes windows from them.
 
-use crate::event::floor_to;
-use crate::schema::panes_table;
-use crate::stream::Definition;
-use crate::windows::{Asked, Measure, Panes, Question, Sum, Unanswerable};
+use crate::contracts::event::floor_to;
+use crate::contracts::schema::panes_table;
+use crate::contracts::stream::Definition;
+use crate::readers::windows::{Asked, Measure, Panes, Question, Sum, Unanswerable};
 use futures::{StreamExt, TryStreamExt};
 use scylla::client::session::Session;
 use scylla::errors::{ExecutionError, IntoRowsResultError, PrepareError, RowsError};

@@ -64,8 +64,8 @@ pub(super) async fn check(State(hosts): State<Hosts>, request: Request, next: Ne
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::{self, Health};
-    use crate::shutdown::Shutdown;
+    use crate::runtime::admin::{self, Health};
+    use crate::runtime::shutdown::Shutdown;
     use prometheus::Registry;
     use std::time::Duration;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

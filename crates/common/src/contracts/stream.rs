@@ -7,7 +7,7 @@ mod parse;
 mod rules;
 mod secrets;
 
-use crate::event::Bucket;
+use crate::contracts::event::Bucket;
 use layout::Layout;
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};

@@ -5,8 +5,8 @@
 
 pub mod hosts;
 
-use crate::metrics::HttpMetrics;
-use crate::shutdown::Shutdown;
+use crate::runtime::metrics::HttpMetrics;
+use crate::runtime::shutdown::Shutdown;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};

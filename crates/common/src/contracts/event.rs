@@ -1,7 +1,7 @@
 //! The contract of one event: its Kafka headers, its id, and the placement of its row in Cassandra. Pure. The producer
 //! extracts events from source records, and the processor decodes them with the declared columns.
 
-use crate::run_ledger::Interval;
+use crate::contracts::run_ledger::Interval;
 use serde::Serialize;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;

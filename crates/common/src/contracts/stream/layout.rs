@@ -224,7 +224,7 @@ impl Changes {
 mod tests {
     use super::*;
 
-    const FILE: &str = include_str!("../../../../streams/user_created.toml");
+    const FILE: &str = include_str!("../../../../../streams/user_created.toml");
 
     fn layout(edit: impl Fn(&mut Definition)) -> Layout {
         let mut definition = Definition::parse("user_created.toml", FILE).unwrap();
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn changes_that_stored_data_does_not_survive_are_refused_with_their_key_and_a_remedy() {
         check_refused(|d| d.stream.name = "other".to_owned(), "`stream.name`", "restore");
-        check_refused(|d| d.store.bucket = crate::event::Bucket::Day, "`store.bucket`", "restore");
+        check_refused(|d| d.store.bucket = crate::contracts::event::Bucket::Day, "`store.bucket`", "restore");
         check_refused(|d| d.store.shards += 1, "`store.shards`", "registered as 4, now 5");
         check_refused(|d| d.store.ttl_seconds -= 1, "`store.ttl`", "raised, not lowered");
         check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "restore");
@@ -317,15 +317,15 @@ mod tests {
             let now = Definition::parse("golden", file).unwrap().layout();
             assert_eq!(Layout::parse(golden.trim_end()), Ok(now));
         };
-        let orders = include_str!("../../../../streams/orders.toml");
-        let charges = include_str!("../../../../streams/stripe_charges.toml");
-        check(1, include_str!("../../tests/golden/layout_1_user_created.json"), FILE);
-        check(1, include_str!("../../tests/golden/layout_1_orders.json"), orders);
-        check(1, include_str!("../../tests/golden/layout_1_stripe_charges.json"), charges);
-        check(2, include_str!("../../tests/golden/layout_2_user_created.json"), FILE);
-        check(2, include_str!("../../tests/golden/layout_2_orders.json"), orders);
+        let orders = include_str!("../../../../../streams/orders.toml");
+        let charges = include_str!("../../../../../streams/stripe_charges.toml");
+        check(1, include_str!("../../../tests/golden/layout_1_user_created.json"), FILE);
+        check(1, include_str!("../../../tests/golden/layout_1_orders.json"), orders);
+        check(1, include_str!("../../../tests/golden/layout_1_stripe_charges.json"), charges);
+        check(2, include_str!("../../../tests/golden/layout_2_user_created.json"), FILE);
+        check(2, include_str!("../../../tests/golden/layout_2_orders.json"), orders);
         let written = layout(|_| {}).to_string();
-        let golden = include_str!("../../tests/golden/layout_2_user_created.json");
+        let golden = include_str!("../../../tests/golden/layout_2_user_created.json");
         assert_eq!(
             written,
             golden.trim_end(),

@@ -1,11 +1,11 @@
 //! The registration of a stream, and the version of the tables. `stream-processor init` writes the registration to
 //! table `streams`. Every service checks that its stream file, topic and tables match it.
 
-use crate::cassandra::{Failure, classify};
-use crate::kafka::Topic;
-use crate::schema::{TABLES_COMPONENT, TABLES_VERSION};
-use crate::stream::layout::Layout;
-use crate::stream::{Definition, Store};
+use crate::contracts::schema::{TABLES_COMPONENT, TABLES_VERSION};
+use crate::contracts::stream::layout::Layout;
+use crate::contracts::stream::{Definition, Store};
+use crate::runtime::cassandra::{Failure, classify};
+use crate::runtime::kafka::Topic;
 use scylla::client::session::Session;
 use std::time::Duration;
 
@@ -314,7 +314,7 @@ mod tests {
     use super::*;
 
     fn definition() -> Definition {
-        Definition::parse("user_created.toml", include_str!("../../../streams/user_created.toml")).unwrap()
+        Definition::parse("user_created.toml", include_str!("../../../../streams/user_created.toml")).unwrap()
     }
 
     fn registered(definition: &Definition) -> Registered {
@@ -350,7 +350,8 @@ mod tests {
     #[test]
     fn a_registered_file_is_accepted_an_extended_one_needs_init_and_an_outdated_one_is_refused() {
         let (old, mut new) = (definition(), definition());
-        new.columns.push(crate::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
+        new.columns
+            .push(crate::contracts::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
         new.columns.iter_mut().for_each(|column| column.required = false);
         let old = Definition { columns: new.columns[..old.columns.len()].to_vec(), ..old };
         registered(&old).check_layout(&old).unwrap();

@@ -2,7 +2,7 @@
 //! environment variable, which takes precedence over the file given with `--config`, which takes precedence over the
 //! default. Each service flattens [`CommonArgs`] into its own clap type and calls [`parse`].
 
-use crate::stream::{Definition, DefinitionError};
+use crate::contracts::stream::{Definition, DefinitionError};
 use clap::{Args, CommandFactory, FromArgMatches};
 use serde::Serialize;
 use std::ffi::OsString;

@@ -5,8 +5,8 @@
 //! `{"id": "…uuid…", "stream": "user_created", "issued_by": "cli", "issued_at_ms": 0, "expires_at_ms": 60000,
 //! "action": {"spike": {"rate": 3000, "seconds": 10}}}`. Its outcome is a row of table `control_log`.
 
-use crate::event::{MAX_EVENT_TIME_MS, floor_to};
-use crate::run_ledger::{Reprocess, RunState};
+use crate::contracts::event::{MAX_EVENT_TIME_MS, floor_to};
+use crate::contracts::run_ledger::{Reprocess, RunState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;

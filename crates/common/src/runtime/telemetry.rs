@@ -1,6 +1,6 @@
 //! Logging to stderr: JSON lines with RFC 3339 times in UTC, or a human-readable format on a terminal.
 
-use crate::config::{CommonArgs, LogFormat};
+use crate::runtime::config::{CommonArgs, LogFormat};
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::UtcTime;

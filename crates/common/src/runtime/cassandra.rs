@@ -2,8 +2,8 @@
 //! client-side request timeouts, because an abandoned request keeps its stream id. Keepalive requests detect dead
 //! connections. Each service has its own statements.
 
-use crate::config::{CommonArgs, ConfigError, read_secret};
-use crate::shutdown::Shutdown;
+use crate::runtime::config::{CommonArgs, ConfigError, read_secret};
+use crate::runtime::shutdown::Shutdown;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use scylla::client::execution_profile::ExecutionProfile;
 use scylla::client::session::Session;

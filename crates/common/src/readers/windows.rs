@@ -1,8 +1,8 @@
 //! Computes tumbling and sliding windows from panes. The size and slide of a window are multiples of the pane length.
-//! Pure; [`crate::pane_reader`] reads the pane rows. A query that would read or return too many values is rejected.
+//! Pure; [`crate::readers::pane_reader`] reads the pane rows. A query that would read or return too many values is rejected.
 
-use crate::event::floor_to;
-use crate::stream::{ALL, Definition, GroupBy};
+use crate::contracts::event::floor_to;
+use crate::contracts::stream::{ALL, Definition, GroupBy};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -307,7 +307,7 @@ mod tests {
     const MINUTE: i64 = 60_000;
 
     fn definition() -> Definition {
-        Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap()
+        Definition::parse("users", include_str!("../../../../streams/user_created.toml")).unwrap()
     }
 
     fn ask(asked: Asked<'_>) -> Result<Question, Unanswerable> {

@@ -2,7 +2,7 @@
 //! only builds text; `stream-processor init` executes it. ARCHITECTURE.md, "Contracts in Cassandra", describes the
 //! contract of each table.
 
-use crate::stream::Definition;
+use crate::contracts::stream::Definition;
 use std::collections::BTreeMap;
 
 /// Columns of the event table that the pipeline adds. A stream definition must not declare them.
@@ -339,7 +339,7 @@ mod tests {
     use super::*;
 
     fn definition() -> Definition {
-        let text = include_str!("../../../streams/user_created.toml");
+        let text = include_str!("../../../../streams/user_created.toml");
         Definition::parse("user_created.toml", text).unwrap()
     }
 
@@ -389,7 +389,7 @@ mod tests {
 
     #[test]
     fn tables_of_version_1_are_migrated_by_adding_columns() {
-        let found = existing(include_str!("../tests/golden/tables_1.cql"));
+        let found = existing(include_str!("../../tests/golden/tables_1.cql"));
         let mut statements = Vec::new();
         for table in tables(&definition()) {
             match found.get(&table.name) {
@@ -407,7 +407,8 @@ mod tests {
         let found = existing(&text);
         let mut new = old.clone();
         new.store.ttl_seconds *= 2;
-        new.columns.push(crate::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
+        new.columns
+            .push(crate::contracts::stream::Column { name: "phone".to_owned(), ..old.columns[0].clone() });
         let [events, panes] = stream_tables(&new).try_into().unwrap();
         let statements = events.bring_forward("pipeline", &found[&events.name]).unwrap();
         assert_eq!(statements[0], "ALTER TABLE pipeline.user_created ADD IF NOT EXISTS (phone text)");

@@ -4,7 +4,7 @@
 use super::parse::format_ms;
 use super::secrets::{has_user, looks_secret, redacted, secret_parameters};
 use super::{Definition, EventTime, Groups, MAX_CATCH_UP_INTERVALS, Pagination, Schedule};
-use crate::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
+use crate::contracts::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
 use std::collections::BTreeSet;
 
 /// Default of `windows.lateness`: ten minutes.
@@ -220,7 +220,7 @@ fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
 mod tests {
     use super::super::{Auth, Definition, Pagination, Schedule};
 
-    const GOOD: &str = include_str!("../../../../streams/user_created.toml");
+    const GOOD: &str = include_str!("../../../../../streams/user_created.toml");
 
     fn mistakes(text: &str) -> Vec<String> {
         Definition::parse("test.toml", text).expect_err("must be refused").problems

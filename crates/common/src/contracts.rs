@@ -1,0 +1,7 @@
+//! What the services agree on: events, stream definitions, tables, the run ledger and commands. No I/O.
+
+pub mod control;
+pub mod event;
+pub mod run_ledger;
+pub mod schema;
+pub mod stream;

@@ -1,0 +1,10 @@
+//! What every service runs on: settings, logs, metrics, health, signals, and the clients of Kafka and Cassandra.
+
+pub mod admin;
+pub mod cassandra;
+pub mod config;
+pub mod kafka;
+pub mod metrics;
+pub mod presence;
+pub mod shutdown;
+pub mod telemetry;
