@@ -9,13 +9,13 @@ use std::net::SocketAddr;
 #[derive(Debug, Clone, Parser, Serialize)]
 #[command(name = "metrics-dashboard", version)]
 pub struct Config {
+    /// Address of the page, the API, /healthz, /readyz and /metrics
+    #[arg(long, env = "PIPELINE_HTTP_LISTEN", default_value = "127.0.0.1:8050")]
+    pub http_listen: SocketAddr,
     /// Settings of every service.
     #[command(flatten)]
     #[serde(flatten)]
     pub common: CommonArgs,
-    /// Address of the page, the API, /healthz, /readyz and /metrics
-    #[arg(long, env = "PIPELINE_HTTP_LISTEN", default_value = "127.0.0.1:8050")]
-    pub http_listen: SocketAddr,
 }
 
 impl Config {

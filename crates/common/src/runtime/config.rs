@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 /// Settings of every service.
 #[derive(Debug, Clone, Args, Serialize)]
+#[command(next_help_heading = "Global options")]
 pub struct CommonArgs {
     /// Kafka bootstrap servers, comma separated
     #[arg(long, global = true, env = "PIPELINE_KAFKA_BROKERS", default_value = "127.0.0.1:9092")]
