@@ -291,8 +291,7 @@ impl Control {
 }
 
 impl CommandContext {
-    /// Runs one command until it ends and renews its row meanwhile. If the row is no longer ours, the command is
-    /// stopped.
+    /// Runs a command to its end and keeps renewing its row. Stops the command if another producer has taken over the row.
     async fn supervise(self, key: LogKey, action: Action, stop: Shutdown, stopping: Shutdown) {
         let (work, work_stop) = (self.work.clone(), stop.clone());
         let mut working = tokio::spawn(async move { work.carry_out(&action, &work_stop).await });

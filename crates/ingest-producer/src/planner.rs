@@ -250,9 +250,9 @@ fn probe_at(facts: &Facts<'_>) -> Option<i64> {
     Some(last_ms + pause_ms)
 }
 
-/// Extends a look back beyond a gap in the ledger. `last` is the last row that starts before `from_ms`. If it does not
-/// reach `from_ms`, the result is `intervals` intervals before its end, or the start of the timeline if `last` is
-/// `None`. Returns `None` if there is no gap.
+/// Returns where to start reading the ledger if there is a gap before `from_ms`, and `None` otherwise. `last` is the last
+/// row that starts before `from_ms`; there is a gap if it ends earlier than that. Reading then starts `intervals` intervals
+/// before its end, or at the start of the timeline if `last` is `None`.
 pub fn look_back_before_gap(
     timeline: &Timeline,
     from_ms: i64,

@@ -137,7 +137,7 @@ impl Runner {
             let cause = format!("was {}; restarted by {}", restarted.state, run_type);
             let cleared = attempt_record(restarted, claim.attempt - 1, OUTCOME_CLEARED, cause);
             let cleared = Attempt { owner: self.owner.clone(), started_ms: now_ms, ..cleared };
-            // If this record is missing, earlier failures still count. That is no reason to abandon the claimed run.
+            // Without this record, earlier failures keep counting. The claimed run can still proceed.
             if let Err(e) = self.ledger.record(&cleared).await {
                 tracing::debug!(error = %e, run_id = claim.run_id, "recording that the run was cleared failed");
             }
@@ -464,7 +464,7 @@ fn panicked(panic: &(dyn Any + Send)) -> AttemptError {
     AttemptError::retryable(format!("the attempt panicked: {message}"))
 }
 
-/// A record of an attempt number that has no record of its own owner.
+/// The record of an attempt whose owner left none.
 fn attempt_record(run: &Run, number: i32, outcome: &str, cause: String) -> Attempt {
     Attempt {
         interval: run.interval,

@@ -257,8 +257,8 @@ fn headers(plan: &Plan<'_>, identity: &Identity) -> OwnedHeaders {
         .insert(text(event::HEADER_PRODUCED_AT, produced_at))
 }
 
-/// When a message is due, regardless of delays of earlier messages, so that a stall adds to the latency of all
-/// messages queued behind it. `None` if there is no rate.
+/// When a message is due. Delays of earlier messages do not move it, so that a stall adds to the latency of every message
+/// queued behind it. Returns `None` if the rate is unlimited.
 fn intended_at(start: Instant, index: u64, rate: f64) -> Option<Instant> {
     (rate > 0.0).then(|| start + Duration::from_secs_f64(index as f64 / rate))
 }

@@ -29,14 +29,14 @@ pub fn check(text: &[u8]) -> Result<(), NotJson> {
     }
 }
 
-/// The text of the value at an RFC 6901 pointer, or `None` if there is no value. If a member name repeats, the last
-/// one counts.
+/// Returns the text of the value at an RFC 6901 pointer, or `None` if the pointer leads nowhere. The last of several
+/// members with the same name wins.
 pub fn find<'a>(text: &'a [u8], pointer: &str) -> Result<Option<&'a [u8]>, NotJson> {
     let at = locate(text, pointer)?;
     at.map(|at| Scanner { text, at }.value()).transpose()
 }
 
-/// The byte offset of the value at an RFC 6901 pointer, or `None` if there is no value.
+/// Returns the byte offset of the value at an RFC 6901 pointer, or `None` if the pointer leads nowhere.
 pub fn locate(text: &[u8], pointer: &str) -> Result<Option<usize>, NotJson> {
     let mut scanner = Scanner { text, at: 0 };
     scanner.peek();

@@ -215,7 +215,7 @@ impl StopSignals {
         let listen = |kind| signal(kind).map_err(Error::io("signal handler"));
         Ok(Self {
             background,
-            // In the foreground, SIGHUP must stop everything, because Ctrl-C is no longer possible.
+            // In the foreground, SIGHUP stops everything: after the terminal is closed, nobody can press Ctrl-C.
             hangup: listen(SignalKind::hangup())?,
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,

@@ -99,10 +99,10 @@ impl Fault {
         match self {
             Self::Kill(part) => format!("{} killed", part.name()),
             Self::Wipe(_) => "processor killed, state files lost".to_owned(),
-            Self::Pause(part, _) => format!("{} stands still", part.name()),
+            Self::Pause(part, _) => format!("{} paused", part.name()),
             Self::Snapshot => "cassandra killed, snapshot taken".to_owned(),
             Self::Restore => "older cassandra snapshot restored".to_owned(),
-            Self::Outage(_) => "source away".to_owned(),
+            Self::Outage(_) => "source down".to_owned(),
             Self::Transaction(Ending::Committed, _) => "transaction committed".to_owned(),
             Self::Transaction(Ending::Aborted, _) => "transaction aborted".to_owned(),
             Self::Transaction(Ending::Abandoned, _) => "transaction abandoned".to_owned(),
@@ -329,7 +329,7 @@ mod tests {
         assert!(lengths.iter().all(|length| bounds.contains(length)), "{lengths:?}");
         assert!(lengths.iter().any(|length| *length > Duration::from_secs(30)), "{lengths:?}");
         for part in ["kafka", "cassandra", "processor", "producer"] {
-            let name = format!("{part} stands still");
+            let name = format!("{part} paused");
             assert_eq!(count(&injections, |fault| fault.name() == name), 15, "{name}");
         }
     }

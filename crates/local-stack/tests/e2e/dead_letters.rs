@@ -107,10 +107,8 @@ async fn a_replayed_dead_letter_without_a_key_returns_to_its_partition_and_count
     }
     let dead_lettered = || async { pipeline.progress().await.dead_letters == COPIES as i64 };
     wait_until("all copies are dead letters", TIMEOUT, dead_lettered).await;
-    wait_until("the event time is no longer too far ahead", TIMEOUT, || async {
-        now_ms() + MAX_AHEAD_MS > time_ms
-    })
-    .await;
+    wait_until("the event time is within the limit", TIMEOUT, || async { now_ms() + MAX_AHEAD_MS > time_ms })
+        .await;
     let output = pipeline.run("stream-processor", &["dlq", "replay", "--all"], &[]).await;
     assert!(output.status.success(), "{}", text(&output.stderr));
     wait_until("the replayed records are processed", TIMEOUT, || async { pipeline.lag().await.is_empty() })
@@ -146,10 +144,8 @@ async fn a_replayed_dead_letter_becomes_an_event_a_duplicate_or_a_dead_letter_ag
     let shown = pipeline.dlq(["show", "--offset"], ahead.clone()).await;
     assert!(shown.contains(value) && shown.contains("ce_id: ahead"), "{shown}");
 
-    wait_until("the event time is no longer too far ahead", TIMEOUT, || async {
-        now_ms() > time_ms - MAX_AHEAD_MS
-    })
-    .await;
+    wait_until("the event time is within the limit", TIMEOUT, || async { now_ms() > time_ms - MAX_AHEAD_MS })
+        .await;
     let printed = pipeline.dlq(["replay"], "--all".to_owned()).await;
     assert!(printed.contains("2 dead letters sent again"), "{printed}");
     wait_until("one record is an event and one is a dead letter again", TIMEOUT, || async {

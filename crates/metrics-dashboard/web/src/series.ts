@@ -18,8 +18,8 @@ export function inWords(points: ChartPoint[], minutes: number): string {
   const mean = rates.reduce((sum, r) => sum + r, 0) / rates.length;
   const peak = rates.reduce((a, b) => Math.max(a, b), 0);
   const lags = points.map((p) => p.lag_messages).filter((lag): lag is number => lag !== null);
-  const lag = lags.length > 0 ? `lag at most ${count(Math.max(...lags))} messages` : "lag unknown";
-  return `Last ${period}: ${rate(mean)} events per second on average, ${rate(peak)} at most; ${lag}.`;
+  const lag = lags.length > 0 ? `peak lag ${count(Math.max(...lags))} messages` : "lag unknown";
+  return `Last ${period}: ${rate(mean)} events per second on average, peak ${rate(peak)}; ${lag}.`;
 }
 
 /** Labels of a time axis in UTC: a date at the start of a day, and seconds only if a tick or `exact` needs them. */

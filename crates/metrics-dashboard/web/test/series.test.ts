@@ -18,7 +18,7 @@ test("the chart is described in one sentence", () => {
   assert.equal(inWords([], 15), "The throughput of the last 15 min is unknown.");
   assert.equal(
     inWords([point(1, 10, null), point(2, 20, 5)], 60),
-    "Last 1 h: 15.0 events per second on average, 20.0 at most; lag at most 5 messages.",
+    "Last 1 h: 15.0 events per second on average, peak 20.0; peak lag 5 messages.",
   );
   assert.match(inWords([point(1, 10, null)], 60), /lag unknown/);
 });

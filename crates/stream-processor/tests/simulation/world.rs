@@ -300,7 +300,7 @@ impl World {
 
     fn check_row(&mut self, at: i64, id: &str, cells: &Cells) {
         let Some((offset, event)) = self.log.all().rows.get(&(at, id.to_owned())).copied() else {
-            return self.violate("a row of no event", || format!("{} {id}", at - BASE_MS));
+            return self.violate("a row without an event", || format!("{} {id}", at - BASE_MS));
         };
         if number(cells, "kafka_offset") != Some(offset) {
             self.violate("a row holds the offset of a later copy", || {

@@ -93,7 +93,19 @@ struct Pass<'a> {
     differences: &'a mut Differences,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// A pass that has read nothing yet. `stored` must be sorted by key.
+    fn new(
+        slice: Slice,
+        stored: Vec<Stored>,
+        partition: i32,
+        tally: &'a mut Tally,
+        differences: &'a mut Differences,
+    ) -> Pass<'a> {
+        let (confirmed, missing) = (vec![false; stored.len()], HashSet::new());
+        Pass { slice, stored, confirmed, missing, tally, partition, differences }
+    }
+
     /// Compares the events of a chunk with the stored keys.
     fn compare(&mut self, chunk: &Chunk) {
         if self.slice.number == 0 {
@@ -182,15 +194,7 @@ impl Verifier {
         start_progress(progress, partition, "log", 0);
         for slice in slices(rows, self.memory_bytes) {
             let stored = self.stored(scope, slice, rows).await?;
-            let mut pass = Pass {
-                slice,
-                confirmed: vec![false; stored.len()],
-                stored,
-                missing: HashSet::new(),
-                tally: &mut tally,
-                partition,
-                differences: &mut outcome.differences,
-            };
+            let mut pass = Pass::new(slice, stored, partition, &mut tally, &mut outcome.differences);
             let reading = || self.read_log(scope, &skips, &mut pass, progress);
             (read, outcome.expired_records) = tokio::task::block_in_place(reading)?;
             pass.report_unconfirmed(&read);
@@ -311,15 +315,7 @@ mod tests {
             });
             let mut stored: Vec<Stored> = stored.filter(|row| slice.has(row.hash)).collect();
             stored.sort_unstable_by_key(Stored::key);
-            let mut pass = Pass {
-                slice,
-                confirmed: vec![false; stored.len()],
-                stored,
-                missing: HashSet::new(),
-                tally: &mut tally,
-                partition: 0,
-                differences: &mut differences,
-            };
+            let mut pass = Pass::new(slice, stored, 0, &mut tally, &mut differences);
             pass.compare(&chunk(log));
             pass.report_unconfirmed(std::slice::from_ref(&(low..NEXT_OFFSET)));
         }
