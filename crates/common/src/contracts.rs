@@ -5,3 +5,5 @@ pub mod event;
 pub mod run_ledger;
 pub mod schema;
 pub mod stream;
+pub mod time;
+pub mod value;

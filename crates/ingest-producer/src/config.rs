@@ -101,17 +101,21 @@ fn length_ms(text: &str) -> Result<i64, String> {
 /// The commands for a source.
 #[derive(Debug, Clone, Subcommand)]
 pub enum SourceCommand {
-    /// Fetch one page twice and print the resulting events without producing them
+    /// Walk the pages of an interval and print their events without producing them; exit code 1 if a record would become a
+    /// dead letter
     Check(CheckArgs),
 }
 
 /// Settings of `source check`.
 #[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
+    /// Most pages to fetch
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub pages: u32,
     /// Number of events to print
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub events: u32,
-    /// Print a JSON array instead of a table
+    /// Print a JSON object instead of a table
     #[arg(long)]
     pub json: bool,
 }

@@ -50,7 +50,7 @@ use registration::RegisteredTopic;
 use run::Runner;
 use scylla::client::session::Session;
 use service::Service;
-use source::client::SourceClient;
+use source::client::{ClientError, SourceClient};
 use source::extract::Extractor;
 use source::request::Requests;
 use std::sync::Arc;
@@ -81,6 +81,13 @@ impl CommandOutput {
     }
 }
 
+/// The client of a definition's source.
+fn client(definition: &Definition, requests: &Requests) -> Result<SourceClient, ClientError> {
+    let mut source = definition.source.clone();
+    requests.replace_token_origin(&mut source.auth);
+    SourceClient::new(&source)
+}
+
 /// The current time in Unix milliseconds.
 pub fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
@@ -103,7 +110,7 @@ pub async fn run(config: &Config) -> anyhow::Result<CommandOutput> {
         Command::Stress(args) => stress(config, args, definition, shutdown).await,
         Command::Source(SourceCommand::Check(args)) => {
             let requests = Requests::new(&definition, config.source_origin.as_deref())?;
-            let client = SourceClient::new(&definition.source)?;
+            let client = client(&definition, &requests)?;
             check::check(&definition, &requests, &client, args, now_ms()).await
         }
         Command::Runs(command) => {
@@ -165,7 +172,7 @@ impl Connections {
         let health = Health::new(STALL_LIMIT, &[publish::DEPENDENCY, service::DEPENDENCY]);
         let metrics = Metrics::new().context("cannot register metrics")?;
         let requests = Requests::new(&definition, config.source_origin.as_deref())?;
-        let source = Arc::new(SourceClient::new(&definition.source)?);
+        let source = Arc::new(client(&definition, &requests)?);
         let (brokers, instance) = (common.kafka_brokers.clone(), common.instance_name());
         let topic = common.topic_of(&definition);
         let publisher = KafkaPublisher::new(&brokers, &instance, &topic, metrics.clone(), health.clone())?;
@@ -242,7 +249,7 @@ async fn produce(
     shutdown: &Shutdown,
 ) -> anyhow::Result<CommandOutput> {
     tracing::info!(settings = %serde_json::to_string(config)?, "configuration");
-    if definition.event.id.is_none() {
+    if definition.event.id.is_empty() {
         tracing::warn!(stream = definition.stream.name, "{}", check::NO_ID);
     }
     let connections = Connections::connect(config, definition, shutdown).await?;

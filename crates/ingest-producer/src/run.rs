@@ -12,14 +12,15 @@ use crate::planner::{AfterFailure, FailedAttempt, Run, after_failure};
 use crate::publish::{Acks, Publish, RunHeaders};
 use crate::registration::CheckTopic;
 use crate::source::client::{FetchPage, Page};
-use crate::source::extract::{self, Extractor, Outgoing};
-use crate::source::paginate::{Fetched, Next, Pages};
+use crate::source::extract::{Each, Extractor, Outgoing};
 use crate::source::request::Requests;
+use crate::source::walk::{Walk, Walker};
 use backon::{ExponentialBuilder, Retryable};
 use common::contracts::run_ledger::{Interval, RunState, RunType};
 use common::contracts::stream::Definition;
 use futures::FutureExt;
 use std::any::Any;
+use std::borrow::Cow;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -218,41 +219,50 @@ impl Runner {
     async fn fetch_and_publish(&self, claim: &Claim, progress: &Progress) -> Result<(), AttemptError> {
         self.topic.check().await?;
         let definition = &self.definition;
-        let fatal = |e: &dyn std::fmt::Display| AttemptError::fatal(e.to_string());
-        let run_id = Uuid::parse_str(&claim.run_id).map_err(|e| fatal(&e))?;
-        let headers = RunHeaders::new(self.requests.name(), definition.event.event_type.clone(), &run_id);
-        let limits = &definition.source.limits;
-        let mut pages = Pages::new(&definition.source.pagination, definition.source.page_size, limits.pages);
-        let mut url = self.requests.url(claim.interval, &pages.first()).map_err(|e| fatal(&e))?;
-        loop {
-            let timer = self.metrics.fetch_seconds.start_timer();
-            let page = self.source.fetch(&url).await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
-            timer.observe_duration();
-            let fetched = self.publish_page(claim, &headers, &page, progress).await?;
-            url = match pages.after(fetched).map_err(|e| fatal(&e))? {
-                Next::End => return progress.acks.all().await,
-                Next::At(position) => self.requests.url(claim.interval, &position).map_err(|e| fatal(&e))?,
-                Next::Named(name) => self.requests.next(&url, &name).map_err(|e| fatal(&e))?,
-            };
+        let run_id = Uuid::parse_str(&claim.run_id).map_err(|e| AttemptError::fatal(e.to_string()))?;
+        let headers =
+            RunHeaders::new(self.requests.name().to_owned(), definition.event.event_type.clone(), &run_id);
+        let walker =
+            Walker { source: &*self.source, requests: &self.requests, definition, interval: claim.interval };
+        for each in &walker.each().await? {
+            let mut walk = walker.pages(each)?;
+            loop {
+                let timer = self.metrics.fetch_seconds.start_timer();
+                let page = walk.fetch().await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
+                timer.observe_duration();
+                let Some(page) = page else { break };
+                let (records, last) = self.publish_page(&walk, &headers, &page, each, progress).await?;
+                walk.advance(&page, records, last.as_deref())?;
+            }
         }
+        let (records, least) = (progress.counts().records, definition.source.min_records);
+        if records < i64::from(least) {
+            return Err(AttemptError::retryable(format!(
+                "the interval has {records} records, but source.min_records is {least}"
+            )));
+        }
+        progress.acks.all().await
     }
 
-    /// Publishes the records of a page while reading it. At most one batch is in memory besides the text of the page.
+    /// Publishes the records of a page while reading it, and returns their number and the last one. At most one batch is in
+    /// memory besides the text of the page.
     async fn publish_page<'p>(
         &self,
-        claim: &Claim,
+        walk: &Walk<'_>,
         headers: &RunHeaders,
         page: &'p Page,
+        each: &Each,
         progress: &Progress,
-    ) -> Result<Fetched<'p>, AttemptError> {
+    ) -> Result<(u64, Option<Cow<'p, [u8]>>), AttemptError> {
         let broken = |e: &dyn std::fmt::Display| AttemptError::retryable(e.to_string());
         progress.pages.fetch_add(1, Ordering::Relaxed);
         progress.bytes.fetch_add(i64::try_from(page.bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
         self.metrics.pages.inc();
         self.metrics.bytes.inc_by(page.bytes);
-        let mut records =
-            extract::records(&page.body, &self.definition.source.records).map_err(|e| broken(&e))?;
-        let mut fetched = Fetched { records: 0, last: None, body: &page.body, link: page.link.as_deref() };
+        let Some(mut records) = walk.records(page)? else { return Ok((0, None)) };
+        let around =
+            self.extractor.surroundings(walk.interval(), each, page.json()).map_err(|e| broken(&e))?;
+        let (mut count, mut last) = (0, None);
         loop {
             let first = progress.records.load(Ordering::Relaxed).unsigned_abs();
             let mut batch = Batch::default();
@@ -261,13 +271,13 @@ impl Runner {
             {
                 let record = record.map_err(|e| broken(&e))?;
                 let index = first + batch.outgoing.len() as u64;
-                batch.add(self.extractor.outgoing(claim.interval, index, record));
-                fetched.last = Some(record);
+                batch.add(self.extractor.outgoing(&around, index, &record));
+                last = Some(record.text);
             }
             if batch.outgoing.is_empty() {
-                return Ok(fetched);
+                return Ok((count, last));
             }
-            fetched.records += batch.outgoing.len() as u64;
+            count += batch.outgoing.len() as u64;
             self.publish_batch(&batch.outgoing, headers, progress).await?;
         }
     }

@@ -58,6 +58,8 @@ pub struct Metrics {
     pub store_requests: IntCounter,
     /// Failed attempts at requests to Cassandra.
     pub store_retries: IntCounter,
+    /// Values that did not fit their column and are null instead, by column.
+    pub misfits: IntCounterVec,
     /// Requests to Cassandra that are not answered yet.
     in_flight: IntGauge,
     /// Current limit of requests in flight.
@@ -112,6 +114,11 @@ impl Metrics {
             cold_events: make.counter("processor_cold_events_total", "First copies counted in cold panes")?,
             store_requests: make.counter("processor_store_requests_total", "Acknowledged requests")?,
             store_retries: make.counter("processor_store_retries_total", "Failed request attempts")?,
+            misfits: make.counters(
+                "processor_misfit_values_total",
+                "Values that did not fit their column and are null instead",
+                &["column"],
+            )?,
             in_flight: make.gauge("processor_in_flight", "Unanswered requests to Cassandra")?,
             in_flight_limit: make.gauge("processor_in_flight_limit", "Limit of requests in flight")?,
             partitions: make.gauge("processor_partitions", "Partitions whose worker runs in this process")?,

@@ -282,7 +282,7 @@ pub fn stream_tables(d: &Definition) -> Vec<Table> {
         "bucket timestamp, shard int, event_time timestamp, event_id text",
         "(bucket, shard), event_time, event_id",
     );
-    let events = d.columns.iter().fold(events, |table, c| table.with(&c.name, c.cql_type.name()));
+    let events = d.columns.iter().fold(events, |table, c| table.with(&c.name, c.cql_type.cql()));
     let panes = Table::new(
         &panes_table(d),
         "bucket timestamp, kafka_partition int, pane_start timestamp, dimension text, value text, \

@@ -2,15 +2,25 @@
 //! windows. This module contains the types. `stream/parse.rs` parses the file, and `stream/rules.rs` checks the rules
 //! that involve several keys. Pure.
 
+mod column;
+mod event;
 pub mod layout;
 mod parse;
 mod rules;
 mod secrets;
+mod source;
+pub mod template;
 
 use crate::contracts::event::Bucket;
+pub use column::{Column, CqlType, OnMisfit};
+pub use event::{EventMapping, EventTime};
 use layout::Layout;
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};
+pub use source::{
+    Auth, BodyFormat, Flag, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, Place, RecordShape,
+    Secret, Source, Statuses, TokenRequest,
+};
 
 /// Most group-by columns of a stream. Each one adds rows to every pane.
 pub const MAX_GROUP_BY: usize = 4;
@@ -86,207 +96,6 @@ pub struct RetryPolicy {
     pub failed_backoff_ms: i64,
     /// Timeout of one attempt in milliseconds.
     pub attempt_timeout_ms: i64,
-}
-
-/// `[source]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Source {
-    /// URL with placeholders: `{interval.start}`, `{interval.end}` (RFC 3339), `{interval.start_unix}`,
-    /// `{interval.end_unix}` (seconds), `{interval.seed}`, `{page}`, `{page_size}`, `{offset}`, `{cursor}`.
-    pub url: String,
-    /// `GET` or `POST`.
-    pub method: String,
-    /// Request headers, in the order of the file.
-    pub headers: Vec<(String, String)>,
-    /// How requests are authenticated.
-    pub auth: Auth,
-    /// How the next page is found.
-    pub pagination: Pagination,
-    /// JSON pointer to the array of records in a page.
-    pub records: String,
-    /// Records per page, the value of the placeholder `{page_size}`.
-    pub page_size: u32,
-    /// Whether the source may have a private or loopback address.
-    pub allow_private: bool,
-    /// Limits of one run.
-    pub limits: Limits,
-    /// Most requests per second. `None` for no limit.
-    pub requests_per_second: Option<f64>,
-}
-
-/// `[source.auth]`. Secrets are always read from files.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Auth {
-    /// No credentials.
-    None,
-    /// `Authorization: Bearer <token>`.
-    Bearer {
-        /// File with the token.
-        token_file: String,
-    },
-    /// HTTP basic authentication.
-    Basic {
-        /// User name.
-        user: String,
-        /// File with the password.
-        password_file: String,
-    },
-    /// A key in a header.
-    ApiKey {
-        /// Header name.
-        header: String,
-        /// File with the key.
-        key_file: String,
-    },
-    /// A key in a query parameter.
-    ApiKeyInQuery {
-        /// Parameter name.
-        query: String,
-        /// File with the key.
-        key_file: String,
-    },
-}
-
-/// How the next page of an interval is found.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pagination {
-    /// One request per interval.
-    None,
-    /// `{page}` counts up from `first` until a page has fewer than `page_size` records or `pages` pages are read.
-    Page {
-        /// Number of the first page.
-        first: u32,
-        /// Pages to read. `None` to read until a page has fewer than `page_size` records.
-        pages: Option<u32>,
-    },
-    /// `{offset}` is the number of records read so far. Ends at a page with fewer than `page_size` records.
-    Offset,
-    /// `{cursor}` is the cursor in the previous page. Ends if it is absent, null or empty.
-    Cursor {
-        /// JSON pointer to the next cursor.
-        pointer: String,
-    },
-    /// `{cursor}` is a value of the last record in the previous page. Ends at a page without records.
-    LastRecord {
-        /// JSON pointer into the last record.
-        pointer: String,
-        /// JSON pointer to a boolean in the page that is `true` if more pages follow. `None` to read until a page
-        /// without records.
-        more: Option<String>,
-    },
-    /// The next URL is in the RFC 8288 header `Link: <…>; rel="next"`.
-    LinkHeader,
-    /// The next URL is in the page. Ends if it is absent or null.
-    NextUrl {
-        /// JSON pointer to the next URL.
-        pointer: String,
-    },
-}
-
-/// `[source.limits]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Limits {
-    /// Most bytes of one page, both before and after decompression.
-    pub page_bytes: u64,
-    /// Most pages of one interval.
-    pub pages: u32,
-    /// Most records of one interval.
-    pub records: u32,
-    /// Timeout for connecting, in milliseconds.
-    pub connect_timeout_ms: i64,
-    /// Timeout for a whole request, in milliseconds.
-    pub request_timeout_ms: i64,
-}
-
-/// `[event]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct EventMapping {
-    /// JSON pointer to the id in the source record. `None` to derive the id from stream, interval start and index.
-    pub id: Option<String>,
-    /// Origin of the event time.
-    pub time: EventTime,
-    /// CloudEvents type.
-    pub event_type: String,
-    /// JSON pointer to the Kafka key. `None` to use the event id. Records with equal ids must have equal keys.
-    pub key: Option<String>,
-}
-
-/// Origin of the event time.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EventTime {
-    /// Derived from stream, interval and id: a point within the interval.
-    Interval,
-    /// JSON pointer to an RFC 3339 string or a number of Unix milliseconds.
-    Pointer(String),
-    /// JSON pointer to an RFC 3339 string or a number of Unix seconds.
-    Seconds(String),
-}
-
-/// One `[[column]]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Column {
-    /// Name of the column, and its key in the flat JSON value of the Kafka record.
-    pub name: String,
-    /// CQL type.
-    pub cql_type: CqlType,
-    /// JSON pointer into the source record.
-    pub pointer: String,
-    /// Whether a record without a value becomes a dead letter.
-    pub required: bool,
-}
-
-/// The CQL types a column can have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CqlType {
-    /// UTF-8 text. Accepts JSON strings, numbers and booleans.
-    Text,
-    /// 32-bit signed integer.
-    Int,
-    /// 64-bit signed integer.
-    Bigint,
-    /// 64-bit IEEE 754 float.
-    Double,
-    /// `true` or `false`.
-    Boolean,
-    /// Milliseconds since the epoch. Accepts RFC 3339 strings and numbers of Unix milliseconds.
-    Timestamp,
-    /// UUID. Accepts the RFC 4122 text form.
-    Uuid,
-}
-
-impl CqlType {
-    /// All variants.
-    pub const ALL: [CqlType; 7] = [
-        CqlType::Text,
-        CqlType::Int,
-        CqlType::Bigint,
-        CqlType::Double,
-        CqlType::Boolean,
-        CqlType::Timestamp,
-        CqlType::Uuid,
-    ];
-
-    /// The CQL name.
-    pub fn name(self) -> &'static str {
-        match self {
-            CqlType::Text => "text",
-            CqlType::Int => "int",
-            CqlType::Bigint => "bigint",
-            CqlType::Double => "double",
-            CqlType::Boolean => "boolean",
-            CqlType::Timestamp => "timestamp",
-            CqlType::Uuid => "uuid",
-        }
-    }
-
-    /// Whether a column of this type can be a measure.
-    pub fn is_numeric(self) -> bool {
-        matches!(self, CqlType::Int | CqlType::Bigint | CqlType::Double)
-    }
 }
 
 /// `[store]`.

@@ -107,6 +107,12 @@ pub enum ConfigError {
         /// Path as given.
         file: String,
     },
+    /// The environment variable of a secret is not set.
+    #[error("environment variable {name} is not set or empty; the stream definition reads a secret from it")]
+    SecretVariable {
+        /// Name of the variable.
+        name: String,
+    },
 }
 
 /// Pairs of settings that must be set together, by their clap ids.
@@ -150,6 +156,12 @@ pub fn read_secret(file: &std::path::Path) -> Result<String, ConfigError> {
         "" => Err(ConfigError::EmptySecret { file: name() }),
         secret => Ok(secret.to_owned()),
     }
+}
+
+/// Reads a secret from an environment variable.
+pub fn read_secret_variable(name: &str) -> Result<String, ConfigError> {
+    let secret = std::env::var(name).ok().filter(|secret| !secret.is_empty());
+    secret.ok_or_else(|| ConfigError::SecretVariable { name: name.to_owned() })
 }
 
 /// Parses the command line and the environment of this process. Prints an error and exits with code 2 if a setting is

@@ -7,15 +7,18 @@ use super::*;
 use crate::ledger::memory::MemoryLedger;
 use crate::schedule::Timeline;
 use crate::service::Service;
+use crate::source::auth::Loaded;
 use crate::source::client::Page;
+use crate::source::paginate::Headers;
+use crate::source::request::PageRequest;
 use async_trait::async_trait;
+use common::contracts::stream::BodyFormat;
 use common::contracts::stream::Schedule;
 use common::runtime::admin::Health;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
-use url::Url;
 
 const MINUTE: i64 = 60_000;
 const T0: i64 = 1_767_225_600_000;
@@ -43,13 +46,13 @@ struct FakeSource {
 
 #[async_trait]
 impl FetchPage for FakeSource {
-    async fn fetch(&self, url: &Url) -> Result<Page, AttemptError> {
+    async fn fetch(&self, request: &PageRequest) -> Result<Page, AttemptError> {
         if self.fail_one_in > 0 && self.random.draw(self.fail_one_in) == 0 {
             let mut error = AttemptError::retryable("the source returned 500");
             error.http_status = Some(500);
             return Err(error);
         }
-        let of = |name: &str| url.query_pairs().find(|(k, _)| k == name).unwrap().1.into_owned();
+        let of = |name: &str| request.url.query_pairs().find(|(k, _)| k == name).unwrap().1.into_owned();
         let people = (0..PAGE).map(|n| {
             json!({"login": {"uuid": format!("{}/{}/{n}", of("seed"), of("page"))},
                    "name": {"first": "Ada", "last": "L"}})
@@ -59,7 +62,13 @@ impl FetchPage for FakeSource {
 }
 
 fn page(body: &str) -> Page {
-    Page { body: body.as_bytes().to_vec(), link: None, bytes: 100 }
+    Page {
+        text: body.as_bytes().to_vec(),
+        format: BodyFormat::Json,
+        headers: Headers::default(),
+        bytes: 100,
+        credentials: Arc::new(Loaded::nothing()),
+    }
 }
 
 /// Counts acknowledged records by (id, time). One of `fail_one_in` records is not delivered.
@@ -342,7 +351,7 @@ struct SilentSource;
 
 #[async_trait]
 impl FetchPage for SilentSource {
-    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+    async fn fetch(&self, _: &PageRequest) -> Result<Page, AttemptError> {
         std::future::pending().await
     }
 }
@@ -373,7 +382,7 @@ struct PanickingSource;
 
 #[async_trait]
 impl FetchPage for PanickingSource {
-    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+    async fn fetch(&self, _: &PageRequest) -> Result<Page, AttemptError> {
         panic!("a bug");
     }
 }

@@ -1,54 +1,84 @@
 //! Fetches pages from the source. Timeouts, a rate limit and size limits before and after decompression apply.
 //! Redirects are not followed, and private addresses are rejected unless the definition allows them.
 
-use super::scan;
+use super::auth::{Authenticator, Credentials, Loaded, SendTokenRequest};
+use super::body::{self, Received};
+use super::guard::{PrivateAddress, PublicResolver, check_address};
+use super::paginate::{Fetched, Headers};
+use super::records::Body;
+use super::request::PageRequest;
 use crate::error::AttemptError;
 use async_trait::async_trait;
-use common::contracts::stream::{Auth, Source, redacted};
-use common::runtime::config::read_secret;
-use flate2::read::MultiGzDecoder;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use common::contracts::stream::{BodyFormat, Source, Statuses, redacted};
+use common::runtime::config::ConfigError;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
-use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
-use url::{Host, Url, form_urlencoded};
+use url::{Url, form_urlencoded};
 
-/// Maximum pause accepted from `Retry-After`: one day.
-const MAX_RETRY_AFTER_MS: i64 = 86_400_000;
+/// Maximum pause accepted from the source: one day.
+const MAX_WAIT_MS: i64 = 86_400_000;
+/// Bytes of an unsuccessful response that are read, and characters of it that an error shows.
+const MAX_ERROR_BYTES: usize = 4096;
+const MAX_ERROR_SHOWN: usize = 200;
+/// Largest response to a request for an access token.
+const MAX_TOKEN_BYTES: u64 = 64 << 10;
+/// Headers that say when a rate limit ends, and how many requests are left.
+const RESET_HEADERS: [&str; 3] = ["x-ratelimit-reset", "x-rate-limit-reset", "ratelimit-reset"];
+const REMAINING_HEADERS: [&str; 3] =
+    ["x-ratelimit-remaining", "x-rate-limit-remaining", "ratelimit-remaining"];
 
 /// A fetched page.
 #[derive(Debug, Clone)]
 pub struct Page {
-    /// Complete JSON text, decompressed.
-    pub body: Vec<u8>,
-    /// The `Link` header, if present.
-    pub link: Option<String>,
+    /// Decoded text; empty if the source says that there are no records.
+    pub text: Vec<u8>,
+    /// Format of the text.
+    pub format: BodyFormat,
+    /// The response headers.
+    pub headers: Headers,
     /// Body bytes received over the network, before decompression.
     pub bytes: u64,
+    /// The credentials of the request, to be redacted in messages.
+    pub credentials: Arc<Loaded>,
+}
+
+impl Page {
+    /// The text with its format.
+    pub fn body(&self) -> Body<'_> {
+        Body { text: &self.text, format: self.format }
+    }
+
+    /// The JSON text; empty if the page has another format.
+    pub fn json(&self) -> &[u8] {
+        if self.format == BodyFormat::Json { &self.text } else { &[] }
+    }
+
+    /// What the next page is derived from.
+    pub fn fetched<'a>(&'a self, records: u64, last: Option<&'a [u8]>) -> Fetched<'a> {
+        Fetched { records, last, body: self.json(), headers: &self.headers }
+    }
 }
 
 /// Fetches pages. Implemented for HTTP and by fakes in tests.
 #[async_trait]
 pub trait FetchPage: Send + Sync {
-    /// Fetches one page with a single request, without retries.
-    async fn fetch(&self, url: &Url) -> Result<Page, AttemptError>;
+    /// Fetches one page, without retries except for rejected credentials.
+    async fn fetch(&self, request: &PageRequest) -> Result<Page, AttemptError>;
 }
 
 /// The client of one stream's source.
 #[derive(Debug)]
 pub struct SourceClient {
     http: reqwest::Client,
-    method: Method,
     headers: HeaderMap,
-    basic: Option<(String, String)>,
-    /// Query parameter and API key that are added to every request.
-    key: Option<(String, String)>,
+    authenticator: Authenticator,
+    statuses: Statuses,
+    reset_header: Option<String>,
+    format: BodyFormat,
     allow_private: bool,
     page_bytes: u64,
     request_timeout: Duration,
@@ -62,16 +92,16 @@ pub enum ClientError {
     /// A header name, header value or secret is invalid in HTTP.
     #[error("source: header `{0}`: name or value is not allowed in HTTP")]
     Header(String),
-    /// A secret file cannot be read.
+    /// A secret cannot be read.
     #[error(transparent)]
-    Secret(#[from] common::runtime::config::ConfigError),
+    Secret(#[from] ConfigError),
     /// The HTTP library failed.
     #[error("source: http client: {0}")]
     Client(String),
 }
 
 impl SourceClient {
-    /// Creates the client from `[source]` of a definition and reads its secret file.
+    /// Creates the client from `[source]` of a definition and reads its secrets.
     pub fn new(source: &Source) -> Result<SourceClient, ClientError> {
         // Fails if another part of the process has installed a provider, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -90,20 +120,11 @@ impl SourceClient {
         }
         Ok(SourceClient {
             http: builder.build().map_err(|e| ClientError::Client(chain(&e)))?,
-            method: if source.method == "POST" { Method::POST } else { Method::GET },
             headers: headers(source)?,
-            basic: match &source.auth {
-                Auth::Basic { user, password_file } => {
-                    Some((user.clone(), read_secret(Path::new(password_file))?))
-                }
-                _ => None,
-            },
-            key: match &source.auth {
-                Auth::ApiKeyInQuery { query, key_file } => {
-                    Some((query.clone(), read_secret(Path::new(key_file))?))
-                }
-                _ => None,
-            },
+            authenticator: Authenticator::new(&source.auth)?,
+            statuses: source.statuses.clone(),
+            reset_header: source.reset_header.clone(),
+            format: source.format,
             allow_private: source.allow_private,
             page_bytes: source.limits.page_bytes,
             request_timeout: milliseconds(source.limits.request_timeout_ms),
@@ -125,33 +146,31 @@ impl SourceClient {
     }
 
     fn check_address(&self, url: &Url) -> Result<(), AttemptError> {
-        let address = match url.host() {
-            Some(Host::Ipv4(v4)) => IpAddr::V4(v4),
-            Some(Host::Ipv6(v6)) => IpAddr::V6(v6),
-            _ => return Ok(()),
-        };
-        if self.allow_private || !is_private(address) {
+        if self.allow_private {
             return Ok(());
         }
-        Err(AttemptError::fatal(PrivateAddress { host: address.to_string() }.to_string()))
+        check_address(url).map_err(|e| AttemptError::fatal(e.to_string()))
     }
 
-    /// Adds the API key to a URL. It replaces a key that the URL already contains, as in a next-page URL from the
-    /// source.
-    fn with_key(&self, url: &Url) -> Url {
-        let mut url = url.clone();
-        if let Some((parameter, key)) = &self.key {
-            let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
-            let is_key = |pair: &str| {
-                form_urlencoded::parse(pair.as_bytes()).next().is_some_and(|(name, _)| name == *parameter)
-            };
-            let others = url.query().unwrap_or_default().split('&');
-            let mut pairs: Vec<String> =
-                others.filter(|pair| !pair.is_empty() && !is_key(pair)).map(str::to_owned).collect();
-            pairs.push(format!("{}={}", encoded(parameter), encoded(key)));
-            url.set_query(Some(&pairs.join("&")));
+    /// Sends a request with these credentials and returns the response, whatever its status.
+    async fn send(&self, request: &PageRequest, loaded: &Loaded) -> Result<Response, AttemptError> {
+        self.keep_pace().await;
+        let method = if request.post { Method::POST } else { Method::GET };
+        let mut headers = self.headers.clone();
+        let mut url = request.url.clone();
+        match &loaded.credentials {
+            Credentials::Header(name, value) => drop(headers.insert(name.clone(), value.clone())),
+            Credentials::Query(parameter, key) => url = with_key(&url, parameter, key),
+            Credentials::None | Credentials::Basic { .. } => {}
         }
-        url
+        let mut sent = self.http.request(method, url).headers(headers);
+        if let Credentials::Basic { user, password } = &loaded.credentials {
+            sent = sent.basic_auth(user, Some(password));
+        }
+        if let Some(body) = &request.body {
+            sent = sent.header(header::CONTENT_TYPE, "application/json").body(body.clone());
+        }
+        sent.send().await.map_err(|e| self.failed(e))
     }
 
     fn failed(&self, error: reqwest::Error) -> AttemptError {
@@ -170,136 +189,223 @@ impl SourceClient {
         AttemptError::retryable(format!("the source cannot be read: {}", chain(&error)))
     }
 
-    /// Reads the body and fails as soon as it exceeds the size limit.
-    async fn read(&self, mut response: Response) -> Result<Vec<u8>, AttemptError> {
-        let limit = self.page_bytes;
+    /// Reads the body and fails as soon as it exceeds `limit` bytes.
+    async fn read(&self, mut response: Response, limit: u64) -> Result<Vec<u8>, AttemptError> {
         if response.content_length().is_some_and(|length| length > limit) {
-            return Err(too_large(limit, ""));
+            return Err(body::too_large(limit, ""));
         }
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(|e| self.failed(e))? {
             if (body.len() + chunk.len()) as u64 > limit {
-                return Err(too_large(limit, ""));
+                return Err(body::too_large(limit, ""));
             }
             body.extend_from_slice(&chunk);
         }
         Ok(body)
     }
+
+    async fn page(&self, response: Response, credentials: Arc<Loaded>) -> Result<Page, AttemptError> {
+        let headers = response_headers(&response);
+        let (encoding, content_type) = (headers.get("content-encoding"), headers.get("content-type"));
+        let (format, limit) = (self.format, self.page_bytes);
+        let bytes = self.read(response, limit).await?;
+        let length = bytes.len() as u64;
+        let received = Received { bytes, encoding, content_type };
+        let decoded = tokio::task::spawn_blocking(move || body::decode(received, format, limit)).await;
+        let decoded =
+            decoded.map_err(|e| AttemptError::retryable(format!("reading the page panicked: {e}")))?;
+        let (text, format) = decoded?;
+        Ok(Page { text, format, headers, bytes: length, credentials })
+    }
+
+    /// The error of a response whose status means a failure, with the first words of its body.
+    async fn status_error(&self, mut response: Response, loaded: &Loaded) -> AttemptError {
+        let (status, headers) = (response.status(), response_headers(&response));
+        let mut body = Vec::new();
+        // A response without a readable body still has a status.
+        while body.len() < MAX_ERROR_BYTES
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            body.extend_from_slice(&chunk);
+        }
+        body.truncate(MAX_ERROR_BYTES);
+        let received = Received {
+            bytes: body,
+            encoding: headers.get("content-encoding"),
+            content_type: headers.get("content-type"),
+        };
+        let text = body::decode(received, BodyFormat::Ndjson, MAX_ERROR_BYTES as u64).map(|(text, _)| text);
+        let words = shown_words(&loaded.redacted(&String::from_utf8_lossy(&text.unwrap_or_default())));
+        let mut cause = format!("the source returned {status}");
+        if status.is_redirection() {
+            let to = redacted(&headers.get("location").unwrap_or_else(|| "(no location)".to_owned()));
+            cause = format!("{status}: redirects are not followed; {to} may be the right source.url");
+        } else if !words.is_empty() {
+            cause = format!("{cause}: {words}");
+        }
+        let wait_ms = wait_ms(&headers, self.reset_header.as_deref(), chrono::Utc::now().timestamp_millis());
+        let mut error = if self.is_retryable(status, &headers, wait_ms) {
+            AttemptError::retryable(cause)
+        } else {
+            AttemptError::fatal(cause)
+        };
+        error.http_status = Some(status.as_u16());
+        error.retry_after_ms = wait_ms;
+        error
+    }
+
+    fn is_retryable(&self, status: StatusCode, headers: &Headers, wait_ms: Option<i64>) -> bool {
+        let code = status.as_u16();
+        if self.statuses.retry.contains(&code) || self.statuses.fail.contains(&code) {
+            return self.statuses.retry.contains(&code);
+        }
+        let rate_limited = status == StatusCode::FORBIDDEN && (wait_ms.is_some() || is_exhausted(headers));
+        // A secret may be replaced soon after the source has started to reject the old one.
+        let may_be_replaced = status == StatusCode::UNAUTHORIZED && self.authenticator.has_secrets();
+        rate_limited
+            || may_be_replaced
+            || status.is_server_error()
+            || matches!(
+                status,
+                StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
+            )
+    }
+
+    /// Whether a status is a failure rather than a page.
+    fn is_failure(&self, status: StatusCode) -> bool {
+        let Statuses { retry, fail, end, .. } = &self.statuses;
+        let code = status.as_u16();
+        !status.is_success() || retry.contains(&code) || fail.contains(&code) || end.contains(&code)
+    }
 }
 
 #[async_trait]
 impl FetchPage for SourceClient {
-    async fn fetch(&self, url: &Url) -> Result<Page, AttemptError> {
-        self.check_address(url)?;
-        self.keep_pace().await;
-        let mut request =
-            self.http.request(self.method.clone(), self.with_key(url)).headers(self.headers.clone());
-        if let Some((user, password)) = &self.basic {
-            request = request.basic_auth(user, Some(password));
+    async fn fetch(&self, request: &PageRequest) -> Result<Page, AttemptError> {
+        self.check_address(&request.url)?;
+        let mut loaded = self.authenticator.credentials(self).await?;
+        let mut response = self.send(request, &loaded).await?;
+        if response.status() == StatusCode::UNAUTHORIZED
+            && let Some(renewed) = self.authenticator.after_rejection(&loaded, self).await?
+        {
+            tracing::info!("the source rejected the credentials; repeating the request with renewed ones");
+            loaded = renewed;
+            response = self.send(request, &loaded).await?;
         }
-        let response = request.send().await.map_err(|e| self.failed(e))?;
         let status = response.status();
-        let with_status = |mut error: AttemptError| {
+        let no_records = matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT);
+        if no_records || self.statuses.empty.contains(&status.as_u16()) {
+            let headers = response_headers(&response);
+            return Ok(Page {
+                text: vec![],
+                format: BodyFormat::Json,
+                headers,
+                bytes: 0,
+                credentials: loaded,
+            });
+        }
+        if self.is_failure(status) {
+            return Err(self.status_error(response, &loaded).await);
+        }
+        self.page(response, loaded.clone()).await.map_err(|mut error| {
             error.http_status = Some(status.as_u16());
+            error.cause = loaded.redacted(&error.cause);
             error
-        };
-        if !status.is_success() {
-            return Err(status_error(status, response.headers()));
-        }
-        let text =
-            |name: HeaderName| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-        let (link, encoding) = (text(header::LINK), text(header::CONTENT_ENCODING));
-        let body = self.read(response).await.map_err(with_status)?;
-        let bytes = body.len() as u64;
-        let limit = self.page_bytes;
-        let unpacked = tokio::task::spawn_blocking(move || unpack(body, encoding.as_deref(), limit)).await;
-        let unpacked =
-            unpacked.map_err(|e| AttemptError::retryable(format!("reading the page panicked: {e}")))?;
-        Ok(Page { body: unpacked.map_err(with_status)?, link, bytes })
+        })
     }
 }
 
-/// Decompresses the body and checks that the text is within the size limit and not truncated.
-fn unpack(body: Vec<u8>, encoding: Option<&str>, limit: u64) -> Result<Vec<u8>, AttemptError> {
-    let text = match encoding {
-        None | Some("identity" | "") => body,
-        Some("gzip" | "x-gzip") => {
-            let mut text = Vec::new();
-            let read = MultiGzDecoder::new(body.as_slice()).take(limit + 1).read_to_end(&mut text);
-            read.map_err(|e| AttemptError::retryable(format!("the page is not valid gzip: {e}")))?;
-            text
+impl SendTokenRequest for SourceClient {
+    async fn send(
+        &self,
+        url: Url,
+        body: String,
+        content_type: &'static str,
+    ) -> Result<serde_json::Value, AttemptError> {
+        self.check_address(&url)?;
+        self.keep_pace().await;
+        let request = self.http.post(url).header(header::ACCEPT, "application/json");
+        let sent = request.header(header::CONTENT_TYPE, content_type).body(body).send().await;
+        let response = sent.map_err(|e| self.failed(e))?;
+        if !response.status().is_success() {
+            return Err(self.status_error(response, &Loaded::nothing()).await);
         }
-        Some(other) => {
-            return Err(AttemptError::fatal(format!(
-                "the source used content-encoding `{other}`; only gzip is supported"
-            )));
-        }
-    };
-    if text.len() as u64 > limit {
-        return Err(too_large(limit, " after decompression"));
+        let text = self.read(response, MAX_TOKEN_BYTES).await?;
+        serde_json::from_slice(&text).map_err(|_| AttemptError::retryable("the response is not JSON"))
     }
-    scan::check(&text)
-        .map_err(|e| AttemptError::retryable(format!("the page of {} bytes is {e}", text.len())))?;
-    Ok(text)
 }
 
-fn too_large(limit: u64, how: &str) -> AttemptError {
-    AttemptError::fatal(format!("the page is larger than {limit} bytes{how}; raise source.limits.page_bytes"))
-}
-
-/// Maps an unsuccessful response to an error that says whether a retry may succeed.
-fn status_error(status: StatusCode, headers: &HeaderMap) -> AttemptError {
-    let header = |name: HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
-    let mut error = if status.is_redirection() {
-        let to = redacted(header(header::LOCATION).unwrap_or("(no location)"));
-        AttemptError::fatal(format!("{status}: redirects are not followed; {to} may be the right source.url"))
-    } else if status.is_server_error()
-        || matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
-        )
-    {
-        AttemptError::retryable(format!("the source returned {status}"))
-    } else {
-        AttemptError::fatal(format!("the source returned {status}"))
+/// Adds the API key to a URL. It replaces a key that the URL already contains, as in a next-page URL from the source.
+fn with_key(url: &Url, parameter: &str, key: &str) -> Url {
+    let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
+    let is_key = |pair: &str| {
+        form_urlencoded::parse(pair.as_bytes()).next().is_some_and(|(name, _)| name == parameter)
     };
-    error.http_status = Some(status.as_u16());
-    error.retry_after_ms = header(header::RETRY_AFTER)
-        .and_then(|text| retry_after_ms(text, chrono::Utc::now().timestamp_millis()));
-    error
+    let others = url.query().unwrap_or_default().split('&');
+    let mut pairs: Vec<String> =
+        others.filter(|pair| !pair.is_empty() && !is_key(pair)).map(str::to_owned).collect();
+    pairs.push(format!("{}={}", encoded(parameter), encoded(key)));
+    let mut url = url.clone();
+    url.set_query(Some(&pairs.join("&")));
+    url
 }
 
-/// Parses `Retry-After`, in seconds or as a date, as a pause of at most [`MAX_RETRY_AFTER_MS`].
-fn retry_after_ms(text: &str, now_ms: i64) -> Option<i64> {
-    let ms = match text.trim().parse::<i64>() {
-        Ok(seconds) => seconds.checked_mul(1000)?,
-        Err(_) => chrono::DateTime::parse_from_rfc2822(text.trim()).ok()?.timestamp_millis() - now_ms,
+fn response_headers(response: &Response) -> Headers {
+    let headers = response.headers().iter();
+    Headers(
+        headers
+            .filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned())))
+            .collect(),
+    )
+}
+
+/// The first characters of a text from the source, without line breaks and other control characters.
+pub fn shown_words(text: &str) -> String {
+    let words: String =
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_ERROR_SHOWN).collect();
+    words.trim().to_owned()
+}
+
+/// Whether the source says that no requests are left.
+fn is_exhausted(headers: &Headers) -> bool {
+    REMAINING_HEADERS.iter().any(|name| headers.get(name).is_some_and(|left| left.trim() == "0"))
+}
+
+/// How long the source asks to wait, at most [`MAX_WAIT_MS`]: until the named header, by `Retry-After`, or until the rate
+/// limit ends unless requests are left.
+pub fn wait_ms(headers: &Headers, reset_header: Option<&str>, now_ms: i64) -> Option<i64> {
+    let named = reset_header.and_then(|name| headers.get(name));
+    let asked = named.or_else(|| headers.get("retry-after"));
+    let has_remaining = REMAINING_HEADERS.iter().any(|name| headers.get(name).is_some());
+    let reset = || {
+        let reset = RESET_HEADERS.iter().find_map(|name| headers.get(name));
+        reset.filter(|_| !has_remaining || is_exhausted(headers))
     };
-    Some(ms.clamp(0, MAX_RETRY_AFTER_MS))
+    pause_ms(&asked.or_else(reset)?, now_ms)
+}
+
+/// A pause in seconds, or until a date, Unix seconds or Unix milliseconds.
+fn pause_ms(text: &str, now_ms: i64) -> Option<i64> {
+    let text = text.trim();
+    let ms = match text.parse::<f64>() {
+        // Numbers of this size are points in time: the first is after 2001 in seconds, the second in milliseconds.
+        Ok(number) if number >= 1e12 => number as i64 - now_ms,
+        Ok(number) if number >= 1e9 => (number * 1000.0) as i64 - now_ms,
+        Ok(number) if number.is_finite() => (number * 1000.0) as i64,
+        Ok(_) => return None,
+        Err(_) => chrono::DateTime::parse_from_rfc2822(text).ok()?.timestamp_millis() - now_ms,
+    };
+    Some(ms.clamp(0, MAX_WAIT_MS))
 }
 
 fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
     let mut headers = HeaderMap::new();
-    headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
-    let mut add = |name: &str, value: String, secret: bool| {
+    headers.insert(header::ACCEPT, HeaderValue::from_static("application/json, */*;q=0.5"));
+    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate, br, zstd"));
+    for (name, value) in &source.headers {
         let wrong = || ClientError::Header(name.to_owned());
         let key = HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?;
-        let mut value = HeaderValue::from_str(&value).map_err(|_| wrong())?;
-        value.set_sensitive(secret);
-        headers.insert(key, value);
-        Ok::<(), ClientError>(())
-    };
-    for (name, value) in &source.headers {
-        add(name, value.clone(), false)?;
-    }
-    match &source.auth {
-        // The library encodes user and password for basic authentication.
-        Auth::None | Auth::Basic { .. } | Auth::ApiKeyInQuery { .. } => {}
-        Auth::Bearer { token_file } => {
-            add("authorization", format!("Bearer {}", read_secret(Path::new(token_file))?), true)?;
-        }
-        Auth::ApiKey { header, key_file } => add(header, read_secret(Path::new(key_file))?, true)?,
+        headers.insert(key, HeaderValue::from_str(value).map_err(|_| wrong())?);
     }
     Ok(headers)
 }
@@ -314,80 +420,6 @@ fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-#[derive(Debug, thiserror::Error)]
-#[error("{host} is a private address; set source.allow_private = true to allow it")]
-struct PrivateAddress {
-    host: String,
-}
-
-/// Resolves names to public addresses only. Checking each resolution also covers names whose address changes (DNS
-/// rebinding).
-#[derive(Debug)]
-struct PublicResolver;
-
-impl Resolve for PublicResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        Box::pin(async move {
-            let host = name.as_str().to_owned();
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), 0)).await?.collect();
-            if found.iter().any(|address| is_private(address.ip())) {
-                return Err(PrivateAddress { host }.into());
-            }
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
-    }
-}
-
-/// Whether an address is not publicly routable, such as private, local and reserved addresses.
-fn is_private(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => is_private_v4(v4),
-        IpAddr::V6(v6) => is_private_v6(v6),
-    }
-}
-
-fn is_private_v4(a: Ipv4Addr) -> bool {
-    let [first, second, third, _] = a.octets();
-    a.is_private()
-        || a.is_loopback()
-        || a.is_link_local()
-        || a.is_multicast()
-        || a.is_documentation()
-        || first == 0
-        || first >= 240
-        // Carrier-grade NAT (RFC 6598), protocol assignments (RFC 6890), benchmarks (RFC 2544).
-        || (first == 100 && (64..128).contains(&second))
-        || (first == 192 && second == 0 && third == 0)
-        || (first == 198 && (18..20).contains(&second))
-}
-
-fn is_private_v6(a: Ipv6Addr) -> bool {
-    let s = a.segments();
-    let v4 = |high: u16, low: u16| Ipv4Addr::from((u32::from(high) << 16) | u32::from(low));
-    a.is_loopback()
-        || a.is_unspecified()
-        || a.is_multicast()
-        || a.is_unique_local()
-        || a.is_unicast_link_local()
-        // Site-local (RFC 3879), discard (RFC 6666), documentation (RFC 3849, RFC 9637), segment routing (RFC 9602).
-        || (s[0] & 0xffc0 == 0xfec0)
-        || s[..4] == [0x100, 0, 0, 0]
-        || s[..2] == [0x2001, 0xdb8]
-        || (s[0] == 0x3fff && s[1] < 0x1000)
-        || s[0] == 0x5f00
-        // Protocol assignments (RFC 2928), including Teredo, which reaches hosts behind a NAT.
-        || (s[0] == 0x2001 && s[1] < 0x200)
-        // Local NAT64 (RFC 8215), whose targets depend on the local network.
-        || s[..3] == [0x64, 0xff9b, 1]
-        // Embedded IPv4 addresses: mapped, compatible (RFC 4291), translated (RFC 2765), NAT64 (RFC 6052), 6to4 (RFC
-        // 3056).
-        || a.to_ipv4_mapped().is_some_and(is_private_v4)
-        || (s[..6] == [0; 6] && is_private_v4(v4(s[6], s[7])))
-        || (s[..6] == [0, 0, 0, 0, 0xffff, 0] && is_private_v4(v4(s[6], s[7])))
-        || (s[..6] == [0x64, 0xff9b, 0, 0, 0, 0] && is_private_v4(v4(s[6], s[7])))
-        || (s[0] == 0x2002 && is_private_v4(v4(s[1], s[2])))
 }
 
 #[cfg(test)]

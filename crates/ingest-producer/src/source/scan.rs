@@ -38,7 +38,12 @@ pub fn find<'a>(text: &'a [u8], pointer: &str) -> Result<Option<&'a [u8]>, NotJs
 
 /// Returns the byte offset of the value at an RFC 6901 pointer, or `None` if the pointer leads nowhere.
 pub fn locate(text: &[u8], pointer: &str) -> Result<Option<usize>, NotJson> {
-    let mut scanner = Scanner { text, at: 0 };
+    locate_from(text, 0, pointer)
+}
+
+/// Like [`locate`], starting at the value at `from`.
+pub fn locate_from(text: &[u8], from: usize, pointer: &str) -> Result<Option<usize>, NotJson> {
+    let mut scanner = Scanner { text, at: from };
     scanner.peek();
     let mut at = scanner.at;
     for token in tokens(pointer) {
@@ -112,6 +117,30 @@ pub fn elements(text: &[u8], at: usize) -> impl Iterator<Item = Result<Element<'
 pub fn members(text: &[u8], at: usize) -> impl Iterator<Item = Result<Member<'_>, NotJson>> {
     let mut items = Items::new(text, at);
     std::iter::from_fn(move || items.next_with(Scanner::member))
+}
+
+/// Iterates over the elements of the array, or the members of the object, that starts at `at`. Elements have no name.
+pub fn items(text: &[u8], at: usize) -> impl Iterator<Item = Result<Member<'_>, NotJson>> {
+    let is_object = text.get(at) == Some(&b'{');
+    let mut items = Items::new(text, at);
+    std::iter::from_fn(move || {
+        if is_object {
+            return items.next_with(Scanner::member);
+        }
+        let element = items.next_with(Scanner::element)?;
+        Some(element.map(|Element { at, text }| Member { name: Cow::Borrowed(""), at, text }))
+    })
+}
+
+/// The text of the value at `at`.
+pub fn value_at(text: &[u8], at: usize) -> Result<&[u8], NotJson> {
+    Scanner { text, at }.value()
+}
+
+/// Length in bytes of the quoted string at the start of a text. `None` if it does not end.
+pub fn string_length(text: &[u8]) -> Option<usize> {
+    let mut scanner = Scanner { text, at: 0 };
+    scanner.string().ok().map(|()| scanner.at)
 }
 
 /// Iterates over the items between the brackets of an array or object.

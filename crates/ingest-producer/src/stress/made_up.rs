@@ -2,6 +2,7 @@
 //! Values are built once into a pool, and ids and times are written into reused buffers.
 
 use chrono::{DateTime, SecondsFormat};
+use chrono_tz::Tz;
 use common::contracts::stream::{Column, CqlType, Definition, Groups};
 use serde_json::{Map, Value};
 
@@ -88,10 +89,14 @@ fn cell(definition: &Definition, column: &Column, n: u64, salt: u64) -> Value {
         ("age", _) => (18 + person % 72).into(),
         (_, CqlType::Text) => format!("{}-{}", column.name, draw % 1000).into(),
         (_, CqlType::Int) => (draw % 1000).into(),
-        (_, CqlType::Bigint) => (draw % 1_000_000_000).into(),
+        (_, CqlType::Decimal) => format!("{}.{:02}", draw % 1000, draw / 1000 % 100).into(),
+        (_, CqlType::Json) => serde_json::json!([draw % 10]),
+        (_, CqlType::Bigint | CqlType::Varint) => (draw % 1_000_000_000).into(),
         (_, CqlType::Double) => ((fraction(draw) * 100_000.0).round() / 100.0).into(),
         (_, CqlType::Boolean) => (draw.is_multiple_of(2)).into(),
-        (_, CqlType::Timestamp) => rfc3339(1_300_000_000_000 + (draw % 450_000_000_000) as i64).into(),
+        (_, CqlType::Timestamp) => {
+            time_text(column, 1_300_000_000_000 + (draw % 450_000_000_000) as i64).into()
+        }
         (_, CqlType::Uuid) => {
             uuid::Uuid::from_u128(u128::from(draw) << 64 | u128::from(person)).to_string().into()
         }
@@ -113,6 +118,15 @@ fn mix(n: u64) -> u64 {
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// A time in the format that the column declares.
+fn time_text(column: &Column, ms: i64) -> String {
+    let at = DateTime::from_timestamp_millis(ms).unwrap_or_default();
+    match &column.reading.format {
+        Some(format) => at.with_timezone(&column.reading.zone.unwrap_or(Tz::UTC)).format(format).to_string(),
+        None => rfc3339(ms),
+    }
 }
 
 fn rfc3339(ms: i64) -> String {
@@ -216,6 +230,7 @@ pub(super) fn decimal(mut number: u64, buffer: &mut [u8; 20]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use common::contracts::value;
     use std::collections::HashSet;
 
     fn users() -> Definition {
@@ -234,15 +249,8 @@ mod tests {
                 let value: Map<String, Value> = serde_json::from_slice(pool.value(index)).unwrap();
                 for column in &definition.columns {
                     let cell = &value[&column.name];
-                    let matches = match column.cql_type {
-                        CqlType::Text => cell.is_string() || cell.is_number(),
-                        CqlType::Int | CqlType::Bigint => cell.is_i64(),
-                        CqlType::Double => cell.is_number(),
-                        CqlType::Boolean => cell.is_boolean(),
-                        CqlType::Timestamp => DateTime::parse_from_rfc3339(cell.as_str().unwrap()).is_ok(),
-                        CqlType::Uuid => uuid::Uuid::parse_str(cell.as_str().unwrap()).is_ok(),
-                    };
-                    assert!(matches, "{}: {cell}", column.name);
+                    let fits = value::encode(&cell.to_string(), column, &mut Vec::new());
+                    assert_eq!(fits, Ok(true), "{}: {cell}", column.name);
                 }
             }
         }

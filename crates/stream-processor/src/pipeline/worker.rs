@@ -230,6 +230,9 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
         self.metrics.looked_up.inc_by(applied.looked_up as u64);
         self.metrics.cold_events.inc_by(applied.cold as u64);
         self.metrics.partition(self.id, &self.partition);
+        for column in &chunk.misfits {
+            self.metrics.misfits.with_label_values(&[&**column]).inc();
+        }
         let oldest = chunk.events.first().map_or(0, |e| e.produced_at_us);
         if oldest > 0 {
             let micros = chrono::Utc::now().timestamp_micros().saturating_sub(oldest).max(0);

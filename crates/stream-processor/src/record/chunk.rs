@@ -3,6 +3,7 @@
 
 use crate::count::partition::LastRecord;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Length of a cell whose column is absent from the event. Such a column is bound as *unset*, never as null.
 pub const UNSET: i32 = -2;
@@ -70,6 +71,8 @@ pub struct Chunk {
     pub events: Vec<Event>,
     /// Undecodable records in offset order.
     pub poison: Vec<Poison>,
+    /// For each value that did not fit its column and is null instead, the name of the column.
+    pub misfits: Vec<Arc<str>>,
     pub(crate) arena: Vec<u8>,
     /// Total size of keys, values and headers in `poison`.
     pub(crate) poison_bytes: usize,

@@ -4,14 +4,12 @@
 mod value;
 
 use crate::record::chunk::{Chunk, Event, Poison, Reason, UNSET};
-use common::contracts::event::{self, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
+use common::contracts::event::{self, MAX_AHEAD_MS, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
 use common::contracts::schema::TOPIC_RETENTION_MS;
 use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
 use std::collections::HashMap;
+use std::sync::Arc;
 
-/// How far an event time may be ahead of its record's timestamp. One event from 2099 would advance the watermark so far
-/// that all other events would be cold.
-pub const MAX_AHEAD_MS: i64 = 3_600_000;
 /// Maximum value size, equal to `common::runtime::kafka::MAX_MESSAGE_BYTES`. A compressed record may exceed it, but its row
 /// could never be written.
 pub const MAX_VALUE_BYTES: usize = 4 << 20;
@@ -44,6 +42,8 @@ pub struct Decoder {
     /// Maximum age of an event relative to its record's timestamp. `None` if rows never expire.
     horizon_ms: Option<i64>,
     columns: Vec<Column>,
+    /// Names of the columns, for [`Chunk::misfits`].
+    names: Vec<Arc<str>>,
     by_name: Names,
     groups: Vec<(usize, GroupIndex)>,
     measures: Vec<usize>,
@@ -86,6 +86,7 @@ impl Decoder {
             by_name: index_by_name(definition.columns.iter().map(|c| &c.name)),
             groups: groups.collect(),
             measures: definition.windows.measures.iter().map(|m| index_of(m)).collect(),
+            names: definition.columns.iter().map(|c| Arc::from(c.name.as_str())).collect(),
             columns: definition.columns.clone(),
         }
     }
@@ -104,10 +105,12 @@ impl Decoder {
     pub fn decode(&self, record: &Record<'_>, chunk: &mut Chunk) {
         chunk.next_offset = record.offset + 1;
         let (arena, cells, measures) = (chunk.arena.len(), chunk.cells.len(), chunk.measures.len());
+        let misfits = chunk.misfits.len();
         if let Err(reason) = self.event(record, chunk) {
             chunk.arena.truncate(arena);
             chunk.cells.truncate(cells);
             chunk.measures.truncate(measures);
+            chunk.misfits.truncate(misfits);
             let headers = record.headers.iter().map(|(k, v)| ((*k).to_owned(), v.map(<[u8]>::to_vec)));
             let bytes_of_headers = record.headers.iter().map(|(k, v)| k.len() + v.map_or(0, <[u8]>::len));
             let bytes = record.key.map_or(0, <[u8]>::len) + record.value.map_or(0, <[u8]>::len);

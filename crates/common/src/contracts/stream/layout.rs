@@ -1,13 +1,14 @@
 //! The layout: the part of a stream definition that stored data depends on. `init` writes it to table `streams`, and
 //! every state file contains it. Comparing two layouts decides which changes the stored data survives.
 
-use super::{CqlType, Definition, EventTime, GroupBy};
+use super::{CqlType, Definition, EventTime, GroupBy, OnMisfit};
+use crate::contracts::time::TimeReading;
 use serde::{Deserialize, Serialize};
 use std::fmt::{self, Display};
 
 /// Format version of the stored text. Earlier versions can be read too, and `tests/golden` contains examples of each.
-/// Version 1 does not contain the shortest TTL.
-const FORM: u32 = 2;
+/// Version 1 does not contain the shortest TTL. Versions before 3 do not contain how values are read.
+const FORM: u32 = 3;
 
 /// The layout of a stream. Its text form is one line of JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,9 +27,22 @@ pub struct Layout {
     event: Identity,
 }
 
-/// A declared column: name, type, JSON pointer into the source record, whether it is required.
+/// A declared column: name, type, pointer into the source record, whether it is required, how its values are read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct LayoutColumn(String, CqlType, String, bool);
+struct LayoutColumn(String, CqlType, String, bool, #[serde(default)] Reading);
+
+/// How the values of a column are read.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Reading {
+    #[serde(default, skip_serializing_if = "is_default")]
+    time: TimeReading,
+    #[serde(default, skip_serializing_if = "is_default")]
+    on_misfit: OnMisfit,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
 /// What determines the identity and the partition of an event: the JSON pointers to id, time and key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -82,8 +96,11 @@ impl Display for Layout {
 
 impl Layout {
     pub(super) fn of(d: &Definition) -> Layout {
-        let column =
-            |c: &super::Column| LayoutColumn(c.name.clone(), c.cql_type, c.pointer.clone(), c.required);
+        let column = |c: &super::Column| {
+            let reading = Reading { time: c.reading.clone(), on_misfit: c.on_misfit };
+            LayoutColumn(c.name.clone(), c.cql_type, c.pointer.clone(), c.required, reading)
+        };
+        let id = (!d.event.id.is_empty()).then(|| d.event.id.join(" + "));
         Layout {
             form: FORM,
             stream: d.stream.name.clone(),
@@ -96,7 +113,7 @@ impl Layout {
             group_by: d.windows.group_by.clone(),
             measures: d.windows.measures.clone(),
             columns: d.columns.iter().map(column).collect(),
-            event: Identity(d.event.id.clone(), d.event.time.clone(), d.event.key.clone()),
+            event: Identity(id, d.event.time.clone(), d.event.key.clone()),
         }
     }
 
@@ -111,11 +128,11 @@ impl Layout {
         if let Some(newer) = form.filter(|form| *form > u64::from(FORM)) {
             return Err(LayoutError::Newer(newer));
         }
-        if form == Some(1)
-            && let Some(members) = value.as_object_mut()
-        {
-            let ttl = members.get("ttl_seconds").cloned().unwrap_or_default();
-            members.insert("shortest_ttl_seconds".to_owned(), ttl);
+        if let Some(members) = value.as_object_mut() {
+            if form == Some(1) {
+                let ttl = members.get("ttl_seconds").cloned().unwrap_or_default();
+                members.insert("shortest_ttl_seconds".to_owned(), ttl);
+            }
             members.insert("form".to_owned(), FORM.into());
         }
         serde_json::from_value(value).map_err(unreadable)
@@ -182,8 +199,8 @@ impl Changes {
 
     /// Compares the declared columns. Their order does not matter, because rows are written by column name.
     fn compare_columns(&mut self, old: &[LayoutColumn], new: &[LayoutColumn]) {
-        for LayoutColumn(name, cql_type, pointer, required) in old {
-            let Some(LayoutColumn(_, now_type, now_pointer, now_required)) =
+        for LayoutColumn(name, cql_type, pointer, required, reading) in old {
+            let Some(LayoutColumn(_, now_type, now_pointer, now_required, now_reading)) =
                 new.iter().find(|c| c.0 == *name)
             else {
                 self.refused
@@ -203,11 +220,18 @@ impl Changes {
                      registered value: otherwise a replay would turn other records into dead letters than were counted"
                 ));
             }
+            if reading != now_reading {
+                self.refused.push(format!(
+                    "column `{name}`: `unit`, `format`, `zone` or `on_misfit` has changed; restore the registered \
+                     value, or add a column with another name"
+                ));
+            }
             if pointer != now_pointer {
                 self.allowed.push(format!("column `{name}`: pointer from `{pointer}` to `{now_pointer}`"));
             }
         }
-        for LayoutColumn(name, cql_type, _, required) in new.iter().filter(|c| old.iter().all(|o| o.0 != c.0))
+        for LayoutColumn(name, cql_type, _, required, _) in
+            new.iter().filter(|c| old.iter().all(|o| o.0 != c.0))
         {
             if *required {
                 self.refused.push(format!(
@@ -259,6 +283,8 @@ mod tests {
                 cql_type: CqlType::Text,
                 pointer: "/phone".to_owned(),
                 required,
+                reading: TimeReading::default(),
+                on_misfit: OnMisfit::DeadLetter,
             });
         }
     }
@@ -289,8 +315,10 @@ mod tests {
         check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "restore");
         check_refused(|d| d.windows.group_by.reverse(), "`windows.group_by`", "restore");
         check_refused(|d| d.windows.measures.clear(), "`windows.measures`", "restore");
-        check_refused(|d| d.event.id = Some("/id".to_owned()), "`event.id`", "restore");
-        check_refused(|d| d.event.time = EventTime::Seconds("/t".to_owned()), "`event.time`", "restore");
+        check_refused(|d| d.event.id = vec!["/id".to_owned()], "`event.id`", "restore");
+        let time = || EventTime::Field { pointer: "/t".to_owned(), reading: TimeReading::seconds() };
+        check_refused(|d| d.event.time = time(), "`event.time`", "restore");
+        check_refused(|d| d.columns[0].on_misfit = OnMisfit::Null, "`on_misfit` has changed", "another name");
         check_refused(|d| d.event.key = Some("/k".to_owned()), "`event.key`", "restore");
         check_refused(|d| drop(d.columns.pop()), "no longer declared", "declare it again");
         check_refused(
@@ -313,7 +341,7 @@ mod tests {
     #[test]
     fn layouts_of_every_earlier_form_are_read_unchanged() {
         let check = |form: u32, golden: &str, file: &str| {
-            assert_eq!(golden.contains("\"form\":2"), form == 2, "{golden}");
+            assert!(form == 1 || golden.contains(&format!("\"form\":{form}")), "{golden}");
             let now = Definition::parse("golden", file).unwrap().layout();
             assert_eq!(Layout::parse(golden.trim_end()), Ok(now));
         };
@@ -325,7 +353,7 @@ mod tests {
         check(2, include_str!("../../../tests/golden/layout_2_user_created.json"), FILE);
         check(2, include_str!("../../../tests/golden/layout_2_orders.json"), orders);
         let written = layout(|_| {}).to_string();
-        let golden = include_str!("../../../tests/golden/layout_2_user_created.json");
+        let golden = include_str!("../../../tests/golden/layout_3_user_created.json");
         assert_eq!(
             written,
             golden.trim_end(),
@@ -347,8 +375,8 @@ mod tests {
 
     #[test]
     fn an_unreadable_layout_is_distinguished_from_one_of_a_newer_program() {
-        let newer = Layout::parse(r#"{"form":3,"anything":1}"#).unwrap_err().to_string();
-        assert!(newer.contains("form 3") && newer.contains("newer program"), "{newer}");
+        let newer = Layout::parse(r#"{"form":4,"anything":1}"#).unwrap_err().to_string();
+        assert!(newer.contains("form 4") && newer.contains("newer program"), "{newer}");
         for text in ["", "L", "{}", r#"{"form":"x"}"#] {
             let unreadable = Layout::parse(text).unwrap_err();
             assert!(matches!(unreadable, LayoutError::Unreadable { .. }), "{unreadable}");

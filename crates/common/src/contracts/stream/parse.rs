@@ -1,168 +1,19 @@
-//! Parses a stream file key by key and collects all mistakes instead of stopping at the first. `rules.rs` contains the
-//! rules that involve several keys.
+//! Parses a stream file and collects all mistakes instead of stopping at the first. `rules.rs` contains the rules that
+//! involve several keys.
+
+mod section;
+mod source;
 
 use super::{
-    Auth, Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, Limits, MAX_GROUP_BY,
-    MAX_GROUPS, Pagination, RetryPolicy, Schedule, Source, Store, StreamSettings, Windows, rules,
+    Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, MAX_GROUP_BY, MAX_GROUPS,
+    OnMisfit, RetryPolicy, Schedule, Store, StreamSettings, Windows, rules,
 };
 use crate::contracts::event::Bucket;
+use crate::contracts::time::{TimeReading, TimeUnit, is_format};
+pub(super) use section::format_ms;
+use section::{Section, parse_duration, read_section};
 use std::collections::BTreeSet;
-use std::ops::RangeInclusive;
-use toml::{Table, Value};
-
-/// Upper limit of `source.limits.page_bytes`: 256 MiB. The producer holds a page in memory.
-const MAX_PAGE_BYTES: i64 = 256 << 20;
-
-/// A table of the file. It records the keys that were read, so that all other keys can be reported as unknown.
-struct Section<'a> {
-    path: String,
-    table: Table,
-    known: BTreeSet<&'static str>,
-    problems: &'a mut Vec<String>,
-}
-
-impl Section<'_> {
-    fn key(&self, key: &str) -> String {
-        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
-    }
-
-    fn problem(&mut self, key: &str, text: impl std::fmt::Display) {
-        let key = self.key(key);
-        self.problems.push(format!("`{key}`: {text}"));
-    }
-
-    fn take(&mut self, key: &'static str) -> Option<Value> {
-        self.known.insert(key);
-        self.table.remove(key)
-    }
-
-    /// Takes a value and converts it with `read`. Reports a problem if the value is not of the expected `kind`.
-    fn typed<T>(&mut self, key: &'static str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Option<T> {
-        let value = self.take(key)?;
-        let found = read(&value);
-        if found.is_none() {
-            self.problem(key, format!("must be {kind}, but is {} `{value}`", value.type_str()));
-        }
-        found
-    }
-
-    fn text(&mut self, key: &'static str) -> Option<String> {
-        self.typed(key, "a string", |v| v.as_str().map(str::to_owned))
-    }
-
-    fn required_text(&mut self, key: &'static str) -> String {
-        let present = self.table.contains_key(key);
-        let value = self.text(key);
-        if !present {
-            self.problem(key, "is missing");
-        }
-        value.unwrap_or_default()
-    }
-
-    fn boolean(&mut self, key: &'static str, default: bool) -> bool {
-        self.typed(key, "true or false", Value::as_bool).unwrap_or(default)
-    }
-
-    fn number(&mut self, key: &'static str) -> Option<f64> {
-        self.typed(key, "a number", |v| v.as_float().or_else(|| v.as_integer().map(|i| i as f64)))
-    }
-
-    fn integer(&mut self, key: &'static str, default: i64, range: RangeInclusive<i64>) -> i64 {
-        let Some(value) = self.typed(key, "an integer", Value::as_integer) else { return default };
-        if !range.contains(&value) {
-            self.problem(key, format!("{value} is out of range; use {} to {}", range.start(), range.end()));
-            return default;
-        }
-        value
-    }
-
-    fn small(&mut self, key: &'static str, default: u32, range: RangeInclusive<u32>) -> u32 {
-        let wide = i64::from(*range.start())..=i64::from(*range.end());
-        u32::try_from(self.integer(key, i64::from(default), wide)).unwrap_or(default)
-    }
-
-    /// A duration such as `"90s"` or `"1h 30m"`, in milliseconds.
-    fn duration(&mut self, key: &'static str, default_ms: i64, range_ms: RangeInclusive<i64>) -> i64 {
-        let Some(text) = self.text(key) else { return default_ms };
-        match parse_duration(&text) {
-            Err(e) => self.problem(key, e),
-            Ok(ms) if !range_ms.contains(&ms) => {
-                let (low, high) = (format_ms(*range_ms.start()), format_ms(*range_ms.end()));
-                self.problem(key, format!("`{text}` is out of range; use {low} to {high}"));
-            }
-            Ok(ms) => return ms,
-        }
-        default_ms
-    }
-
-    fn strings(&mut self, key: &'static str) -> Option<Vec<String>> {
-        self.typed(key, "a list of strings", |v| {
-            v.as_array()?.iter().map(|s| s.as_str().map(str::to_owned)).collect()
-        })
-    }
-
-    /// An RFC 6901 JSON pointer.
-    fn pointer(&mut self, key: &'static str) -> Option<String> {
-        let pointer = self.text(key)?;
-        if !pointer.is_empty() && !pointer.starts_with('/') {
-            self.problem(
-                key,
-                format!("`{pointer}` is not a JSON pointer; write `/{}`", pointer.replace('.', "/")),
-            );
-        }
-        Some(pointer)
-    }
-
-    fn required_pointer(&mut self, key: &'static str) -> String {
-        if !self.table.contains_key(key) {
-            self.problem(key, "is missing; set a JSON pointer such as `/data/next`");
-        }
-        self.pointer(key).unwrap_or_default()
-    }
-
-    /// Reads the table at `key`. An absent table counts as empty.
-    fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'_>) -> T) -> T {
-        let table = self.typed(key, "a table", |v| v.as_table().cloned()).unwrap_or_default();
-        let path = self.key(key);
-        read_section(path, table, self.problems, read)
-    }
-
-    /// Reads each table of the array at `key`.
-    fn sections<T>(&mut self, key: &'static str, read: impl Fn(&mut Section<'_>) -> T) -> Vec<T> {
-        let tables = self.typed(key, "a list of tables", |v| {
-            v.as_array()?.iter().map(|t| t.as_table().cloned()).collect::<Option<Vec<Table>>>()
-        });
-        let path = self.key(key);
-        let tables = tables.unwrap_or_default().into_iter().enumerate();
-        tables.map(|(i, t)| read_section(format!("{path}[{i}]"), t, self.problems, &read)).collect()
-    }
-}
-
-fn read_section<T>(
-    path: String,
-    table: Table,
-    problems: &mut Vec<String>,
-    read: impl FnOnce(&mut Section<'_>) -> T,
-) -> T {
-    let mut section = Section { path, table, known: BTreeSet::new(), problems };
-    let read = read(&mut section);
-    let known = section.known.iter().copied().collect::<Vec<_>>().join(", ");
-    for key in section.table.keys().cloned().collect::<Vec<_>>() {
-        section.problem(&key, format!("unknown key; use one of {known}"));
-    }
-    read
-}
-
-fn parse_duration(text: &str) -> Result<i64, String> {
-    let invalid =
-        || format!("`{text}` is not a duration; write for example \"90s\", \"10m\", \"1h 30m\" or \"365d\"");
-    let duration = humantime::parse_duration(text).map_err(|_| invalid())?;
-    i64::try_from(duration.as_millis()).map_err(|_| invalid())
-}
-
-pub(super) fn format_ms(ms: i64) -> String {
-    humantime::format_duration(std::time::Duration::from_millis(ms.unsigned_abs())).to_string()
-}
+use toml::Table;
 
 const SECOND: i64 = 1000;
 const MINUTE: i64 = 60 * SECOND;
@@ -178,7 +29,7 @@ pub(super) fn parse(text: &str) -> Result<Definition, Vec<String>> {
         let default_lateness = rules::default_lateness(&stream.schedule);
         Definition {
             stream,
-            source: file.section("source", source),
+            source: file.section("source", source::source),
             event: file.section("event", event),
             columns: file.sections("column", column),
             store: file.section("store", store),
@@ -226,123 +77,50 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
     }
 }
 
-fn source(s: &mut Section<'_>) -> Source {
-    let method = s.text("method").unwrap_or_else(|| "GET".to_owned());
-    if method != "GET" && method != "POST" {
-        s.problem("method", format!("`{method}` is not supported; use GET or POST"));
-    }
-    let headers = s.typed("headers", "a table of strings", |v| {
-        v.as_table()?
-            .iter()
-            .map(|(k, v)| Some((k.clone(), v.as_str()?.to_owned())))
-            .collect::<Option<Vec<_>>>()
-    });
-    let requests_per_second = s.number("requests_per_second");
-    if requests_per_second.is_some_and(|r| !(r > 0.0 && r <= 1e6)) {
-        s.problem("requests_per_second", "must be greater than 0 and at most 1000000");
-    }
-    Source {
-        url: s.required_text("url"),
-        method,
-        headers: headers.unwrap_or_default(),
-        auth: s.section("auth", auth),
-        pagination: s.section("pagination", pagination),
-        records: s.pointer("records").unwrap_or_default(),
-        page_size: s.small("page_size", 1000, 1..=100_000),
-        allow_private: s.boolean("allow_private", false),
-        limits: s.section("limits", |s| Limits {
-            page_bytes: s.integer("page_bytes", 32 << 20, 1024..=MAX_PAGE_BYTES).unsigned_abs(),
-            pages: s.small("pages", 1000, 1..=1_000_000),
-            records: s.small("records", 1_000_000, 1..=100_000_000),
-            connect_timeout_ms: s.duration("connect_timeout", 5 * SECOND, 10..=5 * MINUTE),
-            request_timeout_ms: s.duration("request_timeout", 30 * SECOND, 10..=HOUR),
-        }),
-        requests_per_second,
-    }
-}
-
-fn auth(s: &mut Section<'_>) -> Auth {
-    match s.text("kind").as_deref() {
-        None | Some("none") => Auth::None,
-        Some("bearer") => Auth::Bearer { token_file: s.required_text("token_file") },
-        Some("basic") => {
-            Auth::Basic { user: s.required_text("user"), password_file: s.required_text("password_file") }
-        }
-        Some("api_key") => match (s.table.contains_key("header"), s.text("query")) {
-            (false, Some(query)) => Auth::ApiKeyInQuery { query, key_file: s.required_text("key_file") },
-            (_, query) => {
-                if query.is_some() {
-                    s.problem("query", "set either `header` or `query`, not both");
-                }
-                Auth::ApiKey { header: s.required_text("header"), key_file: s.required_text("key_file") }
-            }
-        },
-        Some(other) => {
-            s.problem("kind", format!("unknown value `{other}`; use one of none, bearer, basic, api_key"));
-            Auth::None
-        }
-    }
-}
-
-fn pagination(s: &mut Section<'_>) -> Pagination {
-    match s.text("kind").as_deref() {
-        None | Some("none") => Pagination::None,
-        Some("page") => {
-            let pages = s.table.contains_key("pages").then(|| s.small("pages", 1, 1..=1_000_000));
-            Pagination::Page { first: s.small("first", 1, 0..=1), pages }
-        }
-        Some("offset") => Pagination::Offset,
-        Some("cursor") => match (s.table.contains_key("last_record"), s.pointer("more")) {
-            (true, more) => Pagination::LastRecord { pointer: s.required_pointer("last_record"), more },
-            (false, more) => {
-                if more.is_some() {
-                    let text = "is only valid with `last_record`: an absent cursor already ends the interval";
-                    s.problem("more", text);
-                }
-                Pagination::Cursor { pointer: s.required_pointer("pointer") }
-            }
-        },
-        Some("link_header") => Pagination::LinkHeader,
-        Some("next_url") => Pagination::NextUrl { pointer: s.required_pointer("pointer") },
-        Some(other) => {
-            s.problem(
-                "kind",
-                format!(
-                    "unknown value `{other}`; use one of none, page, offset, cursor, link_header, next_url"
-                ),
-            );
-            Pagination::None
-        }
-    }
-}
-
 fn event(s: &mut Section<'_>) -> EventMapping {
-    let time = match s.text("time").as_deref() {
-        None | Some("interval") => EventTime::Interval,
-        Some(pointer) if pointer.starts_with('/') => EventTime::Pointer(pointer.to_owned()),
-        Some(other) => {
-            s.problem(
-                "time",
-                format!("`{other}` is neither \"interval\" nor a JSON pointer such as `/created_at`"),
-            );
-            EventTime::Interval
+    let reading = reading(s, ["time_unit", "time_format", "time_zone"]);
+    let time = match s.text("time") {
+        None => EventTime::Interval,
+        Some(text) if text == "interval" => EventTime::Interval,
+        Some(pointer) => {
+            if pointer.starts_with('/') || pointer.contains(':') {
+                s.check_record_pointer("time", &pointer);
+            } else {
+                s.problem(
+                    "time",
+                    format!("`{pointer}` is neither \"interval\" nor a JSON pointer such as `/created_at`"),
+                );
+            }
+            EventTime::Field { pointer, reading: reading.clone() }
         }
     };
-    let unit = s.text("time_unit");
-    let time = match (time, unit.as_deref()) {
-        (time, None | Some("ms")) => time,
-        (EventTime::Pointer(pointer), Some("s")) => EventTime::Seconds(pointer),
-        (time, Some(other)) => {
-            s.problem(
-                "time_unit",
-                format!(
-                    "`{other}`: must be \"s\" or \"ms\"; \"s\" also requires event.time to be a JSON pointer"
-                ),
-            );
-            time
-        }
-    };
-    EventMapping { id: s.pointer("id"), time, event_type: s.required_text("type"), key: s.pointer("key") }
+    if time == EventTime::Interval && reading != TimeReading::default() {
+        s.problem("time", "must be a JSON pointer if its unit, format or zone is set");
+    }
+    EventMapping { id: id(s), time, event_type: s.required_text("type"), key: s.record_pointer("key") }
+}
+
+/// One pointer or a list of pointers.
+fn id(s: &mut Section<'_>) -> Vec<String> {
+    if s.table.get("id").is_some_and(toml::Value::is_str) {
+        return s.record_pointer("id").into_iter().collect();
+    }
+    let pointers = s.strings("id").unwrap_or_default();
+    for pointer in &pointers {
+        s.check_record_pointer("id", pointer);
+    }
+    pointers
+}
+
+/// How a time is read, from its three keys.
+fn reading(s: &mut Section<'_>, [unit, format, zone]: [&'static str; 3]) -> TimeReading {
+    let units = TimeUnit::ALL;
+    let all = [units[1], units[0], units[2], units[3]];
+    let reading = TimeReading { unit: s.choice(unit, &all), format: s.text(format), zone: s.zone(zone) };
+    if let Some(text) = reading.format.as_ref().filter(|text| !is_format(text)) {
+        s.problem(format, format!("`{text}` is not a strftime format such as \"%Y-%m-%d %H:%M:%S\""));
+    }
+    reading
 }
 
 fn column(s: &mut Section<'_>) -> Column {
@@ -353,10 +131,25 @@ fn column(s: &mut Section<'_>) -> Column {
         let all = CqlType::ALL.map(CqlType::name).join(", ");
         s.problems.push(format!("column `{name}`: unknown CQL type `{type_name}`; use one of {all}"));
     }
+    let cql_type = cql_type.unwrap_or(CqlType::Text);
+    let reading = reading(s, ["unit", "format", "zone"]);
+    if cql_type != CqlType::Timestamp && reading != TimeReading::default() {
+        s.problems
+            .push(format!("column `{name}`: `unit`, `format` and `zone` are only valid for type timestamp"));
+    }
+    let required = s.boolean("required", false);
+    let on_misfit = s.choice("on_misfit", &[("dead_letter", OnMisfit::DeadLetter), ("null", OnMisfit::Null)]);
+    if required && on_misfit == OnMisfit::Null {
+        s.problems.push(format!(
+            "column `{name}`: a required column cannot have on_misfit = \"null\"; drop one of the two"
+        ));
+    }
     Column {
-        cql_type: cql_type.unwrap_or(CqlType::Text),
-        pointer: s.pointer("pointer").unwrap_or_else(|| format!("/{name}")),
-        required: s.boolean("required", false),
+        cql_type,
+        pointer: s.record_pointer("pointer").unwrap_or_else(|| format!("/{name}")),
+        required,
+        reading,
+        on_misfit,
         name,
     }
 }

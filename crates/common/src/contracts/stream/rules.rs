@@ -2,8 +2,12 @@
 //! outlive the log. Each message names a remedy.
 
 use super::parse::format_ms;
-use super::secrets::{has_user, looks_secret, redacted, secret_parameters};
-use super::{Definition, EventTime, Groups, MAX_CATCH_UP_INTERVALS, Pagination, Schedule};
+use super::secrets::{has_literal, has_user, looks_secret, redacted, secret_parameters};
+use super::template::{Part, Placeholder, Template};
+use super::{
+    Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder, Pagination,
+    Schedule,
+};
 use crate::contracts::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
 use std::collections::BTreeSet;
 
@@ -16,17 +20,6 @@ const LATENESS_INTERVALS: i64 = 3;
 /// Rows must outlive the log by at least this time (two days), so that every duplicate that can still be read is
 /// recognized.
 pub const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
-const PLACEHOLDERS: [&str; 9] = [
-    "interval.start",
-    "interval.end",
-    "interval.start_unix",
-    "interval.end_unix",
-    "interval.seed",
-    "page",
-    "page_size",
-    "offset",
-    "cursor",
-];
 const MAX_COLUMNS: usize = 128;
 
 /// The nominal length of an interval. Only the planner can evaluate a cron expression, so its intervals count as one
@@ -101,33 +94,148 @@ fn check_catch_up(d: &Definition, problems: &mut Vec<String>) {
 }
 
 fn check_source(d: &Definition, problems: &mut Vec<String>) {
-    let url = &d.source.url;
-    for placeholder in url.split('{').skip(1) {
-        let name = placeholder.split('}').next().unwrap_or(placeholder);
-        if !PLACEHOLDERS.contains(&name) {
-            problems.push(format!(
-                "`source.url`: unknown placeholder `{{{name}}}`; use one of {}",
-                PLACEHOLDERS.map(|p| format!("{{{p}}}")).join(", ")
-            ));
+    let source = &d.source;
+    check_url("source.url", &source.url, problems);
+    check_secrets(d, problems);
+    let mut requests = RequestTemplates::new("source", &source.url, &source.query);
+    requests.add_body(source.body.as_ref());
+    requests.check(&source.pagination, source.page_size, problems);
+    let names = source.for_each.as_ref().map(ForEach::names).unwrap_or_default();
+    for placeholder in requests.placeholders() {
+        if let Placeholder::Each(name) = placeholder
+            && !names.contains(&name.as_str())
+        {
+            problems.push(format!("`source`: `{{each.{name}}}` is not a value of source.for_each"));
         }
     }
-    let bare = url.replace(['{', '}'], "");
-    match url::Url::parse(&bare) {
-        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {}
-        _ if url.is_empty() => {}
-        _ => problems.push(format!("`source.url`: `{}` is not an http or https URL", redacted(url))),
+    if !names.is_empty() && !requests.placeholders().any(|p| matches!(p, Placeholder::Each(_))) {
+        problems.push(format!("`source.for_each`: no request uses it; add {{each.{}}} to the URL", names[0]));
     }
-    check_secrets(d, problems);
-    let (needed, kind) = match d.source.pagination {
-        Pagination::Page { .. } => ("{page}", "page"),
-        Pagination::Offset => ("{offset}", "offset"),
-        Pagination::Cursor { .. } | Pagination::LastRecord { .. } => ("{cursor}", "cursor"),
-        Pagination::None | Pagination::LinkHeader | Pagination::NextUrl { .. } => return,
+    if let Some(ForEach::Listing(listing)) = &source.for_each {
+        check_url("source.for_each.url", &listing.url, problems);
+        let listed = RequestTemplates::new("source.for_each", &listing.url, &listing.query);
+        listed.check(&listing.pagination, source.page_size, problems);
+    }
+    check_record_pointers(d, &names, problems);
+}
+
+fn check_url(key: &str, url: &str, problems: &mut Vec<String>) {
+    if url.is_empty() {
+        return;
+    }
+    // A format inside a placeholder may contain characters that are not valid in a URL.
+    let Ok(template) = Template::parse(url) else { return };
+    let bare = template.parts.iter().map(|part| match part {
+        Part::Text(text) => text.as_str(),
+        Part::Placeholder(_) => "x",
+    });
+    match url::Url::parse(&bare.collect::<String>()) {
+        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {}
+        _ => problems.push(format!("`{key}`: `{}` is not an http or https URL", redacted(url))),
+    }
+}
+
+/// The templates of a request, with the problems found while parsing them.
+struct RequestTemplates {
+    key: &'static str,
+    templates: Vec<Template>,
+    problems: Vec<String>,
+}
+
+impl RequestTemplates {
+    fn new(key: &'static str, url: &str, query: &[(String, String)]) -> RequestTemplates {
+        let mut requests = RequestTemplates { key, templates: Vec::new(), problems: Vec::new() };
+        requests.add(format!("{key}.url"), Template::parse(url));
+        for (name, value) in query {
+            requests.add(format!("{key}.query.{name}"), Template::parse(value));
+        }
+        requests
+    }
+
+    fn add(&mut self, key: String, template: Result<Template, String>) {
+        match template {
+            Ok(template) => self.templates.push(template),
+            Err(problem) => self.problems.push(format!("`{key}`: {problem}")),
+        }
+    }
+
+    fn add_body(&mut self, body: Option<&serde_json::Value>) {
+        match body {
+            Some(serde_json::Value::String(text)) => {
+                self.add(format!("{}.body", self.key), Template::parse_body(text));
+            }
+            Some(serde_json::Value::Array(items)) => items.iter().for_each(|item| self.add_body(Some(item))),
+            Some(serde_json::Value::Object(members)) => {
+                members.values().for_each(|member| self.add_body(Some(member)));
+            }
+            _ => {}
+        }
+    }
+
+    fn placeholders(&self) -> impl Iterator<Item = &Placeholder> {
+        self.templates.iter().flat_map(Template::placeholders)
+    }
+
+    fn check(&self, pagination: &Pagination, page_size: Option<u32>, problems: &mut Vec<String>) {
+        let key = self.key;
+        problems.extend(self.problems.iter().cloned());
+        let (needed, kind) = match pagination.order {
+            PageOrder::Page { .. } => (Some(("{page}", Placeholder::Page)), "page"),
+            PageOrder::Offset { .. } => (Some(("{offset}", Placeholder::Offset)), "offset"),
+            PageOrder::Cursor { .. } | PageOrder::LastRecord { .. } => {
+                (Some(("{cursor}", Placeholder::Cursor)), "cursor")
+            }
+            PageOrder::None | PageOrder::LinkHeader | PageOrder::NextUrl { .. } => (None, ""),
+        };
+        if let Some((text, needed)) = needed
+            && self.problems.is_empty()
+            && !self.placeholders().any(|p| *p == needed)
+        {
+            problems.push(format!(
+                "`{key}`: pagination kind `{kind}` requires the placeholder `{text}` in a request"
+            ));
+        }
+        let uses_size = self.placeholders().any(|p| *p == Placeholder::PageSize);
+        let by_size = pagination.short_page_ends
+            || matches!(pagination.order, PageOrder::Offset { step: OffsetStep::PageSize, .. });
+        if by_size && (page_size.is_none() || !uses_size) {
+            problems.push(format!(
+                "`{key}.pagination`: `short_page_ends` and an offset step of `page_size` require source.page_size, and \
+                 the placeholder `{{page_size}}` in a request"
+            ));
+        } else if key == "source" && page_size.is_some() && !uses_size && self.problems.is_empty() {
+            problems.push(
+                "`source.page_size`: no request contains `{page_size}`, so the source never learns it; add the \
+                 placeholder, or remove page_size"
+                    .to_owned(),
+            );
+        }
+        let wants_stop =
+            pagination.more.is_some() || pagination.total.is_some() || pagination.total_pages.is_some();
+        if wants_stop && pagination.order == PageOrder::None {
+            problems.push(format!("`{key}.pagination`: `more` and `total` require a kind other than none"));
+        }
+    }
+}
+
+/// Pointers with a prefix must refer to something that the definition provides.
+fn check_record_pointers(d: &Definition, each: &[&str], problems: &mut Vec<String>) {
+    let has_wildcard = d.source.records.split('/').any(|token| token == "*");
+    let time = match &d.event.time {
+        EventTime::Field { pointer, .. } => Some(pointer),
+        EventTime::Interval => None,
     };
-    if !url.is_empty() && !url.contains(needed) {
-        problems.push(format!(
-            "`source.url`: pagination kind `{kind}` requires the placeholder `{needed}` in the URL"
-        ));
+    let columns = d.columns.iter().map(|column| &column.pointer);
+    for pointer in columns.chain(&d.event.id).chain(&d.event.key).chain(time) {
+        match pointer.split_once(':') {
+            Some(("each", name)) if !each.contains(&name) => {
+                problems.push(format!("pointer `{pointer}`: `{name}` is not a value of source.for_each"))
+            }
+            Some(("parent" | "key", _)) if !has_wildcard => problems.push(format!(
+                "pointer `{pointer}`: source.records needs a wildcard, for example `/data/*/items`"
+            )),
+            _ => {}
+        }
     }
 }
 
@@ -140,7 +248,9 @@ fn check_secrets(d: &Definition, problems: &mut Vec<String>) {
                 .to_owned(),
         );
     }
-    for name in secret_parameters(&d.source.url) {
+    let literal = d.source.query.iter().filter(|(name, value)| looks_secret(name) && has_literal(value));
+    let in_query = literal.map(|(name, _)| name.clone());
+    for name in secret_parameters(&d.source.url).into_iter().chain(in_query) {
         problems.push(format!(
             "`source.url`: parameter `{name}` looks like a secret; put its value into a file and write \
              auth = {{ kind = \"api_key\", query = \"{name}\", key_file = \"…\" }}"
@@ -218,7 +328,7 @@ fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Auth, Definition, Pagination, Schedule};
+    use super::super::{Auth, Definition, OffsetStep, PageOrder, Place, Schedule, Secret};
 
     const GOOD: &str = include_str!("../../../../../streams/user_created.toml");
 
@@ -258,11 +368,33 @@ mod tests {
             ("kind = \"page\"", "kind = \"cursor\", last_record = \"id\""),
             "`id` is not a JSON pointer; write `/id`",
         );
+        check(("kind = \"page\"", "kind = \"cursor\""), "`source.pagination.pointer`: is missing");
         check(
-            ("kind = \"page\"", "kind = \"cursor\", more = \"/m\""),
-            "more`: is only valid with `last_record`",
+            ("results={page_size}", "results=500"),
+            "`source.page_size`: no request contains `{page_size}`",
         );
-        check(("time = \"interval\"", "time = \"interval\"\ntime_unit = \"s\""), "`event.time_unit`: `s`: ");
+        check(("url = ", "body = { a = 1 }\nurl = "), "`source.body`: requires method = \"POST\"");
+        check(
+            ("url = ", "query = { a = \"{each.x}\" }\nurl = "),
+            "`{each.x}` is not a value of source.for_each",
+        );
+        check(
+            ("url = ", "for_each = { name = \"x\", values = [1] }\nurl = "),
+            "`source.for_each`: no request uses it",
+        );
+        check(("pointer = \"/email\"", "pointer = \"parent:/email\""), "source.records needs a wildcard");
+        check(("pointer = \"/email\"", "pointer = \"each:x\""), "`x` is not a value of source.for_each");
+        check(
+            ("pointer = \"/dob/age\"", "pointer = \"/dob/age\"\nunit = \"s\""),
+            "only valid for type timestamp",
+        );
+        check(("pointer = \"/registered/date\"", "format = \"%Q\""), "`%Q` is not a strftime format");
+        check(("pointer = \"/registered/date\"", "zone = \"Mars\""), "`Mars` is not a time zone");
+        check(("required = true", "required = true\non_misfit = \"null\""), "cannot have on_misfit");
+        check(
+            ("time = \"interval\"", "time = \"interval\"\ntime_unit = \"s\""),
+            "`event.time`: must be a JSON pointer if its unit",
+        );
         check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
         check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
         check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
@@ -286,37 +418,55 @@ mod tests {
             let to = format!(
                 "{place}\"\nallow_private = true\nrecords = \"/results\"\npage_size = 500\npagination = {{ {pagination} }}"
             );
-            source((paged, &to)).pagination
+            source((paged, &to)).pagination.order
         };
         let (text, pointer) = (str::to_owned, "/next".to_owned());
-        assert_eq!(by("", "kind = \"none\""), Pagination::None);
-        assert_eq!(by("&skip={offset}", "kind = \"offset\""), Pagination::Offset);
+        let place = || Place::Pointer(pointer.clone());
+        assert_eq!(by("", "kind = \"none\""), PageOrder::None);
         assert_eq!(
-            by("&after={cursor}", "kind = \"cursor\", pointer = \"/next\""),
-            Pagination::Cursor { pointer: pointer.clone() }
+            by("&skip={offset}", "kind = \"offset\""),
+            PageOrder::Offset { first: 0, step: OffsetStep::Records }
         );
-        assert_eq!(by("", "kind = \"link_header\""), Pagination::LinkHeader);
-        assert_eq!(by("", "kind = \"next_url\", pointer = \"/next\""), Pagination::NextUrl { pointer });
+        assert_eq!(
+            by(
+                "&after={cursor}",
+                "kind = \"cursor\", pointer = \"/next\", more = \"!/end\", total = \"header:X-T\""
+            ),
+            PageOrder::Cursor { next: place(), encoded: false }
+        );
+        assert_eq!(
+            by("&after={cursor}", "kind = \"cursor\", pointer = \"header:X-Next\", encoded = true"),
+            PageOrder::Cursor { next: Place::Header("x-next".to_owned()), encoded: true }
+        );
+        assert_eq!(by("", "kind = \"link_header\""), PageOrder::LinkHeader);
+        assert_eq!(by("", "kind = \"next_url\", pointer = \"/next\""), PageOrder::NextUrl { next: place() });
         let auth = |line: &str| {
             source(("allow_private = true", &format!("allow_private = true\nauth = {{ {line} }}"))).auth
         };
         assert_eq!(auth("kind = \"none\""), Auth::None);
-        let token_file = text("/run/token");
-        assert_eq!(auth("kind = \"bearer\", token_file = \"/run/token\""), Auth::Bearer { token_file });
-        let (user, password_file) = (text("me"), text("/run/password"));
+        let file = |name: &str| Secret::File(name.to_owned());
+        assert_eq!(
+            auth("kind = \"bearer\", token_file = \"/run/token\""),
+            Auth::Bearer { token: file("/run/token") }
+        );
+        assert_eq!(
+            auth("kind = \"bearer\", token_env = \"TOKEN\""),
+            Auth::Bearer { token: Secret::Env("TOKEN".to_owned()) }
+        );
+        let user = text("me");
         assert_eq!(
             auth("kind = \"basic\", user = \"me\", password_file = \"/run/password\""),
-            Auth::Basic { user, password_file }
+            Auth::Basic { user, password: file("/run/password") }
         );
-        let (header, key_file) = (text("x-api-key"), text("/run/key"));
+        let header = text("x-api-key");
         assert_eq!(
             auth("kind = \"api_key\", header = \"x-api-key\", key_file = \"/run/key\""),
-            Auth::ApiKey { header, key_file }
+            Auth::ApiKey { header, key: file("/run/key") }
         );
-        let (query, key_file) = (text("key"), text("/run/key"));
+        let query = text("key");
         assert_eq!(
             auth("kind = \"api_key\", query = \"key\", key_file = \"/run/key\""),
-            Auth::ApiKeyInQuery { query, key_file }
+            Auth::ApiKeyInQuery { query, key: file("/run/key") }
         );
         check(
             (
@@ -327,8 +477,13 @@ mod tests {
         );
         check(
             ("allow_private = true", "allow_private = true\nauth = { kind = \"bearer\" }"),
-            "`source.auth.token_file`",
+            "`source.auth.token_file`: is missing; set it to a file with the secret, or set `token_env`",
         );
+        let oauth = auth(
+            "kind = \"oauth2\", token_url = \"https://h/token\", client_id = \"me\", client_secret_env = \"S\", scope = \"a\"",
+        );
+        let Auth::Token(request) = oauth else { panic!("{oauth:?}") };
+        assert_eq!((request.url.as_str(), request.fields.len(), request.json), ("https://h/token", 3, false));
     }
 
     #[test]

@@ -79,7 +79,7 @@ fn decoded(name: &str) -> Cow<'_, str> {
 }
 
 /// Whether a value contains text outside of placeholders.
-fn has_literal(value: &str) -> bool {
+pub(super) fn has_literal(value: &str) -> bool {
     let mut rest = value;
     while let Some((before, after)) = rest.split_once('{') {
         if !before.is_empty() {

@@ -21,7 +21,7 @@ struct RejectingSource {
 
 #[async_trait]
 impl FetchPage for RejectingSource {
-    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+    async fn fetch(&self, _: &PageRequest) -> Result<Page, AttemptError> {
         self.requests.fetch_add(1, Ordering::SeqCst);
         if self.rejecting.load(Ordering::SeqCst) {
             return Err(AttemptError::fatal("the source returned 404"));

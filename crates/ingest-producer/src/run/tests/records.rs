@@ -7,7 +7,7 @@ struct FixedSource(String);
 
 #[async_trait]
 impl FetchPage for FixedSource {
-    async fn fetch(&self, _: &Url) -> Result<Page, AttemptError> {
+    async fn fetch(&self, _: &PageRequest) -> Result<Page, AttemptError> {
         Ok(page(&self.0))
     }
 }
@@ -17,7 +17,7 @@ impl World {
     async fn attempt_at(&self, body: String) -> (Ended, Run) {
         let runner = Arc::into_inner(self.runner("a")).unwrap();
         let mut runner = Runner { source: Arc::new(FixedSource(body)), ..runner };
-        runner.definition.source.pagination = common::contracts::stream::Pagination::None;
+        runner.definition.source.pagination.order = common::contracts::stream::PageOrder::None;
         let runner = Arc::new(runner);
         let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
         let claim = runner.claim(interval, RunType::Scheduled, None).await.unwrap().unwrap();
@@ -36,7 +36,7 @@ fn person(id: &str, age: &str) -> String {
 #[tokio::test]
 async fn an_invalid_record_does_not_affect_the_rest_of_its_page() {
     let world = World::new(13, 0, 0);
-    let people = [person("a", "NaN"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
+    let people = [person("a", "01"), person("b", "1"), person("c", "2").replace("\"c\"", "1.5")];
     let body = format!("{{\"results\": [{}]}}", people.join(", "));
     let (ended, run) = world.attempt_at(body).await;
     assert_eq!((ended, run.records, run.acked), (Ended::Succeeded, 3, 3));

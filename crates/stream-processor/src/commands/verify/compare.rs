@@ -1,7 +1,7 @@
 //! Recomputes one pane from its event rows and compares it with the stored pane. Pure.
 
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
-use crate::record::decode::MAX_AHEAD_MS;
+use common::contracts::event::MAX_AHEAD_MS;
 use common::contracts::stream::MAX_GROUP_BY;
 
 /// Maximum assumed difference between the clocks of brokers, processors and Cassandra nodes.

@@ -133,7 +133,8 @@ fn numbers_keep_all_their_digits() {
     let bigint = |raw: &str| cell("bigint", raw).map(|bytes| i64::from_be_bytes(bytes.try_into().unwrap()));
     assert_eq!(bigint("9223372036854775807"), Some(i64::MAX));
     assert_eq!(bigint("-9223372036854775808"), Some(i64::MIN));
-    for raw in ["9223372036854775808", "1.0", "1e3"] {
+    assert_eq!(bigint("1e3"), Some(1000));
+    for raw in ["9223372036854775808", "1.5"] {
         assert_eq!(bigint(raw), None, "{raw}");
     }
     assert_eq!(cell("double", "1e400"), None);
@@ -166,4 +167,25 @@ proptest! {
         let value = format!("{{\"first_name\":\"A\",\"last_name\":\"B\",\"{name}\":{text}}}");
         prop_assert_eq!(decode("i", TIME, Some(value.as_bytes())).len(), 1);
     }
+}
+
+#[test]
+fn a_value_that_does_not_fit_is_null_and_counted_if_the_definition_says_so() {
+    let text = include_str!("../../../../../streams/user_created.toml");
+    let text = text
+        .replace("name = \"age\"\ntype = \"int\"", "name = \"age\"\ntype = \"int\"\non_misfit = \"null\"");
+    let decoder = Decoder::new(&Definition::parse("user_created.toml", &text).unwrap(), 2);
+    let mut chunk = decoder.chunk();
+    let decode = |value: &str, chunk: &mut Chunk| {
+        let (headers, value) = (headers("i", TIME), Some(value.as_bytes()));
+        decoder.decode(&Record { offset: 7, timestamp_ms: NOW, key: None, value, headers: &headers }, chunk);
+    };
+    decode(r#"{"first_name":"A","last_name":"B","age":"unknown"}"#, &mut chunk);
+    assert_eq!((chunk.events.len(), chunk.misfits.len(), &*chunk.misfits[0]), (1, 1, "age"));
+    decode(r#"{"age":"unknown","first_name":["A"]}"#, &mut chunk);
+    assert_eq!(
+        (chunk.poison.len(), chunk.misfits.len()),
+        (1, 1),
+        "the misfits of a dead letter do not count"
+    );
 }

@@ -3,15 +3,12 @@
 
 use super::{Decoder, reason};
 use crate::record::chunk::{Chunk, Reason, UNSET};
-use common::contracts::stream::CqlType;
+use common::contracts::stream::OnMisfit;
+use common::contracts::value;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
-use std::borrow::Cow;
 use std::fmt;
-use uuid::Uuid;
-
-/// Maximum number of characters of a value that a reason quotes.
-const MAX_SHOWN: usize = 64;
+use std::sync::Arc;
 
 /// Writes the members that are declared columns into the cells of an event, which start at `first_cell`.
 pub(super) fn decode_object(
@@ -54,8 +51,18 @@ impl<'de> Visitor<'de> for ObjectSeed<'_> {
             };
             let column = &self.decoder.columns[index];
             let raw = map.next_value::<&RawValue>()?.get();
-            let cell = cell(raw, column.cql_type, &mut self.chunk.arena)
-                .map_err(|what| A::Error::custom(format!("column `{}`: {what}", column.name)))?;
+            let start = self.chunk.arena.len();
+            let is_present = match value::encode(raw, column, &mut self.chunk.arena) {
+                Err(_) if column.on_misfit == OnMisfit::Null => {
+                    self.chunk.misfits.push(Arc::clone(&self.decoder.names[index]));
+                    false
+                }
+                encoded => {
+                    encoded.map_err(|what| A::Error::custom(format!("column `{}`: {what}", column.name)))?
+                }
+            };
+            let length = (self.chunk.arena.len() - start) as i32;
+            let cell = if is_present { (start as u32, length) } else { (0, UNSET) };
             self.chunk.cells[self.first_cell + index] = cell;
         }
         Ok(())
@@ -80,55 +87,4 @@ impl Visitor<'_> for KeySeed<'_> {
     fn visit_str<E: Error>(self, name: &str) -> Result<Self::Value, E> {
         Ok(self.0.by_name.get(name.as_bytes()).map(|number| usize::from(*number)))
     }
-}
-
-/// Appends the CQL bytes of a member to the arena. Returns why the value is invalid for the column type otherwise.
-fn cell(raw: &str, cql_type: CqlType, arena: &mut Vec<u8>) -> Result<(u32, i32), String> {
-    let mut put = |bytes: &[u8]| Ok(super::append(arena, bytes));
-    match (raw.as_bytes()[0], cql_type) {
-        (b'n', _) => Ok((0, UNSET)),
-        (b'"', CqlType::Text) => put(string(raw)?.as_bytes()),
-        (b'"', CqlType::Timestamp) => match chrono::DateTime::parse_from_rfc3339(&string(raw)?) {
-            Ok(at) => put(&at.timestamp_millis().to_be_bytes()),
-            Err(_) => invalid(raw, cql_type),
-        },
-        (b'"', CqlType::Uuid) => match Uuid::parse_str(&string(raw)?) {
-            Ok(uuid) => put(uuid.as_bytes()),
-            Err(_) => invalid(raw, cql_type),
-        },
-        (b'{' | b'[' | b'"', _) => invalid(raw, cql_type),
-        (b't' | b'f', CqlType::Boolean) => put(&[u8::from(raw == "true")]),
-        (_, CqlType::Text) => put(raw.as_bytes()),
-        (_, CqlType::Int) => match raw.parse::<i32>() {
-            Ok(number) => put(&number.to_be_bytes()),
-            Err(_) => invalid(raw, cql_type),
-        },
-        (_, CqlType::Bigint | CqlType::Timestamp) => match raw.parse::<i64>() {
-            Ok(number) => put(&number.to_be_bytes()),
-            Err(_) => invalid(raw, cql_type),
-        },
-        // A number outside the range of a double would become infinite.
-        (_, CqlType::Double) => match raw.parse::<f64>() {
-            Ok(number) if number.is_finite() => put(&number.to_be_bytes()),
-            _ => invalid(raw, cql_type),
-        },
-        (_, CqlType::Boolean | CqlType::Uuid) => invalid(raw, cql_type),
-    }
-}
-
-/// Returns the characters of a quoted string. A string without escapes is borrowed from the text.
-fn string(quoted: &str) -> Result<Cow<'_, str>, String> {
-    if quoted.contains('\\') {
-        return serde_json::from_str(quoted).map(Cow::Owned).map_err(|e| e.to_string());
-    }
-    Ok(Cow::Borrowed(&quoted[1..quoted.len() - 1]))
-}
-
-fn invalid<T>(raw: &str, cql_type: CqlType) -> Result<T, String> {
-    let shown = match raw.as_bytes()[0] {
-        b'{' => "an object".to_owned(),
-        b'[' => "a list".to_owned(),
-        _ => format!("`{}`", raw.trim_matches('"').chars().take(MAX_SHOWN).collect::<String>()),
-    };
-    Err(format!("{shown} is not a valid {}", cql_type.name()))
 }
