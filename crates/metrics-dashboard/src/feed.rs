@@ -25,10 +25,6 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Name of the Kafka dependency in `/readyz` and in metric labels.
-pub const KAFKA: &str = "kafka";
-/// Name of the Cassandra dependency in `/readyz` and in metric labels.
-pub const CASSANDRA: &str = "cassandra";
 /// Interval between reads, and between overviews sent to clients.
 const REFRESH: Duration = Duration::from_secs(1);
 /// A result older than this is discarded.
@@ -149,8 +145,8 @@ impl<T: Clone> Reading<T> {
     fn fresh(&self, source: Source) -> Figure<T> {
         match self.read_at {
             Some(at) if self.facts.is_ok() && at.elapsed() > STALE_AFTER => {
-                let name = if source == Source::Kafka { KAFKA } else { CASSANDRA };
-                let message = format!("{name} has not answered for over {} s", STALE_AFTER.as_secs());
+                let message =
+                    format!("{} has not answered for over {} s", source.name(), STALE_AFTER.as_secs());
                 Err(Reason::new(source, message))
             }
             _ => self.facts.clone(),
@@ -194,9 +190,10 @@ pub async fn run(
         let holders = board.services().map(|instances| holders(&instances));
         let known = Known { store, kafka, holders };
         let overview = assemble(&stream.definition.stream.name, now(), &known);
-        for (source, state) in [(CASSANDRA, known.store.map(drop)), (KAFKA, known.kafka.map(drop))] {
+        let states = [(Source::Cassandra, known.store.map(drop)), (Source::Kafka, known.kafka.map(drop))];
+        for (source, state) in states {
             metrics.source(source, state.is_ok());
-            health.set(source, state.map_err(|reason| reason.to_string()));
+            health.set(source.name(), state.map_err(|reason| reason.to_string()));
         }
         metrics.overview(&overview);
         board.publish(overview);
@@ -230,7 +227,7 @@ impl CassandraReader {
                 () = shutdown.begun() => break,
                 outcome = self.read(&shutdown) => outcome,
             };
-            self.metrics.read(CASSANDRA, started.elapsed(), outcome.is_ok());
+            self.metrics.read(Source::Cassandra, started.elapsed(), outcome.is_ok());
             failing_since = outcome.is_err().then(|| failing_since.unwrap_or(started));
             if failing_since.is_some_and(|since| since.elapsed() > REOPEN_AFTER) {
                 self.board.set_store(None);
@@ -345,7 +342,7 @@ async fn read_kafka(
                 }
             },
         };
-        metrics.read(KAFKA, started.elapsed(), facts.is_ok());
+        metrics.read(Source::Kafka, started.elapsed(), facts.is_ok());
         readings.send_replace(Reading::now(facts));
     }
 }

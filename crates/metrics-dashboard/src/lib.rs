@@ -25,6 +25,7 @@ use anyhow::Context;
 use common::runtime::admin::hosts::Hosts;
 use common::runtime::admin::{self, Health};
 use common::runtime::shutdown::Shutdown;
+use reason::Source;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +43,8 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     tracing::info!(settings, page_built = api::page::is_built(), "settings in force");
     let definition = config.common.definition()?;
     let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
-    let health = Health::new(STALL_LIMIT, &[feed::KAFKA, feed::CASSANDRA]);
-    let metrics = metrics::Metrics::new(&definition.stream.name)?;
+    let health = Health::new(STALL_LIMIT, &[Source::Kafka, Source::Cassandra].map(Source::name));
+    let metrics = metrics::Metrics::new(&definition.stream.name, api::MAX_WATCHERS)?;
     let board = feed::Board::new(&definition.stream.name);
     let router = api::router(api::Api::new(board.clone(), metrics.clone(), shutdown.clone()))
         .merge(admin::router(health.clone(), metrics.registry().clone()));

@@ -18,6 +18,18 @@ pub enum Source {
     Request,
 }
 
+impl Source {
+    /// Name in `/readyz`, in metric labels and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Kafka => "kafka",
+            Source::Cassandra => "cassandra",
+            Source::Dashboard => "dashboard",
+            Source::Request => "request",
+        }
+    }
+}
+
 /// A reason, as JSON `{"source": …, "message": …, "detail": …}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reason {

@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::overview::{Progress, StoreFacts};
 use crate::rates::{History, Sample, WINDOW_SECONDS};
 use crate::services::{RefusalRow, ServiceRow};
-use common::contracts::event::floor_to;
+use common::contracts::event::{DAY_MS, floor_to};
 use common::contracts::schema::THROUGHPUT_RESOLUTIONS;
 use common::contracts::stream::Definition;
 use common::readers::pane_reader::PaneReader;
@@ -34,7 +34,6 @@ const BASELINE_SECONDS: i64 = 2 * 86_400;
 const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
 const SECONDS: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[0];
 const MINUTES: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[1];
-const DAY_MS: i64 = 86_400_000;
 
 /// A row of `ingest_runs`; times in Unix milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]

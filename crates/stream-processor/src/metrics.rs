@@ -3,7 +3,6 @@
 
 use crate::count::partition::{Partition, Totals};
 use crate::io::store::StepTimes;
-use crate::pipeline::group::Lost;
 use crate::pipeline::stages::{StageClock, Stages};
 use crate::pipeline::start::How;
 use common::runtime::metrics::Maker;
@@ -29,6 +28,9 @@ const ROW_BUCKETS: [f64; 12] =
 pub const FETCH: &str = "fetch";
 /// Name of the stage that looks up, counts, writes and commits.
 pub const WORK: &str = "work";
+
+/// Why a client of the consumer group was replaced.
+const REBUILD_REASONS: [&str; 5] = ["session", "fenced", "fatal", "unowned", "stuck"];
 
 /// The processor's metrics. Label values are partition numbers and fixed strings, so the number of series is bounded.
 #[derive(Debug)]
@@ -141,7 +143,7 @@ impl Metrics {
         for how in How::ALL {
             self.starts.with_label_values(&[how.name()]);
         }
-        for reason in Lost::LABELS {
+        for reason in REBUILD_REASONS {
             self.client_rebuilds.with_label_values(&[reason]);
         }
         for step in ["decode", "lookup", "apply", "write", "commit"] {

@@ -3,19 +3,9 @@
 //! contract of each table.
 
 use crate::contracts::stream::Definition;
+pub use crate::contracts::topics::TOPIC_RETENTION_MS;
 use std::collections::BTreeMap;
 
-/// Columns of the event table that the pipeline adds. A stream definition must not declare them.
-pub const RESERVED_COLUMNS: [&str; 6] =
-    ["bucket", "shard", "event_time", "event_id", "kafka_offset", "run_id"];
-/// How long Kafka keeps events: 7 days (`retention.ms` of the events topic).
-pub const TOPIC_RETENTION_MS: i64 = 7 * 86_400_000;
-/// How long dead letters are kept: 30 days.
-pub const DEAD_LETTER_RETENTION_MS: i64 = 30 * 86_400_000;
-/// How long commands are kept in the control topic: 1 day.
-pub const CONTROL_RETENTION_MS: i64 = 86_400_000;
-/// Longest time a log segment stays open: 1 day. Retention only removes closed segments.
-pub const SEGMENT_MS: i64 = 86_400_000;
 /// Most rows in one batch statement of the processor.
 pub const MAX_BATCH_ROWS: usize = 200;
 /// Most bytes of values in one batch statement. Cassandra always rejects a mutation larger than half a commit log
@@ -302,11 +292,6 @@ pub fn stream_tables(d: &Definition) -> Vec<Table> {
 /// Name of the pane table of a stream.
 pub fn panes_table(d: &Definition) -> String {
     format!("{}_panes", d.stream.name)
-}
-
-/// Name of the dead-letter topic of an events topic.
-pub fn dead_letter_topic(topic: &str) -> String {
-    format!("{topic}.dlq")
 }
 
 /// INSERT of an event row. Bind markers in order: bucket, shard, event_time, event_id, kafka_offset, run_id, the

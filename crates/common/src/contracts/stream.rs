@@ -2,13 +2,14 @@
 //! windows. This module contains the types. `stream/parse.rs` parses the file, and `stream/rules.rs` checks the rules
 //! that involve several keys. Pure.
 
+mod duration;
 pub mod layout;
 mod parse;
 mod rules;
 mod secrets;
 
-use crate::contracts::event::Bucket;
-use layout::Layout;
+use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,9 @@ pub const MAX_GROUPS: usize = 256;
 pub const OTHER: &str = "(other)";
 /// Most intervals that a producer catches up. It plans them in memory.
 pub const MAX_CATCH_UP_INTERVALS: i64 = 50_000;
+/// Rows must outlive the log by at least this time (two days), so that every duplicate that can still be read is
+/// recognized.
+pub const TTL_MARGIN_MS: i64 = 2 * DAY_MS;
 /// The dimension that counts all events of a pane.
 pub const ALL: &str = "";
 
@@ -309,6 +313,13 @@ impl Store {
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
     }
+
+    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
+    /// expired. `None` if no row expires.
+    pub fn horizon_ms(&self) -> Option<i64> {
+        let ttl_ms = self.least_ttl_seconds().saturating_mul(1000);
+        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS)
+    }
 }
 
 /// `[windows]`.
@@ -388,11 +399,6 @@ pub struct DefinitionError {
 }
 
 impl Definition {
-    /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
-    pub fn parse(file: &str, text: &str) -> Result<Definition, DefinitionError> {
-        parse::parse(text).map_err(|problems| DefinitionError { file: file.to_owned(), problems })
-    }
-
     /// Index of a declared column in `columns`.
     pub fn column_index(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|c| c.name == name)
@@ -401,10 +407,5 @@ impl Definition {
     /// Most rows of one pane: one for all events, and one per group of each group-by column.
     pub fn pane_rows(&self) -> usize {
         1 + self.windows.group_by.iter().map(GroupBy::len).sum::<usize>()
-    }
-
-    /// The part of the definition that stored data depends on.
-    pub fn layout(&self) -> Layout {
-        Layout::of(self)
     }
 }

@@ -1,13 +1,13 @@
 //! Computes tumbling and sliding windows from panes. The size and slide of a window are multiples of the pane length.
 //! Pure; [`crate::readers::pane_reader`] reads the pane rows. A query that would read or return too many values is rejected.
 
-use crate::contracts::event::floor_to;
+use crate::contracts::event::{DAY_MS, floor_to};
 use crate::contracts::stream::{ALL, Definition, GroupBy};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// Longest accepted duration: far more than [`MAX_READ_VALUES`] permits, and far below an integer overflow.
-const MAX_LENGTH_MS: i64 = 366 * 86_400_000;
+const MAX_LENGTH_MS: i64 = 366 * DAY_MS;
 /// Most values in one result: a count and each measure, for every window and group. About 6 MB of JSON.
 pub const MAX_ANSWERED_VALUES: i64 = 40_000;
 /// Most values that one query may read: a count and each measure, for every pane, group and Kafka partition.

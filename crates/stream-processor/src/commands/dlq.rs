@@ -4,8 +4,8 @@
 use crate::config::DlqCommand;
 use crate::error::ProcessorError;
 use crate::io::log_reader::LogReader;
-use common::contracts::schema::dead_letter_topic;
 use common::contracts::stream::Definition;
+use common::contracts::topics::dead_letter_topic;
 use common::runtime::cassandra::connect;
 use common::runtime::config::CommonArgs;
 use common::runtime::kafka::producer_config;

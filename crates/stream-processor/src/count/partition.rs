@@ -5,7 +5,7 @@
 use crate::count::poison_gate::PoisonCounts;
 use crate::count::windows::filter::BuildAlreadyHashed;
 use crate::count::windows::hot::Panes;
-use crate::record::chunk::Chunk;
+use crate::record::chunk::{Chunk, LastRecord};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -30,15 +30,6 @@ impl Totals {
     pub fn records(&self) -> i64 {
         self.events + self.duplicates + self.dead_letters
     }
-}
-
-/// Identity of one record. A different record at the same offset shows that the log was replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastRecord {
-    /// Offset of the record.
-    pub offset: i64,
-    /// Hash of the record's key, value and timestamp.
-    pub fingerprint: i64,
 }
 
 /// How far a partition's log has been processed. Every value is exact for the log below `next_offset`.

@@ -1,14 +1,12 @@
 //! Fetches and decodes one partition on a dedicated thread. The thread runs ahead of the worker by at most two chunks:
 //! one in the channel and one that is being filled.
 
-use crate::count::partition::LastRecord;
 use crate::error::{Halt, ProcessorError};
 use crate::io::log_reader::{first_readable_after, is_out_of_range};
 use crate::pipeline::group::client::GroupContext;
 use crate::pipeline::stages::{StageClock, StageState};
 use crate::pipeline::start::{Start, record_mismatch};
-use crate::pipeline::worker::{Chunks, Fetched};
-use crate::record::chunk::Chunk;
+use crate::record::chunk::{Chunk, LastRecord};
 use crate::record::decode::{Decoder, Record};
 use common::contracts::event::{fingerprint, floor_to};
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -44,6 +42,18 @@ pub struct ChunkLimits {
     /// Maximum time since the first record.
     pub linger: Duration,
 }
+
+/// What a fetch thread sends to its worker.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The next records of the log.
+    Chunk(Box<Chunk>),
+    /// No record has arrived for a while.
+    Quiet,
+}
+
+/// The channel from a fetch thread to its worker. Holds at most one chunk.
+pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
 
 /// One assigned partition of a consumer.
 pub struct AssignedPartition {

@@ -1,7 +1,7 @@
 //! Opens one partition: reads the facts (state file, progress row, log), lets `start` decide, and creates or restores
 //! the state. Blocking; fetching starts afterwards.
 
-use crate::count::partition::{LastRecord, Partition};
+use crate::count::partition::Partition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::error::ProcessorError;
@@ -11,6 +11,7 @@ use crate::io::store::{Assumed, Store};
 use crate::metrics::Metrics;
 use crate::pipeline::fetch::fingerprint_of;
 use crate::pipeline::start::{self, Facts, How, Progress, RecoverPolicy, Start};
+use crate::record::chunk::LastRecord;
 use common::contracts::stream::Definition;
 use common::runtime::admin::Health;
 use common::runtime::kafka::Replaced;

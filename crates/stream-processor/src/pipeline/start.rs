@@ -1,7 +1,8 @@
 //! Decides from observed facts where a partition starts. Pure. Every refusal names the two facts that contradict each
 //! other and what an operator can do.
 
-use crate::count::partition::{LastRecord, Position};
+use crate::count::partition::Position;
+use crate::record::chunk::LastRecord;
 use common::contracts::stream::layout::Layout;
 use std::ops::Range;
 

@@ -12,6 +12,7 @@ use crate::error::ProcessorError;
 use crate::io::state::{Checkpoint, Commit, StateFile};
 use crate::io::store::{Assumed, BatchRecord, DeadLetters, StepTimes, Store};
 use crate::metrics::{self, Metrics};
+use crate::pipeline::fetch::{Chunks, Fetched};
 use crate::pipeline::stages::StageState;
 use crate::record::chunk::Chunk;
 use common::contracts::event::Bucket;
@@ -21,24 +22,11 @@ use fail::fail_point;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 /// Poll interval of a paused partition, to see whether an operator has accepted its undecodable records.
 const ACCEPTED_POLL: Duration = Duration::from_millis(500);
-
-/// What a fetch thread sends to its worker.
-#[derive(Debug)]
-pub enum Fetched {
-    /// The next records of the log.
-    Chunk(Box<Chunk>),
-    /// No record has arrived for a while.
-    Quiet,
-}
-
-/// The channel from a fetch thread to its worker. Holds at most one chunk.
-pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
 
 /// The processing loop of one partition.
 pub struct Worker<S, D, C = StateFile> {

@@ -1,7 +1,7 @@
 //! The unit that the fetcher passes to a worker: consecutive decoded records of one partition, stored in one arena.
 //! Plain data without decisions.
 
-use crate::count::partition::LastRecord;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Length of a cell whose column is absent from the event. Such a column is bound as *unset*, never as null.
@@ -51,6 +51,15 @@ pub struct Reason {
     pub class: &'static str,
     /// Details for the operator, including the header or column.
     pub message: String,
+}
+
+/// Identity of one record. A different record at the same offset shows that the log was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastRecord {
+    /// Offset of the record.
+    pub offset: i64,
+    /// Hash of the record's key, value and timestamp.
+    pub fingerprint: i64,
 }
 
 /// Consecutive decoded records of one partition.

@@ -3,8 +3,8 @@
 
 use super::choices::Choices;
 use super::mutations::{self, Mutation};
-use crate::count::partition::{LastRecord, Totals};
-use crate::record::chunk::Chunk;
+use crate::count::partition::Totals;
+use crate::record::chunk::{Chunk, LastRecord};
 use crate::record::decode::{Decoder, Record};
 use common::contracts::event::fingerprint;
 use common::contracts::stream::Definition;

@@ -5,8 +5,9 @@
 use super::choices::Choices;
 use super::log::{BASE_MS, LEAP_MS, Log, PaneRow, columns_of};
 use super::mutations::Mutation;
-use crate::count::partition::{LastRecord, Position, Totals};
+use crate::count::partition::{Position, Totals};
 use crate::pipeline::start::Progress;
+use crate::record::chunk::LastRecord;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,11 +1,13 @@
 //! Parses a stream file key by key and collects all mistakes instead of stopping at the first. `rules.rs` contains the
 //! rules that involve several keys.
 
+use super::duration::{format_ms, parse_duration};
 use super::{
-    Auth, Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, Limits, MAX_GROUP_BY,
-    MAX_GROUPS, Pagination, RetryPolicy, Schedule, Source, Store, StreamSettings, Windows, rules,
+    Auth, Column, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups, Limits,
+    MAX_GROUP_BY, MAX_GROUPS, Pagination, RetryPolicy, Schedule, Source, Store, StreamSettings, Windows,
+    rules,
 };
-use crate::contracts::event::Bucket;
+use crate::contracts::event::{Bucket, DAY_MS};
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use toml::{Table, Value};
@@ -153,23 +155,19 @@ fn read_section<T>(
     read
 }
 
-fn parse_duration(text: &str) -> Result<i64, String> {
-    let invalid =
-        || format!("`{text}` is not a duration; write for example \"90s\", \"10m\", \"1h 30m\" or \"365d\"");
-    let duration = humantime::parse_duration(text).map_err(|_| invalid())?;
-    i64::try_from(duration.as_millis()).map_err(|_| invalid())
-}
-
-pub(super) fn format_ms(ms: i64) -> String {
-    humantime::format_duration(std::time::Duration::from_millis(ms.unsigned_abs())).to_string()
-}
-
 const SECOND: i64 = 1000;
 const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
-const DAY: i64 = 24 * HOUR;
+const DAY: i64 = DAY_MS;
 
-pub(super) fn parse(text: &str) -> Result<Definition, Vec<String>> {
+impl Definition {
+    /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
+    pub fn parse(file: &str, text: &str) -> Result<Definition, DefinitionError> {
+        parse(text).map_err(|problems| DefinitionError { file: file.to_owned(), problems })
+    }
+}
+
+fn parse(text: &str) -> Result<Definition, Vec<String>> {
     let table: Table =
         text.parse().map_err(|e: toml::de::Error| vec![format!("not TOML: {}", e.to_string().trim())])?;
     let mut problems = Vec::new();

@@ -1,7 +1,8 @@
 //! Encodes and decodes the progress row.
 
-use crate::count::partition::{LastRecord, Position, Totals};
+use crate::count::partition::{Position, Totals};
 use crate::pipeline::start::Progress;
+use crate::record::chunk::LastRecord;
 use scylla::value::{CqlTimestamp, MaybeUnset};
 use scylla::{DeserializeRow, SerializeRow};
 

@@ -2,8 +2,8 @@
 //! A partition is given up only after its worker has ended and its state file is closed.
 
 use super::client::{self, Change, GroupContext, offset_list};
+use super::parts::{Lost, Parts};
 use super::slot::{HaltRetry, Running, Slot};
-use super::{Lost, Parts};
 use crate::error::{Halt, ProcessorError};
 use crate::io::store::{DeadLetters, Store};
 use common::readers::registry::RegistryError;

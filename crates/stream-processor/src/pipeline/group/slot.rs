@@ -1,7 +1,7 @@
 //! The state of one assigned partition: opening, running, halted or unregistered.
 
-use super::Parts;
 use super::client::GroupContext;
+use super::parts::Parts;
 use crate::error::{Halt, ProcessorError};
 use crate::io::store::{DeadLetters, Store};
 use crate::metrics;
