@@ -3,7 +3,6 @@
 //! contract of each table.
 
 use crate::contracts::stream::Definition;
-pub use crate::contracts::topics::TOPIC_RETENTION_MS;
 use std::collections::BTreeMap;
 
 /// Most rows in one batch statement of the processor.
