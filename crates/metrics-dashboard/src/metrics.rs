@@ -1,8 +1,8 @@
 //! All metrics of this service. While a figure is unknown, its series is absent instead of 0.
 
 use crate::overview::Overview;
-use crate::reason::Source;
-use common::runtime::metrics::Maker;
+use crate::reason::Origin;
+use common::runtime::metrics::MetricFactory;
 use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub struct Metrics {
 impl Metrics {
     /// Registers all metrics of one stream. `max_watchers` is the limit of open event streams.
     pub fn new(stream: &str, max_watchers: usize) -> prometheus::Result<Metrics> {
-        let make = Maker::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
+        let make = MetricFactory::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
         let gauges = |name: &str, help: &str, labels: &[&str]| make.gauges(name, help, labels);
         let most = make.gauge("dashboard_stream_watchers_limit", "Most open event streams.")?;
         most.set(max_watchers as i64);
@@ -63,7 +63,7 @@ impl Metrics {
 
     /// Creates the series for which 0 is a meaningful value, so that they exist from the start.
     fn with_initial_series(self) -> Metrics {
-        for source in [Source::Kafka, Source::Cassandra] {
+        for source in [Origin::Kafka, Origin::Cassandra] {
             self.source(source, false);
             for outcome in ["ok", "error"] {
                 self.reads.with_label_values(&[source.name(), outcome]).reset();
@@ -84,13 +84,13 @@ impl Metrics {
     }
 
     /// Records one read from a server.
-    pub fn read(&self, source: Source, took: Duration, ok: bool) {
+    pub fn read(&self, source: Origin, took: Duration, ok: bool) {
         self.reads.with_label_values(&[source.name(), if ok { "ok" } else { "error" }]).inc();
         self.read_seconds.with_label_values(&[source.name()]).observe(took.as_secs_f64());
     }
 
     /// Records whether the latest figures of a server are known.
-    pub fn source(&self, source: Source, up: bool) {
+    pub fn source(&self, source: Origin, up: bool) {
         self.up.with_label_values(&[source.name()]).set(i64::from(up));
     }
 
@@ -142,7 +142,7 @@ fn set_float(gauge: &GaugeVec, labels: &[&str], value: Option<f64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overview::{Known, Progress, StoreFacts, assemble};
+    use crate::overview::{Known, ProgressRow, StoreFacts, assemble};
     use crate::rates::Rates;
     use crate::reason::Reason;
     use prometheus::TextEncoder;
@@ -151,10 +151,10 @@ mod tests {
     fn a_figure_that_becomes_unknown_loses_its_series() {
         let metrics = Metrics::new("s", 1).unwrap();
         let text = || TextEncoder::new().encode_to_string(&metrics.registry().gather()).unwrap();
-        let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };
+        let progress = ProgressRow { next_offset: 7, events: 7, ..ProgressRow::default() };
         let rates = Rates { now: 1.0, average: 1.0, peak: 1.0 };
         let store = StoreFacts { progress: [(0, progress)].into(), rates };
-        let reason = || Reason::new(Source::Kafka, "down");
+        let reason = || Reason::new(Origin::Kafka, "down");
         let show = |store| {
             let known = Known { store, kafka: Err(reason()), holders: Err(reason()) };
             metrics.overview(&assemble("s", (0, String::new()), &known));

@@ -1,6 +1,6 @@
 //! Determines which instances of the services are alive, and which refused to run. An instance is silent if its row did
 //! not change for a while during which the rows could be read. Neither differing clocks nor an outage of Cassandra make
-//! an instance silent. Pure; [`crate::store`] reads the rows.
+//! an instance silent. Pure; [`crate::cassandra_view`] reads the rows.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub enum State {
 
 /// An instance as `GET /api/v1/services` lists it; times in Unix milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Instance {
+pub struct InstanceStatus {
     /// Name of the service.
     pub service: String,
     /// Name of the instance.
@@ -96,7 +96,7 @@ pub struct Holder {
 
 /// The processor that holds each partition. If two instances claim a partition, as they briefly do during a rebalance,
 /// the one that processes it wins.
-pub fn holders(instances: &[Instance]) -> BTreeMap<i32, Holder> {
+pub fn holders(instances: &[InstanceStatus]) -> BTreeMap<i32, Holder> {
     let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
     for one in instances.iter().filter(|one| matches!(one.state, State::Ready | State::NotReady)) {
         for (partition, does) in &one.partitions {
@@ -129,7 +129,7 @@ impl LivenessTracker {
         rows: Vec<ServiceRow>,
         refusals: Vec<RefusalRow>,
         (now_ms, since_last): (i64, Duration),
-    ) -> Vec<Instance> {
+    ) -> Vec<InstanceStatus> {
         let mut last_rows = BTreeMap::new();
         let mut instances = BTreeMap::new();
         for row in rows {
@@ -152,14 +152,15 @@ impl LivenessTracker {
             };
             let ServiceRow { service, instance, version, started_at, seen_at, partitions, .. } = row;
             let reason = None;
-            let one = Instance { service, instance, version, started_at, seen_at, state, reason, partitions };
+            let one =
+                InstanceStatus { service, instance, version, started_at, seen_at, state, reason, partitions };
             instances.insert(name, one);
         }
         self.last_rows = last_rows;
         for refusal in refusals.into_iter().filter(|refusal| !refusal.reason.is_empty()) {
             let RefusalRow { service, instance, reason, at } = refusal;
             let name = (service.clone(), instance.clone());
-            let one = instances.entry(name).or_insert(Instance {
+            let one = instances.entry(name).or_insert(InstanceStatus {
                 service,
                 instance,
                 version: None,
@@ -195,7 +196,7 @@ mod tests {
         RefusalRow { service, instance, reason: reason.to_owned(), at }
     }
 
-    fn states(instances: &[Instance]) -> Vec<State> {
+    fn states(instances: &[InstanceStatus]) -> Vec<State> {
         instances.iter().map(|instance| instance.state).collect()
     }
 

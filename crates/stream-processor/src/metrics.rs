@@ -5,7 +5,7 @@ use crate::count::partition::{Partition, Totals};
 use crate::io::store::StepTimes;
 use crate::pipeline::stages::{StageClock, Stages};
 use crate::pipeline::start::How;
-use common::runtime::metrics::Maker;
+use common::runtime::metrics::MetricFactory;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -78,7 +78,7 @@ impl Metrics {
     /// Creates and registers all metrics. Series without a partition label start at 0.
     pub fn new() -> Result<Metrics, prometheus::Error> {
         const PARTITION: [&str; 1] = ["partition"];
-        let make = Maker::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
+        let make = MetricFactory::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
         let total = |name: &str, help: &str| make.counters(name, help, &PARTITION);
         let gauge = |name: &str, help: &str| make.gauges(name, help, &PARTITION);
         let time = |name: &str, help: &str| make.levels(name, help, &PARTITION);

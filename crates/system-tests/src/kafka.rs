@@ -19,12 +19,12 @@ const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads a topic without joining a consumer group. All calls block.
 #[derive(Clone)]
-pub struct Reader {
+pub struct TopicReader {
     consumer: Arc<BaseConsumer>,
     topic: String,
 }
 
-impl Reader {
+impl TopicReader {
     /// Creates a reader of one topic.
     pub fn new(settings: &Settings, topic: &str) -> Result<Self> {
         let consumer = common::runtime::kafka::client_config(&loopback(settings.ports.kafka), "system-tests")
@@ -68,7 +68,7 @@ impl Reader {
         })
     }
 
-    /// Like [`Reader::read`], but stops when `handle` returns `false`.
+    /// Like [`TopicReader::read`], but stops when `handle` returns `false`.
     fn read_while(
         &self,
         partition: i32,

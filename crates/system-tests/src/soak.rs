@@ -37,7 +37,7 @@ use fleet::Fleet;
 use oracle::Comparison;
 use plan::{Injection, Part};
 pub use report::Report;
-use schedule::Schedule;
+use schedule::FaultSchedule;
 use watch::{Findings, Watch};
 
 /// Keyspace and topic of a soak.
@@ -177,7 +177,7 @@ async fn inject_faults(
     recovery::watch(settings, fleet.clock().clone(), partitions, stop).await?;
     fleet.start_load();
     let since = Instant::now();
-    let mut schedule = Schedule::new(injections);
+    let mut schedule = FaultSchedule::new(injections);
     while schedule.is_active(length) && since.elapsed() < MAX_OVERRUN * length + INJECTIONS_TIMEOUT {
         fleet.poll().await?;
         let recovered = fleet.clock().lock().all_recovered();

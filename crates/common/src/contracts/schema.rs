@@ -48,7 +48,7 @@ struct TableColumn {
 
 /// The current definition of a table in Cassandra.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Existing {
+pub struct ExistingTable {
     /// CQL type of each column, by name.
     pub columns: BTreeMap<String, String>,
     /// The `default_time_to_live`. 0 if rows do not expire.
@@ -61,7 +61,7 @@ pub struct Existing {
     "table {keyspace}.{table}: column `{column}` is {found}, but must be {expected}: choose another keyspace with \
      PIPELINE_KEYSPACE, or another column or stream name"
 )]
-pub struct OtherType {
+pub struct ColumnTypeMismatch {
     keyspace: String,
     table: String,
     column: String,
@@ -108,14 +108,18 @@ impl Table {
 
     /// The statements that migrate `existing` to this definition. They only add columns and set the TTL, and are
     /// idempotent.
-    pub fn bring_forward(&self, keyspace: &str, existing: &Existing) -> Result<Vec<String>, OtherType> {
+    pub fn bring_forward(
+        &self,
+        keyspace: &str,
+        existing: &ExistingTable,
+    ) -> Result<Vec<String>, ColumnTypeMismatch> {
         let mut added = Vec::new();
         for TableColumn { name, cql_type } in &self.columns {
             match existing.columns.get(name) {
                 None => added.push(format!("{name} {cql_type}")),
                 Some(found) if found == cql_type => {}
                 Some(found) => {
-                    return Err(OtherType {
+                    return Err(ColumnTypeMismatch {
                         keyspace: keyspace.to_owned(),
                         table: self.name.clone(),
                         column: name.clone(),
@@ -332,7 +336,7 @@ mod tests {
     }
 
     /// Parses CREATE TABLE statements, one per line, as Cassandra would describe the tables.
-    fn existing(cql: &str) -> BTreeMap<String, Existing> {
+    fn existing(cql: &str) -> BTreeMap<String, ExistingTable> {
         let describe = |statement: &str| {
             let (name, rest) =
                 statement.strip_prefix("CREATE TABLE IF NOT EXISTS pipeline.")?.split_once(" (")?;
@@ -347,7 +351,7 @@ mod tests {
                 .collect();
             let ttl = rest.split_once("default_time_to_live = ").map_or("0", |(_, ttl)| ttl);
             let ttl = ttl.split([' ', ';']).next().unwrap().parse().unwrap();
-            Some((name.to_owned(), Existing { columns, ttl_seconds: ttl }))
+            Some((name.to_owned(), ExistingTable { columns, ttl_seconds: ttl }))
         };
         cql.lines().filter_map(describe).collect()
     }
@@ -366,7 +370,7 @@ mod tests {
         }
     }
 
-    fn existing_of_each(cql: &str, d: &Definition) -> Vec<Existing> {
+    fn existing_of_each(cql: &str, d: &Definition) -> Vec<ExistingTable> {
         let found = existing(cql);
         tables(d).iter().map(|table| found[&table.name].clone()).collect()
     }

@@ -8,6 +8,7 @@ mod parse;
 mod rules;
 mod secrets;
 
+pub use self::SourceSettings as Source;
 use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use secrets::redacted;
@@ -33,13 +34,13 @@ pub struct Definition {
     /// Name, schedule and retry policy.
     pub stream: StreamSettings,
     /// The REST API to fetch from.
-    pub source: Source,
+    pub source: SourceSettings,
     /// How a source record is mapped to an event.
     pub event: EventMapping,
     /// The declared columns, in the order of the file.
     pub columns: Vec<Column>,
     /// Layout of the rows in Cassandra.
-    pub store: Store,
+    pub store: StoreSettings,
     /// Panes, allowed lateness, group-by columns and measures.
     pub windows: Windows,
 }
@@ -94,7 +95,7 @@ pub struct RetryPolicy {
 
 /// `[source]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Source {
+pub struct SourceSettings {
     /// URL with placeholders: `{interval.start}`, `{interval.end}` (RFC 3339), `{interval.start_unix}`,
     /// `{interval.end_unix}` (seconds), `{interval.seed}`, `{page}`, `{page_size}`, `{offset}`, `{cursor}`.
     pub url: String,
@@ -295,7 +296,7 @@ impl CqlType {
 
 /// `[store]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Store {
+pub struct StoreSettings {
     /// Time span of one Cassandra partition.
     pub bucket: Bucket,
     /// Cassandra partitions per bucket and Kafka partition.
@@ -308,7 +309,7 @@ pub struct Store {
     pub shortest_ttl_seconds: Option<i64>,
 }
 
-impl Store {
+impl StoreSettings {
     /// The shortest TTL of all rows, including rows written before the TTL was raised. 0 if no row expires.
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)

@@ -3,7 +3,7 @@
 use crate::contracts::event::floor_to;
 use crate::contracts::schema::panes_table;
 use crate::contracts::stream::Definition;
-use crate::readers::windows::{Asked, Measure, Panes, Question, Sum, Unanswerable};
+use crate::readers::windows::{InvalidWindowQuery, Measure, PaneSums, Sum, WindowParameters, WindowQuery};
 use futures::{StreamExt, TryStreamExt};
 use scylla::client::session::Session;
 use scylla::errors::{ExecutionError, IntoRowsResultError, PrepareError, RowsError};
@@ -97,14 +97,18 @@ impl PaneReader {
     }
 
     /// Validates a query. Fails if it does not fit the stream or would read or return too many values.
-    pub fn question(&self, asked: &Asked<'_>, now_ms: i64) -> Result<Question, Unanswerable> {
-        Question::new(&self.definition, self.partitions, asked, now_ms)
+    pub fn query(
+        &self,
+        parameters: &WindowParameters<'_>,
+        now_ms: i64,
+    ) -> Result<WindowQuery, InvalidWindowQuery> {
+        WindowQuery::new(&self.definition, self.partitions, parameters, now_ms)
     }
 
-    /// Reads all panes that `question` needs.
-    pub async fn panes(&self, question: &Question) -> Result<Panes, PaneReadError> {
+    /// Reads all panes that `query` needs.
+    pub async fn panes(&self, query: &WindowQuery) -> Result<PaneSums, PaneReadError> {
         let (span, pane_ms, bucket) =
-            (question.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
+            (query.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
         let mut starts: BTreeMap<i64, Vec<CqlTimestamp>> = BTreeMap::new();
         let mut start = floor_to(span.start, pane_ms);
         while start < span.end {
@@ -117,10 +121,10 @@ impl PaneReader {
                 requests.extend((0..self.partitions).map(|partition| (*bucket, partition, starts)));
             }
         }
-        let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &question.dimension)).collect();
+        let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &query.dimension)).collect();
         // The order of the requests is fixed, so sums of floats are reproducible.
         let read = futures::stream::iter(reads).buffered(IN_FLIGHT);
-        read.try_fold(Panes::new(), async |mut panes, rows| {
+        read.try_fold(PaneSums::new(), async |mut panes, rows| {
             for (start, value, sum) in rows {
                 panes.entry((value, start)).or_default().add(&sum);
             }

@@ -9,25 +9,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+pub use self::MetricFactory as Maker;
+
 /// Creates metrics and registers them in its registry.
 #[derive(Debug, Default)]
-pub struct Maker {
+pub struct MetricFactory {
     /// The registry that `/metrics` exports.
     pub registry: Registry,
 }
 
-impl Maker {
-    /// A maker whose registry contains the process metrics and `pipeline_build_info`.
-    pub fn new(service: &str, version: &str) -> Result<Maker, Error> {
-        let maker = Maker::default();
-        maker.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
-        let build = maker.gauges(
+impl MetricFactory {
+    /// A factory whose registry contains the process metrics and `pipeline_build_info`.
+    pub fn new(service: &str, version: &str) -> Result<MetricFactory, Error> {
+        let factory = MetricFactory::default();
+        factory.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let build = factory.gauges(
             "pipeline_build_info",
             "Always 1; the labels name the service and its version",
             &["service", "version"],
         )?;
         build.with_label_values(&[service, version]).set(1);
-        Ok(maker)
+        Ok(factory)
     }
 
     fn registered<C: Collector + Clone + 'static>(&self, metric: Result<C, Error>) -> Result<C, Error> {
@@ -128,7 +130,7 @@ pub struct HttpMetrics {
 impl HttpMetrics {
     /// Registers the metrics. Fails if `registry` already contains them.
     pub fn new(registry: &Registry) -> Result<HttpMetrics, Error> {
-        let make = Maker { registry: registry.clone() };
+        let make = MetricFactory { registry: registry.clone() };
         let seconds = ("pipeline_http_request_seconds", "Time from a request to the start of its response");
         let requests = "HTTP requests by route and status class";
         let metrics = HttpMetrics {
@@ -164,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_gauge_without_a_value_has_no_series_and_the_latest_timestamp_wins() {
-        let make = Maker::default();
+        let make = MetricFactory::default();
         let success = make.eventual("last_success_timestamp_seconds", "When it last succeeded.").unwrap();
         let text = || TextEncoder::new().encode_to_string(&make.registry.gather()).unwrap();
         assert_eq!(text(), "");

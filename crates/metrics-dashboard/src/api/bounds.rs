@@ -5,7 +5,7 @@
 //! its end and keeps its permit until then: a request to Cassandra that is dropped in flight would keep its stream id.
 
 use super::Refusal;
-use crate::reason::{Reason, Source};
+use crate::reason::{Origin, Reason};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
@@ -40,7 +40,7 @@ pub(super) fn acquire(
 ) -> Result<OwnedSemaphorePermit, Refusal> {
     permits.clone().try_acquire_owned().map_err(|_| {
         let message = format!("the limit of {most} concurrent {what} is reached; retry in a moment");
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, Reason::new(Source::Dashboard, message))
+        Refusal(StatusCode::SERVICE_UNAVAILABLE, Reason::new(Origin::Dashboard, message))
     })
 }
 
@@ -55,7 +55,7 @@ pub(super) async fn bounded(State(bounds): State<Bounds>, request: Request, next
         response
     });
     let failed =
-        |status, message: String| Refusal(status, Reason::new(Source::Dashboard, message)).into_response();
+        |status, message: String| Refusal(status, Reason::new(Origin::Dashboard, message)).into_response();
     tokio::select! {
         response = response => response.unwrap_or_else(|_panicked| {
             failed(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; see the log of the service".to_owned())

@@ -41,15 +41,15 @@ pub(super) async fn throughput(
     let Query(parameters) =
         parameters.map_err(|e| bad_request(format!("{e}; the only parameter is `minutes`")))?;
     let seconds = 60 * minutes(parameters.minutes.as_deref()).map_err(bad_request)?;
-    let store = api.connected_store()?;
+    let cassandra = api.connected_cassandra()?;
     let now = Utc::now().timestamp();
     if seconds <= WINDOW_SECONDS {
-        let (history, read_until) = store.last_hour();
+        let (history, read_until) = cassandra.last_hour();
         // Seconds that could not be read are unknown rather than idle, so the chart ends before them.
         return Ok(Json(chart(&api, &history, (now.min(read_until) - SETTLE_SECONDS, seconds, 1))));
     }
     let _permit = api.read_permit()?;
-    let history = store.minutes(now - seconds, now).await.map_err(|e| unavailable(e.reason()))?;
+    let history = cassandra.minutes(now - seconds, now).await.map_err(|e| unavailable(e.reason()))?;
     Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, 60))))
 }
 

@@ -34,7 +34,7 @@ impl Totals {
 
 /// How far a partition's log has been processed. Every value is exact for the log below `next_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Position {
+pub struct LogPosition {
     /// Next offset to process.
     pub next_offset: i64,
     /// Offset at which counting started.
@@ -116,7 +116,7 @@ impl FirstInChunk {
 #[derive(Debug)]
 pub struct Partition {
     /// How far the log has been processed.
-    pub position: Position,
+    pub position: LogPosition,
     /// Panes in memory.
     pub panes: Panes,
     lateness_ms: i64,
@@ -124,7 +124,7 @@ pub struct Partition {
 
 impl Partition {
     /// Creates a partition at `position`. `panes` are restored from a checkpoint, or empty.
-    pub fn new(position: Position, panes: Panes, lateness_ms: i64) -> Partition {
+    pub fn new(position: LogPosition, panes: Panes, lateness_ms: i64) -> Partition {
         Partition { position, panes, lateness_ms }
     }
 

@@ -154,19 +154,19 @@ impl Fetcher {
         chunk.last_record = last_record;
         self.next_offset = chunk.next_offset;
         let followed = match &ending {
-            Ending::LogMismatch(_) => Ok(()),
-            Ending::Full | Ending::Quiet | Ending::Failed(_) => self.follow_position(&mut chunk),
+            ChunkEnd::LogMismatch(_) => Ok(()),
+            ChunkEnd::Full | ChunkEnd::Quiet | ChunkEnd::Failed(_) => self.follow_position(&mut chunk),
         };
         let error = match ending {
-            Ending::Full | Ending::Quiet => None,
-            Ending::LogMismatch(error) => Some(error),
-            Ending::Failed(error) => Some(self.fetch_error(&error)),
+            ChunkEnd::Full | ChunkEnd::Quiet => None,
+            ChunkEnd::LogMismatch(error) => Some(error),
+            ChunkEnd::Failed(error) => Some(self.fetch_error(&error)),
         };
         (chunk, followed.err().or(error))
     }
 
     /// Fills `chunk`. Returns why the chunk ended and its last record.
-    fn collect(&mut self, chunk: &mut Chunk) -> (Ending, Option<LastRecord>) {
+    fn collect(&mut self, chunk: &mut Chunk) -> (ChunkEnd, Option<LastRecord>) {
         let mut panes = PaneCount::new(self.decoder.pane_ms());
         let mut started: Option<Instant> = None;
         let mut waited = Duration::ZERO;
@@ -175,7 +175,7 @@ impl Fetcher {
             let limits = &self.limits;
             let is_full = chunk.len() >= limits.records || chunk.bytes() >= limits.bytes;
             if is_full || panes.len() >= limits.panes {
-                break Ending::Full;
+                break ChunkEnd::Full;
             }
             // Poll without waiting first, so that the clock is read only if no record is queued: reading it takes
             // longer than handling a record.
@@ -190,19 +190,19 @@ impl Fetcher {
                 polled => polled,
             };
             let message = match polled {
-                None => break Ending::Quiet,
+                None => break ChunkEnd::Quiet,
                 Some(Ok(message)) => message,
                 Some(Err(error)) if is_transient(&error) => {
                     tracing::warn!(partition = self.source.id, %error, "fetch failed, retrying");
                     continue;
                 }
-                Some(Err(error)) => break Ending::Failed(error),
+                Some(Err(error)) => break ChunkEnd::Failed(error),
             };
             let offset = message.offset();
             match self.first.admit(self.source.id, offset, || fingerprint_of(&message)) {
                 Ok(true) => {}
                 Ok(false) => continue,
-                Err(error) => break Ending::LogMismatch(error),
+                Err(error) => break ChunkEnd::LogMismatch(error),
             }
             if started.is_none() {
                 (started, waited) = (Some(Instant::now()), Duration::ZERO);
@@ -246,7 +246,7 @@ impl Fetcher {
 }
 
 /// Why a chunk ended.
-enum Ending {
+enum ChunkEnd {
     /// A limit was reached.
     Full,
     /// No record arrived in time.

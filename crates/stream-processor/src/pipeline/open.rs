@@ -10,7 +10,7 @@ use crate::io::state::{self, Checkpoint, FORMAT, Head, StateError, StateFile};
 use crate::io::store::{Assumed, Store};
 use crate::metrics::Metrics;
 use crate::pipeline::fetch::fingerprint_of;
-use crate::pipeline::start::{self, Facts, How, Progress, RecoverPolicy, Start};
+use crate::pipeline::start::{self, How, ProgressFacts, RecoverPolicy, Start, StartFacts};
 use crate::record::chunk::LastRecord;
 use common::contracts::stream::Definition;
 use common::runtime::admin::Health;
@@ -104,7 +104,7 @@ pub struct Opened {
 /// What Cassandra holds about a partition.
 struct StoredFacts {
     outages: u64,
-    progress: Option<Progress>,
+    progress: Option<ProgressFacts>,
     skips: Vec<Range<i64>>,
 }
 
@@ -127,7 +127,7 @@ impl<S: Store> Opener<S> {
         let StoredFacts { outages, progress, skips } = runtime.block_on(read)?;
         let (low, high) = self.watermarks(partition, stop)?;
         let layout = self.definition.layout();
-        let facts = Facts {
+        let facts = StartFacts {
             partition,
             state: state.facts(),
             progress,
@@ -254,7 +254,7 @@ impl<S: Store> Opener<S> {
 /// if no record has it.
 pub fn begin<C: Checkpoint>(
     checkpoint: &mut C,
-    facts: &Facts<'_>,
+    facts: &StartFacts<'_>,
     definition: &Definition,
     max_memory_bytes: usize,
     fingerprint_at: impl FnOnce(i64) -> Result<Option<i64>, ProcessorError>,

@@ -5,7 +5,7 @@
 //! Every write is acknowledged before the commit, and nothing is published before the commit. The steps before the
 //! commit change only memory that an error discards, and perform only writes that a retry repeats identically.
 
-use crate::count::partition::{Applied, Partition, Position};
+use crate::count::partition::{Applied, LogPosition, Partition};
 use crate::count::poison_gate::PoisonLimits;
 use crate::count::write_plan::{group_events, group_panes};
 use crate::error::ProcessorError;
@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 const ACCEPTED_POLL: Duration = Duration::from_millis(500);
 
 /// The processing loop of one partition.
-pub struct Worker<S, D, C = StateFile> {
+pub struct PartitionWorker<S, D, C = StateFile> {
     /// Kafka partition.
     pub id: i32,
     /// Time span of one Cassandra partition of the event and pane tables.
@@ -56,7 +56,7 @@ pub struct Worker<S, D, C = StateFile> {
     pub committed: Arc<AtomicI64>,
 }
 
-impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
+impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C> {
     /// Processes chunks until `stop` is cancelled, `chunks` ends or an error occurs. Waits for the publish of the last
     /// commit before it returns.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
@@ -210,7 +210,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     }
 
     /// Records the metrics of a committed batch.
-    fn record_metrics(&self, chunk: &Chunk, before: &Position, applied: &Applied, times: &StepTimes) {
+    fn record_metrics(&self, chunk: &Chunk, before: &LogPosition, applied: &Applied, times: &StepTimes) {
         let position = &self.partition.position;
         self.committed.store(position.next_offset, Ordering::Release);
         self.metrics.committed(self.id, &before.totals, &position.totals, position.next_offset);

@@ -9,7 +9,7 @@ pub const UNSET: i32 = -2;
 
 /// One decoded event. Its bytes are in the chunk's arena.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Event {
+pub struct DecodedEvent {
     /// Offset in the partition's log.
     pub offset: i64,
     /// Event time in Unix milliseconds.
@@ -76,7 +76,7 @@ pub struct Chunk {
     /// Decode time in microseconds.
     pub decode_us: u64,
     /// Decoded events in offset order.
-    pub events: Vec<Event>,
+    pub events: Vec<DecodedEvent>,
     /// Undecodable records in offset order.
     pub poison: Vec<Poison>,
     pub(crate) arena: Vec<u8>,
@@ -117,12 +117,12 @@ impl Chunk {
     }
 
     /// Returns the id of an event of this chunk.
-    pub fn id(&self, event: &Event) -> &[u8] {
+    pub fn id(&self, event: &DecodedEvent) -> &[u8] {
         &self.arena[event.id.0 as usize..(event.id.0 + event.id.1) as usize]
     }
 
     /// Returns the run id of an event of this chunk. `None` if the record has no usable run id.
-    pub fn run_id(&self, event: &Event) -> Option<&[u8]> {
+    pub fn run_id(&self, event: &DecodedEvent) -> Option<&[u8]> {
         self.slice(event.run_id)
     }
 

@@ -3,7 +3,7 @@
 
 mod value;
 
-use crate::record::chunk::{Chunk, Event, Poison, Reason, UNSET};
+use crate::record::chunk::{Chunk, DecodedEvent, Poison, Reason, UNSET};
 use common::contracts::event::{self, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
 use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
 use std::collections::HashMap;
@@ -162,7 +162,7 @@ impl Decoder {
         let run_id = header(event::HEADER_RUN_ID)
             .filter(|r| r.len() <= MAX_ID_BYTES && std::str::from_utf8(r).is_ok());
         let run_id = run_id.map_or((0, UNSET), |r| append(&mut chunk.arena, r));
-        chunk.events.push(Event {
+        chunk.events.push(DecodedEvent {
             offset: record.offset,
             time_ms,
             hash: event::seen_hash(time_ms, id),

@@ -15,8 +15,8 @@ use crate::io::store::Assumed;
 use crate::metrics::Metrics;
 use crate::pipeline::fetch::{Chunks, Fetched, FirstRecord};
 use crate::pipeline::open::begin;
-use crate::pipeline::start::{Facts, RecoverPolicy, Start};
-use crate::pipeline::worker::Worker;
+use crate::pipeline::start::{RecoverPolicy, Start, StartFacts};
+use crate::pipeline::worker::PartitionWorker;
 use crate::record::chunk::Chunk;
 use crate::record::decode::Decoder;
 use common::contracts::stream::Definition;
@@ -176,7 +176,7 @@ impl Process {
         let skips = crate::io::store::Store::skips(&*self.servers, 0).await?;
         let layout = definition.layout();
         let from_zero = self.options.replay && mutation == Some(Mutation::ReplayHot);
-        let facts = Facts {
+        let facts = StartFacts {
             partition: 0,
             state: found.filter(|_| !from_zero),
             progress: progress.filter(|_| !from_zero),
@@ -196,7 +196,7 @@ impl Process {
         world.lock().note(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));
         self.committed.store(start.position.next_offset, Ordering::Release);
         world.lock().committed.insert(self.servers.life, start.position.next_offset);
-        let worker = Worker {
+        let worker = PartitionWorker {
             id: 0,
             bucket: definition.store.bucket,
             state,

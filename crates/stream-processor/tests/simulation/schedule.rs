@@ -221,7 +221,7 @@ impl Sim {
 }
 
 /// The result of running a schedule.
-pub struct Run {
+pub struct SimulatedRun {
     /// The violated guarantee, if any.
     pub violation: Option<String>,
     /// All choices of the schedule.
@@ -235,7 +235,7 @@ pub struct Run {
 }
 
 /// Runs the schedule determined by `choices`.
-pub fn run(mut choices: Choices, case: Case) -> Run {
+pub fn run(mut choices: Choices, case: Case) -> SimulatedRun {
     let records = random(&mut choices);
     let mut sim = Sim::new(records, choices, case);
     {
@@ -254,7 +254,7 @@ pub fn run(mut choices: Choices, case: Case) -> Run {
         sim.world().check_end(totals);
     }
     let mut world = sim.world();
-    Run {
+    SimulatedRun {
         violation: world.violation.clone(),
         made: std::mem::take(&mut world.choices.made),
         trace: world.trace.take().unwrap_or_default(),

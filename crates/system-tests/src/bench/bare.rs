@@ -22,7 +22,7 @@ use scylla::statement::batch::{Batch, BatchType};
 use scylla::value::{CqlTimestamp, CqlValue};
 
 use crate::cli::BenchArgs;
-use crate::kafka::Reader;
+use crate::kafka::TopicReader;
 
 /// Number of records of a partition that are grouped together, as in the processor.
 const CHUNK_RECORDS: usize = 4_000;
@@ -54,7 +54,7 @@ impl BareDriver {
     ) -> Result<Self> {
         let since = Instant::now();
         let definition = services::definition(private)?;
-        let reader = Reader::new(private, topic)?;
+        let reader = TopicReader::new(private, topic)?;
         let of_topic = definition.clone();
         let batches = tokio::task::spawn_blocking(move || read_topic(&reader, &of_topic))
             .await
@@ -133,7 +133,7 @@ impl BareDriver {
     }
 }
 
-fn read_topic(reader: &Reader, definition: &Definition) -> Result<Vec<Vec<Row>>> {
+fn read_topic(reader: &TopicReader, definition: &Definition) -> Result<Vec<Vec<Row>>> {
     let mut batches = Vec::new();
     for partition in 0..reader.partitions()? {
         let mut chunk = Vec::with_capacity(CHUNK_RECORDS);

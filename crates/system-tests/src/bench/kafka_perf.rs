@@ -17,7 +17,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::message::{Headers, Message};
 
-use crate::kafka::Reader;
+use crate::kafka::TopicReader;
 
 /// Topic of the test, deleted afterwards.
 const TOPIC: &str = "bench_perf";
@@ -47,7 +47,7 @@ pub(super) async fn run(
     terminal: Terminal,
 ) -> Result<PerfResult> {
     let since = Instant::now();
-    let reader = Reader::new(private, like)?;
+    let reader = TopicReader::new(private, like)?;
     let sampling = tokio::task::spawn_blocking(move || Ok((reader.partitions()?, sample(&reader)?)));
     let (partitions, payloads) = sampling.await.map_err(|error| Error::Refused(error.to_string()))??;
     let record_bytes = payloads.iter().map(Vec::len).sum::<usize>() / payloads.len().max(1);
@@ -93,7 +93,7 @@ fn perf_test(settings: &Settings, installed: &Installed, records: u64, payloads:
 }
 
 /// Returns the key, headers and value of the first records, joined to one payload per record without line breaks.
-fn sample(reader: &Reader) -> Result<Vec<Vec<u8>>> {
+fn sample(reader: &TopicReader) -> Result<Vec<Vec<u8>>> {
     let mut payloads = Vec::new();
     reader.read(0, |message| {
         if payloads.len() == SAMPLE {

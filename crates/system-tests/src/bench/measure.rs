@@ -96,7 +96,7 @@ pub(super) async fn consume(private: &Settings, topic: &'static str, messages: u
     received.await.map_err(|e| Error::Refused(e.to_string()))?.map_err(failed)
 }
 
-struct Progress {
+struct EventsAfter {
     after: Duration,
     events: u64,
 }
@@ -107,7 +107,7 @@ async fn watch(
     messages: u64,
     since: Instant,
     process: &mut Process,
-) -> Result<(Progress, Duration)> {
+) -> Result<(EventsAfter, Duration)> {
     let mut first = None;
     loop {
         if let Some(status) = process.ended() {
@@ -116,10 +116,10 @@ async fn watch(
         let events = processed(session, keyspace).await?;
         let after = since.elapsed();
         if events > 0 && first.is_none() {
-            first = Some(Progress { after, events });
+            first = Some(EventsAfter { after, events });
         }
         if events >= messages {
-            return Ok((first.unwrap_or(Progress { after, events }), after));
+            return Ok((first.unwrap_or(EventsAfter { after, events }), after));
         }
         if after > DRAIN_TIMEOUT {
             return Err(

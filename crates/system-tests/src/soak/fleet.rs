@@ -20,7 +20,7 @@ use local_stack::services;
 use local_stack::terminal::Terminal;
 
 use super::NAME;
-use super::plan::{Ending, Fault, Injection, Part};
+use super::plan::{Fault, Injection, Part, TransactionEnd};
 use super::recovery::{FaultId, SharedClock};
 use super::transactions::Transactions;
 use crate::cli::SoakArgs;
@@ -284,7 +284,7 @@ impl Fleet {
             Fault::Transaction(ending, open) => self.transactions.begin(id, ending, open),
         }
         let what = match fault {
-            Fault::Transaction(Ending::Committed | Ending::Aborted, _) => return Ok(()),
+            Fault::Transaction(TransactionEnd::Committed | TransactionEnd::Aborted, _) => return Ok(()),
             Fault::Kill(part) if !part.is_server() => return Ok(()),
             Fault::Pause(_, length) | Fault::Outage(length) => format!(" for {:.0} s", length.as_secs_f64()),
             _ => String::new(),

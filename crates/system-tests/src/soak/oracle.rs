@@ -17,7 +17,7 @@ use scylla::statement::Statement;
 use scylla::value::CqlTimestamp;
 
 use super::{MAX_EXAMPLES, NAME};
-use crate::kafka::Reader;
+use crate::kafka::TopicReader;
 
 /// Time limit for reading the few progress rows from Cassandra.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -44,7 +44,7 @@ struct Log {
 
 /// A row of `partition_progress`.
 #[derive(Clone, Copy, Debug, Default)]
-struct Progress {
+struct ProgressRow {
     next_offset: i64,
     events: i64,
     duplicates: i64,
@@ -110,7 +110,7 @@ impl Comparison {
         });
     }
 
-    fn totals(&mut self, partition: i32, log: &Log, progress: Progress) {
+    fn totals(&mut self, partition: i32, log: &Log, progress: ProgressRow) {
         let events = log.first.len() as i64;
         let copies = log.records - log.undecodable - events;
         self.events += events as u64;
@@ -143,7 +143,7 @@ impl Comparison {
 /// The processor must have handled the whole log, and nothing may write during the comparison.
 pub(super) async fn compare(settings: &Settings, partitions: i32) -> Result<Comparison> {
     let definition = services::definition(settings)?;
-    let (session, reader) = (connect(settings).await?, Reader::new(settings, NAME)?);
+    let (session, reader) = (connect(settings).await?, TopicReader::new(settings, NAME)?);
     let progress = progress(&session).await?;
     let stored = stored_panes(&session, &definition).await?;
     let tables = cassandra_partitions(&session, &definition.stream.name).await?;
@@ -193,7 +193,7 @@ pub(super) async fn next_offsets(session: &Session, partitions: i32) -> Result<V
 pub(super) async fn end_offsets(settings: &Settings, partitions: i32, timeout: Duration) -> Result<Vec<i64>> {
     let settings = settings.clone();
     blocking(move || {
-        let reader = Reader::new(&settings, NAME)?;
+        let reader = TopicReader::new(&settings, NAME)?;
         (0..partitions).map(|partition| reader.end(partition, timeout)).collect()
     })
     .await
@@ -201,7 +201,7 @@ pub(super) async fn end_offsets(settings: &Settings, partitions: i32, timeout: D
 
 /// Returns the number of partitions of the events topic.
 pub(super) async fn partitions(settings: &Settings) -> Result<i32> {
-    let reader = Reader::new(settings, NAME)?;
+    let reader = TopicReader::new(settings, NAME)?;
     blocking(move || reader.partitions()).await
 }
 
@@ -209,7 +209,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::Refused(error.to_string()))?
 }
 
-fn read(reader: &Reader, partition: i32) -> Result<Log> {
+fn read(reader: &TopicReader, partition: i32) -> Result<Log> {
     let mut log = Log::default();
     let end = reader.read(partition, |message| {
         log.records += 1;
@@ -247,7 +247,7 @@ fn panes(log: &Log, definition: &Definition) -> BTreeMap<PaneKey, i64> {
     counts.iter().flat_map(of).collect()
 }
 
-async fn progress(session: &Session) -> Result<HashMap<i32, Progress>> {
+async fn progress(session: &Session) -> Result<HashMap<i32, ProgressRow>> {
     let mut query = Statement::new(format!(
         "SELECT kafka_partition, next_offset, events, duplicates, dead_letters FROM {NAME}.partition_progress"
     ));
@@ -261,7 +261,7 @@ async fn progress(session: &Session) -> Result<HashMap<i32, Progress>> {
         let number = Option::unwrap_or_default;
         progress.insert(
             partition,
-            Progress {
+            ProgressRow {
                 next_offset,
                 events: number(events),
                 duplicates: number(duplicates),
@@ -349,10 +349,10 @@ mod tests {
             );
             assert_eq!((comparison.events, comparison.copies), (2, 1));
         };
-        let right = Progress { next_offset: 3, events: 2, duplicates: 1, dead_letters: 0 };
+        let right = ProgressRow { next_offset: 3, events: 2, duplicates: 1, dead_letters: 0 };
         check(right, 0, 0);
-        check(Progress { events: 3, duplicates: 0, ..right }, 1, 1);
-        check(Progress::default(), 6, 0);
+        check(ProgressRow { events: 3, duplicates: 0, ..right }, 1, 1);
+        check(ProgressRow::default(), 6, 0);
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl Part {
 
 /// How a transaction ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ending {
+pub(super) enum TransactionEnd {
     /// It is committed.
     Committed,
     /// It is aborted.
@@ -90,7 +90,7 @@ pub(super) enum Fault {
     /// SIGKILL of the source, which is restarted after this duration.
     Outage(Duration),
     /// A transaction that stays open for this duration.
-    Transaction(Ending, Duration),
+    Transaction(TransactionEnd, Duration),
 }
 
 impl Fault {
@@ -103,9 +103,9 @@ impl Fault {
             Self::Snapshot => "cassandra killed, snapshot taken".to_owned(),
             Self::Restore => "older cassandra snapshot restored".to_owned(),
             Self::Outage(_) => "source down".to_owned(),
-            Self::Transaction(Ending::Committed, _) => "transaction committed".to_owned(),
-            Self::Transaction(Ending::Aborted, _) => "transaction aborted".to_owned(),
-            Self::Transaction(Ending::Abandoned, _) => "transaction abandoned".to_owned(),
+            Self::Transaction(TransactionEnd::Committed, _) => "transaction committed".to_owned(),
+            Self::Transaction(TransactionEnd::Aborted, _) => "transaction aborted".to_owned(),
+            Self::Transaction(TransactionEnd::Abandoned, _) => "transaction abandoned".to_owned(),
         }
     }
 
@@ -253,9 +253,9 @@ impl Planner<'_> {
     fn transactions(&mut self) {
         for number in 0..self.length.as_secs() / SECONDS_PER_TRANSACTION {
             let ending = match number % 3 {
-                0 => Ending::Committed,
-                1 => Ending::Aborted,
-                _ => Ending::Abandoned,
+                0 => TransactionEnd::Committed,
+                1 => TransactionEnd::Aborted,
+                _ => TransactionEnd::Abandoned,
             };
             let open = SHORTEST_PAUSE.mul_f64(self.random.fraction());
             self.add(Fault::Transaction(ending, open), (0.0, 1.0));

@@ -7,11 +7,11 @@ use super::RECOVERED_TIMEOUT;
 use super::plan::{Fault, Injection};
 
 /// The remaining faults of a run.
-pub(super) struct Schedule {
+pub(super) struct FaultSchedule {
     injections: Vec<Injection>,
     /// Elapsed time of the run, without quiet periods.
     time: Duration,
-    /// When [`Schedule::due`] was last called.
+    /// When [`FaultSchedule::due`] was last called.
     last_poll: Option<Instant>,
     /// Start of the current quiet period, which lasts until the pipeline has recovered.
     quiet: Option<Instant>,
@@ -19,7 +19,7 @@ pub(super) struct Schedule {
     waited: bool,
 }
 
-impl Schedule {
+impl FaultSchedule {
     /// Creates a schedule from faults in the order of their times.
     pub(super) fn new(injections: Vec<Injection>) -> Self {
         Self { injections, time: Duration::ZERO, last_poll: None, quiet: None, waited: false }
@@ -70,18 +70,18 @@ mod tests {
 
     const KILL: Fault = Fault::Kill(Part::Load);
 
-    fn schedule(injections: &[(u64, bool)]) -> Schedule {
+    fn schedule(injections: &[(u64, bool)]) -> FaultSchedule {
         let injection = |(at, alone): &(u64, bool)| Injection {
             at: Duration::from_secs(*at),
             fault: KILL,
             alone: *alone,
         };
-        Schedule::new(injections.iter().map(injection).collect())
+        FaultSchedule::new(injections.iter().map(injection).collect())
     }
 
     /// Calls `due` once per second with the given values of `recovered`. Returns the seconds in which a fault is
     /// injected.
-    fn injected(mut schedule: Schedule, recovered: &[bool]) -> Vec<usize> {
+    fn injected(mut schedule: FaultSchedule, recovered: &[bool]) -> Vec<usize> {
         let start = Instant::now();
         let mut at = Vec::new();
         for (second, recovered) in recovered.iter().enumerate() {

@@ -8,9 +8,9 @@ use local_stack::terminal::Terminal;
 use tokio::task::JoinHandle;
 
 use super::NAME;
-use super::plan::Ending;
+use super::plan::TransactionEnd;
 use super::recovery::{FaultId, SharedClock};
-use crate::kafka::Reader;
+use crate::kafka::TopicReader;
 use crate::kafka::sender::{Events, Sender};
 
 /// Number of events per transaction.
@@ -42,7 +42,7 @@ impl Transactions {
     }
 
     /// Begins a transaction that stays open for the duration `open`.
-    pub(super) fn begin(&mut self, id: FaultId, ending: Ending, open: Duration) {
+    pub(super) fn begin(&mut self, id: FaultId, ending: TransactionEnd, open: Duration) {
         self.number += 1;
         let (settings, clock, number) = (self.settings.clone(), self.clock.clone(), self.number);
         self.running = Some(tokio::task::spawn_blocking(move || {
@@ -64,7 +64,7 @@ impl Transactions {
     }
 }
 
-fn transaction(settings: &Settings, number: u64, ending: Ending, open: Duration) -> Result<()> {
+fn transaction(settings: &Settings, number: u64, ending: TransactionEnd, open: Duration) -> Result<()> {
     let brokers = loopback(settings.ports.kafka);
     let value = sample_value(settings)?;
     let ids: Vec<String> = (0..EVENTS).map(|event| format!("transaction-{number}-{event}")).collect();
@@ -74,9 +74,9 @@ fn transaction(settings: &Settings, number: u64, ending: Ending, open: Duration)
     sender.send(None, Events { ids: &ids, time: &time, value: &value })?;
     std::thread::sleep(open);
     match ending {
-        Ending::Committed => sender.end(true),
-        Ending::Aborted => sender.end(false),
-        Ending::Abandoned => {
+        TransactionEnd::Committed => sender.end(true),
+        TransactionEnd::Aborted => sender.end(false),
+        TransactionEnd::Abandoned => {
             drop(sender);
             begin()?.end(false)
         }
@@ -85,5 +85,5 @@ fn transaction(settings: &Settings, number: u64, ending: Ending, open: Duration)
 
 /// Returns the value of an event of the load, so that it matches the stream definition.
 pub(super) fn sample_value(settings: &Settings) -> Result<Vec<u8>> {
-    Reader::new(settings, NAME)?.first_value(0)
+    TopicReader::new(settings, NAME)?.first_value(0)
 }

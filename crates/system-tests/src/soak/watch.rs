@@ -147,7 +147,7 @@ pub(super) struct Watch {
 }
 
 /// State of the reader task.
-struct Reader {
+struct TableReader {
     settings: Settings,
     session: Session,
     /// Name of the event table.
@@ -162,7 +162,7 @@ struct Reader {
 impl Watch {
     /// Starts the reader.
     pub(super) async fn start(settings: &Settings, epoch: Epoch) -> Result<Self> {
-        let mut reader = Reader {
+        let mut reader = TableReader {
             settings: settings.clone(),
             session: connect(settings).await?,
             table: local_stack::services::definition(settings)?.stream.name,
@@ -198,7 +198,7 @@ impl Watch {
     }
 }
 
-impl Reader {
+impl TableReader {
     /// Reads the page and the tables once. Counts all rows if a count is due or this is the last read.
     async fn read(&mut self, last: bool) {
         let epoch = self.epoch.load(Ordering::SeqCst);
@@ -235,14 +235,15 @@ impl Reader {
 }
 
 async fn read_tables(session: &Session, panes: &str) -> Result<Snapshot> {
-    type Progress = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
+    type ProgressColumns =
+        (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
     let mut found = Vec::new();
     let query = format!(
         "SELECT kafka_partition, next_offset, events, duplicates, late, dead_letters, seen_to \
          FROM {NAME}.partition_progress"
     );
     let pages = session.query_iter(query, ()).await.map_err(failed)?;
-    let mut rows = pages.rows_stream::<Progress>().map_err(failed)?;
+    let mut rows = pages.rows_stream::<ProgressColumns>().map_err(failed)?;
     while let Some((partition, next, events, copies, late, dead, seen_to)) =
         rows.try_next().await.map_err(failed)?
     {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::harness::{LONG_TIMEOUT, Pipeline, now_ms, text, wait_until};
 use crate::ingest::{RECORDS, rfc3339, short_intervals};
-use crate::oracle::{Progress, header};
+use crate::oracle::{TotalProgress, header};
 
 const HOUR_MS: i64 = 3_600_000;
 
@@ -20,7 +20,7 @@ impl Pipeline {
     }
 
     /// Fetches an interval, even if it was fetched before, and waits until the whole log is processed.
-    async fn fetch_and_process(&self, (from_ms, to_ms): (i64, i64)) -> Progress {
+    async fn fetch_and_process(&self, (from_ms, to_ms): (i64, i64)) -> TotalProgress {
         let (from, to) = (rfc3339(from_ms), rfc3339(to_ms));
         let arguments = ["backfill", "--from", &from, "--to", &to, "--reprocess", "completed"];
         let output = self.run("ingest-producer", &arguments, &[]).await;

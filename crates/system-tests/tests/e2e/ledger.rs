@@ -12,7 +12,7 @@ use crate::oracle::header;
 
 /// A row of `ingest_runs`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Run {
+pub struct RunRow {
     pub start_ms: i64,
     pub end_ms: i64,
     pub state: String,
@@ -45,7 +45,7 @@ impl Attempt {
 
 impl Pipeline {
     /// All runs by interval start in Unix milliseconds.
-    pub async fn runs(&self) -> BTreeMap<i64, Run> {
+    pub async fn runs(&self) -> BTreeMap<i64, RunRow> {
         let query = format!(
             "SELECT interval_start, interval_end, state, run_type, records, acked, error, started_at, finished_at \
              FROM {}.ingest_runs",
@@ -65,7 +65,7 @@ impl Pipeline {
         );
         let runs = rows.rows::<Row>().unwrap().map(|row| {
             let (start, end, state, run_type, records, acked, error, started, finished) = row.unwrap();
-            let run = Run {
+            let run = RunRow {
                 start_ms: start.0,
                 end_ms: end.0,
                 state,

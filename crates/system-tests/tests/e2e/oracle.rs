@@ -17,7 +17,7 @@ const KAFKA_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The columns of `partition_progress`, summed over all Kafka partitions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct TotalProgress {
     pub next_offsets: i64,
     pub events: i64,
     pub duplicates: i64,
@@ -70,13 +70,13 @@ impl Pipeline {
     }
 
     /// The summed progress of all Kafka partitions.
-    pub async fn progress(&self) -> Progress {
+    pub async fn progress(&self) -> TotalProgress {
         let query = format!(
             "SELECT next_offset, events, duplicates, dead_letters FROM {}.partition_progress",
             self.keyspace
         );
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
-        let mut sum = Progress::default();
+        let mut sum = TotalProgress::default();
         for row in rows.rows::<(i64, Option<i64>, Option<i64>, Option<i64>)>().unwrap() {
             let (next_offset, events, duplicates, dead_letters) = row.unwrap();
             sum.next_offsets += next_offset;

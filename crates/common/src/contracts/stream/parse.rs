@@ -4,8 +4,8 @@
 use super::duration::{format_ms, parse_duration};
 use super::{
     Auth, Column, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups, Limits,
-    MAX_GROUP_BY, MAX_GROUPS, Pagination, RetryPolicy, Schedule, Source, Store, StreamSettings, Windows,
-    rules,
+    MAX_GROUP_BY, MAX_GROUPS, Pagination, RetryPolicy, Schedule, SourceSettings, StoreSettings,
+    StreamSettings, Windows, rules,
 };
 use crate::contracts::event::{Bucket, DAY_MS};
 use std::collections::BTreeSet;
@@ -224,7 +224,7 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
     }
 }
 
-fn source(s: &mut Section<'_>) -> Source {
+fn source(s: &mut Section<'_>) -> SourceSettings {
     let method = s.text("method").unwrap_or_else(|| "GET".to_owned());
     if method != "GET" && method != "POST" {
         s.problem("method", format!("`{method}` is not supported; use GET or POST"));
@@ -239,7 +239,7 @@ fn source(s: &mut Section<'_>) -> Source {
     if requests_per_second.is_some_and(|r| !(r > 0.0 && r <= 1e6)) {
         s.problem("requests_per_second", "must be greater than 0 and at most 1000000");
     }
-    Source {
+    SourceSettings {
         url: s.required_text("url"),
         method,
         headers: headers.unwrap_or_default(),
@@ -359,7 +359,7 @@ fn column(s: &mut Section<'_>) -> Column {
     }
 }
 
-fn store(s: &mut Section<'_>) -> Store {
+fn store(s: &mut Section<'_>) -> StoreSettings {
     let name = s.text("bucket").unwrap_or_else(|| Bucket::Hour.name().to_owned());
     let bucket = Bucket::ALL.into_iter().find(|b| b.name() == name);
     if bucket.is_none() {
@@ -374,7 +374,7 @@ fn store(s: &mut Section<'_>) -> Store {
             0
         }),
     };
-    Store {
+    StoreSettings {
         bucket: bucket.unwrap_or(Bucket::Hour),
         shards: s.small("shards", 4, 1..=64),
         ttl_seconds: ttl_ms / SECOND,

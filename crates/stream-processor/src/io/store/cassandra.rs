@@ -6,12 +6,12 @@ use super::requests::{Requests, StoreContext, backoff};
 use super::rows::{EventRow, PaneRowValues};
 use super::statements::Statements;
 use super::{Assumed, BatchRecord, Store};
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::count::write_plan::{EventGroup, PaneGroup};
 use crate::error::ProcessorError;
-use crate::pipeline::start::Progress;
+use crate::pipeline::start::ProgressFacts;
 use crate::record::chunk::Chunk;
 use common::contracts::event::{Bucket, floor_to};
 use common::contracts::schema::{MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
@@ -216,7 +216,7 @@ impl CassandraStore {
         }
     }
 
-    async fn put_throughput(&self, partition: i32, position: &Position) -> Result<(), ProcessorError> {
+    async fn put_throughput(&self, partition: i32, position: &LogPosition) -> Result<(), ProcessorError> {
         let now = now_ms();
         let session = self.requests.session();
         let writes = THROUGHPUT_RESOLUTIONS.map(async |(seconds, slot_seconds, ttl)| {
@@ -236,7 +236,7 @@ impl CassandraStore {
     async fn put_batch(
         &self,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         batch: &BatchRecord,
     ) -> Result<(), ProcessorError> {
         if !self.recorded_at.is_due(partition) {
@@ -367,7 +367,7 @@ impl Store for CassandraStore {
         try_join_all(writes).await.map(drop)
     }
 
-    async fn progress(&self, partition: i32) -> Result<Option<Progress>, ProcessorError> {
+    async fn progress(&self, partition: i32) -> Result<Option<ProgressFacts>, ProcessorError> {
         let values = (&self.stream, partition);
         let session = self.requests.session();
         let result = self
@@ -425,7 +425,7 @@ impl Store for CassandraStore {
     async fn publish(
         &self,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {

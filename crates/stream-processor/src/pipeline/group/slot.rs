@@ -7,7 +7,7 @@ use crate::io::store::{DeadLetters, Store};
 use crate::metrics;
 use crate::pipeline::fetch::{self, AssignedPartition};
 use crate::pipeline::open::Opened;
-use crate::pipeline::worker::Worker;
+use crate::pipeline::worker::PartitionWorker;
 use crate::record::decode::Decoder;
 use common::runtime::presence::partition_dependency;
 use rdkafka::consumer::BaseConsumer;
@@ -186,7 +186,7 @@ impl Running {
         let started = (Instant::now(), opened.start.position.next_offset);
         let committed = Arc::new(AtomicI64::new(started.1));
         parts.holdings.runs(id, Arc::clone(&committed));
-        let worker = Worker {
+        let worker = PartitionWorker {
             id,
             bucket: opener.definition.store.bucket,
             state: opened.state,

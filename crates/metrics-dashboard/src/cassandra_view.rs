@@ -2,7 +2,7 @@
 //! read.
 
 use crate::error::Error;
-use crate::overview::{Progress, StoreFacts};
+use crate::overview::{ProgressRow, StoreFacts};
 use crate::rates::{History, Sample, WINDOW_SECONDS};
 use crate::services::{RefusalRow, ServiceRow};
 use common::contracts::event::{DAY_MS, floor_to};
@@ -37,7 +37,7 @@ const MINUTES: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[1];
 
 /// A row of `ingest_runs`; times in Unix milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Run {
+pub struct RunRow {
     /// First millisecond of the interval.
     pub interval_start: i64,
     /// First millisecond after it.
@@ -61,7 +61,7 @@ pub struct Run {
 }
 
 /// A session with its prepared statements, and the throughput of the last hour.
-pub struct Store {
+pub struct CassandraView {
     session: Arc<Session>,
     stream: String,
     statements: Statements,
@@ -100,14 +100,14 @@ fn not_prepared(error: PrepareError) -> Error {
     }
 }
 
-impl Store {
+impl CassandraView {
     /// Connects, prepares the statements and reads the throughput of the last hour. `now` is in Unix seconds.
     pub async fn open(
         settings: &CommonArgs,
         definition: &Definition,
         now: i64,
         shutdown: &Shutdown,
-    ) -> Result<Store, Error> {
+    ) -> Result<CassandraView, Error> {
         let stream = definition.stream.name.as_str();
         let session = common::runtime::cassandra::connect(settings, CONNECT_TIMEOUT, shutdown).await?;
         check_tables(&session, &settings.keyspace, stream).await?;
@@ -121,9 +121,10 @@ impl Store {
             history: History::new(i64::from(SECONDS.0), zero_at_start),
             read_until: 0,
         });
-        let store = Store { session, stream: stream.to_owned(), statements, panes, zero_at_start, seconds };
-        store.load_history(now).await?;
-        Ok(store)
+        let view =
+            CassandraView { session, stream: stream.to_owned(), statements, panes, zero_at_start, seconds };
+        view.load_history(now).await?;
+        Ok(view)
     }
 
     /// Reads progress and rates as of `now`, in Unix seconds.
@@ -155,7 +156,7 @@ impl Store {
     }
 
     /// Reads the latest runs of today and yesterday, newest first. `now_ms` is in Unix milliseconds.
-    pub async fn runs(&self, now_ms: i64) -> Result<Vec<Run>, Error> {
+    pub async fn runs(&self, now_ms: i64) -> Result<Vec<RunRow>, Error> {
         let today = floor_to(now_ms, DAY_MS);
         let (mut runs, yesterday) =
             futures::try_join!(self.runs_of_day(today), self.runs_of_day(today - DAY_MS))?;
@@ -224,7 +225,7 @@ impl Store {
         Ok(())
     }
 
-    async fn progress(&self) -> Result<BTreeMap<i32, Progress>, Error> {
+    async fn progress(&self) -> Result<BTreeMap<i32, ProgressRow>, Error> {
         let found =
             self.session.execute_unpaged(&self.statements.progress, (&self.stream,)).await.map_err(failed)?;
         let found = found.into_rows_result().map_err(failed)?;
@@ -232,7 +233,7 @@ impl Store {
         let mut progress = BTreeMap::new();
         for row in found.rows::<Row>().map_err(failed)? {
             let (partition, next_offset, events, duplicates, late, dead_letters) = row.map_err(failed)?;
-            let row = Progress {
+            let row = ProgressRow {
                 next_offset: next_offset.unwrap_or(0),
                 events: events.unwrap_or(0),
                 duplicates: duplicates.unwrap_or(0),
@@ -263,7 +264,7 @@ impl Store {
         Ok(samples)
     }
 
-    async fn runs_of_day(&self, day_ms: i64) -> Result<Vec<Run>, Error> {
+    async fn runs_of_day(&self, day_ms: i64) -> Result<Vec<RunRow>, Error> {
         let key = (&self.stream, CqlTimestamp(day_ms), MAX_RUNS);
         let found = self.session.execute_unpaged(&self.statements.runs, key).await.map_err(failed)?;
         let found = found.into_rows_result().map_err(failed)?;
@@ -274,7 +275,7 @@ impl Store {
         for row in found.rows::<Row>().map_err(failed)? {
             let (start, end, state, run_type, attempt, records, acked, started, finished, error) =
                 row.map_err(failed)?;
-            runs.push(Run {
+            runs.push(RunRow {
                 interval_start: start.0,
                 interval_end: end.map(|t| t.0),
                 state,
