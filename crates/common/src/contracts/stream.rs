@@ -8,7 +8,6 @@ mod parse;
 mod rules;
 mod secrets;
 
-pub use self::SourceSettings as Source;
 use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use secrets::redacted;

@@ -9,8 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-pub use self::MetricFactory as Maker;
-
 /// Creates metrics and registers them in its registry.
 #[derive(Debug, Default)]
 pub struct MetricFactory {

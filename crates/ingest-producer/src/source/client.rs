@@ -4,7 +4,7 @@
 use super::scan;
 use crate::error::AttemptError;
 use async_trait::async_trait;
-use common::contracts::stream::{Auth, Source, redacted};
+use common::contracts::stream::{Auth, SourceSettings, redacted};
 use common::runtime::config::read_secret;
 use flate2::read::MultiGzDecoder;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
@@ -72,7 +72,7 @@ pub enum ClientError {
 
 impl SourceClient {
     /// Creates the client from `[source]` of a definition and reads its secret file.
-    pub fn new(source: &Source) -> Result<SourceClient, ClientError> {
+    pub fn new(source: &SourceSettings) -> Result<SourceClient, ClientError> {
         // Fails if another part of the process has installed a provider, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let milliseconds = |ms: i64| Duration::from_millis(ms.unsigned_abs());
@@ -278,7 +278,7 @@ fn retry_after_ms(text: &str, now_ms: i64) -> Option<i64> {
     Some(ms.clamp(0, MAX_RETRY_AFTER_MS))
 }
 
-fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
+fn headers(source: &SourceSettings) -> Result<HeaderMap, ClientError> {
     let mut headers = HeaderMap::new();
     headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));

@@ -9,7 +9,7 @@ use std::io::Write;
 use wiremock::matchers::{header as has_header, method, query_param};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
-fn source(change: impl FnOnce(&mut Source)) -> Source {
+fn source(change: impl FnOnce(&mut SourceSettings)) -> SourceSettings {
     let text = include_str!("../../../../streams/user_created.toml");
     let mut source = Definition::parse("test", text).unwrap().source;
     source.limits.page_bytes = 10_000;
