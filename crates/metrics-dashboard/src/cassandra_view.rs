@@ -6,7 +6,7 @@ use crate::overview::{ProgressRow, StoreFacts};
 use crate::rates::{History, Sample, WINDOW_SECONDS};
 use crate::services::{RefusalRow, ServiceRow};
 use common::contracts::event::{DAY_MS, floor_to};
-use common::contracts::schema::THROUGHPUT_RESOLUTIONS;
+use common::contracts::schema::Resolution;
 use common::contracts::stream::Definition;
 use common::readers::pane_reader::PaneReader;
 use common::readers::registry::{check_layout, check_tables};
@@ -32,8 +32,6 @@ const MAX_RUNS: i32 = 25;
 const BASELINE_SECONDS: i64 = 2 * 86_400;
 /// The services whose instances are listed.
 const SERVICES: [&str; 3] = ["ingest-producer", "stream-processor", "metrics-dashboard"];
-const SECONDS: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[0];
-const MINUTES: (i32, i64, i64) = THROUGHPUT_RESOLUTIONS[1];
 
 /// A row of `ingest_runs`; times in Unix milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -118,7 +116,7 @@ impl CassandraView {
         let baseline_from = now - WINDOW_SECONDS - BASELINE_SECONDS;
         let zero_at_start = created_at.is_some_and(|at| at / 1000 > baseline_from);
         let seconds = RwLock::new(Seconds {
-            history: History::new(i64::from(SECONDS.0), zero_at_start),
+            history: History::new(i64::from(Resolution::SECONDS.step), zero_at_start),
             read_until: 0,
         });
         let view =
@@ -130,7 +128,8 @@ impl CassandraView {
     /// Reads progress and rates as of `now`, in Unix seconds.
     pub async fn read(&self, now: i64) -> Result<StoreFacts, Error> {
         let since = self.with_seconds(|s| s.read_until) - OVERLAP_SECONDS;
-        let (progress, samples) = futures::try_join!(self.progress(), self.samples(SECONDS, since, now + 1))?;
+        let (progress, samples) =
+            futures::try_join!(self.progress(), self.samples(Resolution::SECONDS, since, now + 1))?;
         let rates = self.with_seconds(|s| {
             samples.into_iter().for_each(|sample| s.history.observe(sample));
             s.history.forget_before(now - WINDOW_SECONDS);
@@ -147,8 +146,8 @@ impl CassandraView {
 
     /// Reads the throughput in `[from, to)`, in Unix seconds, in steps of one minute.
     pub async fn minutes(&self, from: i64, to: i64) -> Result<History, Error> {
-        let mut history = History::new(i64::from(MINUTES.0), self.zero_at_start);
-        for sample in self.samples(MINUTES, from - DAY_MS / 1000, to).await? {
+        let mut history = History::new(i64::from(Resolution::MINUTES.step), self.zero_at_start);
+        for sample in self.samples(Resolution::MINUTES, from - DAY_MS / 1000, to).await? {
             history.observe(sample);
         }
         history.forget_before(from);
@@ -212,10 +211,10 @@ impl CassandraView {
 
     /// Reads the last hour in steps of one second, and the minutes before it to find the totals at its start.
     async fn load_history(&self, now: i64) -> Result<(), Error> {
-        let hour = floor_to(now - WINDOW_SECONDS, i64::from(MINUTES.0));
+        let hour = floor_to(now - WINDOW_SECONDS, i64::from(Resolution::MINUTES.step));
         let (before, within) = futures::try_join!(
-            self.samples(MINUTES, hour - BASELINE_SECONDS, hour),
-            self.samples(SECONDS, hour, now + 1)
+            self.samples(Resolution::MINUTES, hour - BASELINE_SECONDS, hour),
+            self.samples(Resolution::SECONDS, hour, now + 1)
         )?;
         self.with_seconds(|s| {
             before.into_iter().chain(within).for_each(|sample| s.history.observe(sample));
@@ -246,20 +245,20 @@ impl CassandraView {
     }
 
     /// Reads the rows of `throughput` with `from <= at < to`, in Unix seconds, slot by slot.
-    async fn samples(&self, resolution: (i32, i64, i64), from: i64, to: i64) -> Result<Vec<Sample>, Error> {
-        let (step, slot_seconds, _) = resolution;
+    async fn samples(&self, resolution: Resolution, from: i64, to: i64) -> Result<Vec<Sample>, Error> {
         let mut samples = Vec::new();
-        let mut slot = floor_to(from, slot_seconds);
+        let mut slot = floor_to(from, resolution.slot);
         while slot < to {
-            let (slot_at, from_at, to_at) = (ms(slot), ms(from.max(slot)), ms(to.min(slot + slot_seconds)));
-            let key = (&self.stream, step, slot_at, from_at, to_at);
+            let (slot_at, from_at, to_at) =
+                (ms(slot), ms(from.max(slot)), ms(to.min(slot + resolution.slot)));
+            let key = (&self.stream, resolution.step, slot_at, from_at, to_at);
             let rows =
                 self.session.execute_iter(self.statements.throughput.clone(), key).await.map_err(failed)?;
             let mut rows = rows.rows_stream::<(CqlTimestamp, i32, Option<i64>)>().map_err(failed)?;
             while let Some((at, partition, total)) = rows.try_next().await.map_err(failed)? {
                 samples.extend(total.map(|total| Sample { partition, at: at.0.div_euclid(1000), total }));
             }
-            slot += slot_seconds;
+            slot += resolution.slot;
         }
         Ok(samples)
     }

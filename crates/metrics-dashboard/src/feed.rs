@@ -12,7 +12,7 @@ use crate::metrics::Metrics;
 use crate::overview::{Figure, KafkaFacts, Known, Overview, StoreFacts, assemble};
 use crate::reason::{Origin, Reason};
 use crate::services::{InstanceStatus, LivenessTracker, holders};
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::Utc;
 use common::contracts::stream::Definition;
 use common::runtime::admin::Health;
 use common::runtime::config::CommonArgs;
@@ -72,7 +72,7 @@ impl Board {
     pub fn new(stream: &str) -> Arc<Board> {
         let overview = assemble(
             stream,
-            now(),
+            now_ms(),
             &Known { store: Err(not_read_yet()), kafka: Err(not_read_yet()), holders: Err(not_read_yet()) },
         );
         Arc::new(Board {
@@ -159,7 +159,8 @@ pub async fn run(
     stream: &Stream,
     board: &Arc<Board>,
     metrics: &Metrics,
-    (health, shutdown): (&Arc<Health>, &Shutdown),
+    health: &Arc<Health>,
+    shutdown: &Shutdown,
 ) {
     let (store_readings, store_facts) = watch::channel(Reading::none());
     let (kafka_readings, kafka_facts) = watch::channel(Reading::none());
@@ -174,7 +175,8 @@ pub async fn run(
     tokio::spawn(cassandra.run(store_readings, shutdown.clone()));
     tokio::spawn(read_kafka(
         stream.clone(),
-        (store_facts.clone(), kafka_readings),
+        store_facts.clone(),
+        kafka_readings,
         metrics.clone(),
         shutdown.clone(),
     ));
@@ -189,7 +191,7 @@ pub async fn run(
         let kafka = kafka_facts.borrow().fresh(Origin::Kafka);
         let holders = board.services().map(|instances| holders(&instances));
         let known = Known { store, kafka, holders };
-        let overview = assemble(&stream.definition.stream.name, now(), &known);
+        let overview = assemble(&stream.definition.stream.name, now_ms(), &known);
         let states = [(Origin::Cassandra, known.store.map(drop)), (Origin::Kafka, known.kafka.map(drop))];
         for (source, state) in states {
             metrics.source(source, state.is_ok());
@@ -286,7 +288,7 @@ impl CassandraReader {
         let services = services.map(|(alive, refused)| {
             let since_last = self.services_read_at.map_or(Duration::ZERO, |at| at.elapsed());
             self.services_read_at = Some(Instant::now());
-            self.liveness.update(alive, refused, (now_ms(), since_last))
+            self.liveness.update(alive, refused, now_ms(), since_last)
         });
         self.board.with_activity(|activity| {
             activity.services = Reading::now(services.map_err(|e| e.reason()));
@@ -298,7 +300,8 @@ impl CassandraReader {
 
 async fn read_kafka(
     stream: Stream,
-    (progress, readings): (watch::Receiver<Reading<StoreFacts>>, watch::Sender<Reading<KafkaFacts>>),
+    progress: watch::Receiver<Reading<StoreFacts>>,
+    readings: watch::Sender<Reading<KafkaFacts>>,
     metrics: Metrics,
     shutdown: Shutdown,
 ) {
@@ -359,11 +362,6 @@ fn snapshot(overview: Overview) -> Snapshot {
 
 fn now_ms() -> i64 {
     Utc::now().timestamp_millis()
-}
-
-fn now() -> (i64, String) {
-    let now: DateTime<Utc> = Utc::now();
-    (now.timestamp_millis(), now.to_rfc3339_opts(SecondsFormat::Millis, true))
 }
 
 #[cfg(test)]

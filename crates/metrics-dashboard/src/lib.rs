@@ -56,7 +56,7 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
         definition: Arc::new(definition),
     };
     let _feeding = shutdown.running("feed");
-    feed::run(&stream, &board, &metrics, (&health, &shutdown)).await;
+    feed::run(&stream, &board, &metrics, &health, &shutdown).await;
     health.stopping();
     tracing::info!("stopped");
     Ok(shutdown.exit_code())

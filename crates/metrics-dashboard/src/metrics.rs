@@ -35,14 +35,19 @@ impl Metrics {
         let most = make.gauge("dashboard_stream_watchers_limit", "Most open event streams.")?;
         most.set(max_watchers as i64);
         let reads = "Reads from a server, by outcome.";
-        let read_seconds = ("dashboard_read_seconds", "Time of one read from a server.");
+        let read_seconds = "Time of one read from a server.";
         let records = "Records processed according to Cassandra, by outcome.";
         let rate = "Events per second over 10 s (now), the last hour (average), and its best second (peak).";
         let (of_stream, of_partition) = (["stream"], ["stream", "partition"]);
         Ok(Metrics {
             up: gauges("dashboard_source_up", "1 if the server responds, else 0.", &["source"])?,
             reads: make.counters("dashboard_reads_total", reads, &["source", "outcome"])?,
-            read_seconds: make.histograms(read_seconds, &["source"], &READ_SECONDS)?,
+            read_seconds: make.histograms(
+                "dashboard_read_seconds",
+                read_seconds,
+                &["source"],
+                &READ_SECONDS,
+            )?,
             watchers: make.gauge("dashboard_stream_watchers", "Open event streams.")?,
             produced: gauges("dashboard_kafka_records", "Records ever written to the topic.", &of_stream)?,
             records: gauges("dashboard_cassandra_records", records, &["stream", "outcome"])?,
@@ -157,7 +162,7 @@ mod tests {
         let reason = || Reason::new(Origin::Kafka, "down");
         let show = |store| {
             let known = Known { store, kafka: Err(reason()), holders: Err(reason()) };
-            metrics.overview(&assemble("s", (0, String::new()), &known));
+            metrics.overview(&assemble("s", 0, &known));
         };
         show(Ok(store));
         assert!(text().contains("dashboard_cassandra_rows{stream=\"s\"} 7"), "{}", text());

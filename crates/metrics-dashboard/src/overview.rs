@@ -5,6 +5,7 @@ use crate::lag::{self, Standing, Watermarks};
 use crate::rates::Rates;
 use crate::reason::{Origin, Reason};
 use crate::services::Holder;
+use chrono::{DateTime, SecondsFormat};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -168,8 +169,8 @@ pub struct Known {
     pub holders: Figure<BTreeMap<i32, Holder>>,
 }
 
-/// Computes the overview of `stream`. `as_of` is the text form of `now_ms`.
-pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> Overview {
+/// Computes the overview of `stream`.
+pub fn assemble(stream: &str, now_ms: i64, known: &Known) -> Overview {
     let Known { store, kafka, .. } = known;
     let mut reasons = BTreeMap::new();
     let partitions = partitions(now_ms, known);
@@ -178,7 +179,9 @@ pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> 
     let mut note = Notes(&mut reasons);
     Overview {
         stream: stream.to_owned(),
-        as_of,
+        as_of: DateTime::from_timestamp_millis(now_ms)
+            .unwrap_or_default()
+            .to_rfc3339_opts(SecondsFormat::Millis, true),
         events_produced: note.take("events_produced", produced(kafka)),
         events_processed: note.take("events_processed", sum(ProgressRow::processed)),
         rows_written: note.take("rows_written", sum(|p| p.events)),
@@ -358,18 +361,18 @@ mod tests {
         let holder = |does: &str| Holder { instance: "one".into(), does: does.into() };
         let holders = Ok([(0, holder("running")), (1, holder("halted: damaged"))].into());
         let known = Known { store, kafka, holders };
-        assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &known)
+        assemble("user_created", 10_000, &known)
     }
 
     #[test]
     fn a_partition_without_a_processor_has_a_reason() {
         let known = Known { store: Ok(store()), kafka: Ok(kafka()), holders: Ok(BTreeMap::new()) };
-        let o = assemble("user_created", (10_000, String::new()), &known);
+        let o = assemble("user_created", 10_000, &known);
         let partitions = o.partitions.unwrap();
         assert_eq!(partitions[1].holder, None);
         assert_eq!(partitions[1].reasons["holder"].message, "no processor holds partition 1");
         let known = Known { holders: Err(down(Origin::Cassandra)), ..known };
-        let o = assemble("user_created", (10_000, String::new()), &known);
+        let o = assemble("user_created", 10_000, &known);
         assert_eq!(o.partitions.unwrap()[1].reasons["holder"], down(Origin::Cassandra));
     }
 

@@ -128,7 +128,8 @@ impl LivenessTracker {
         &mut self,
         rows: Vec<ServiceRow>,
         refusals: Vec<RefusalRow>,
-        (now_ms, since_last): (i64, Duration),
+        now_ms: i64,
+        since_last: Duration,
     ) -> Vec<InstanceStatus> {
         let mut last_rows = BTreeMap::new();
         let mut instances = BTreeMap::new();
@@ -203,7 +204,7 @@ mod tests {
     #[test]
     fn an_instance_is_silent_three_seconds_after_its_last_heartbeat_and_ready_again_at_the_next() {
         let mut tracker = LivenessTracker::default();
-        let mut update = |seen_at| states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, SECOND)));
+        let mut update = |seen_at| states(&tracker.update(vec![row("a", seen_at)], vec![], NOW, SECOND));
         assert_eq!(update(NOW), [State::Ready]);
         assert_eq!(update(NOW + 1_000), [State::Ready]);
         for expected in [State::Ready, State::Ready, State::Silent, State::Silent] {
@@ -217,7 +218,7 @@ mod tests {
         let mut tracker = LivenessTracker::default();
         let skewed = NOW - 100_000;
         let mut update = |seen_at, since| {
-            states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, Duration::from_secs(since))))
+            states(&tracker.update(vec![row("a", seen_at)], vec![], NOW, Duration::from_secs(since)))
         };
         assert_eq!(update(skewed, 0), [State::Silent], "only the age of the first row is known");
         assert_eq!(update(skewed + 1_000, 1), [State::Ready]);
@@ -236,7 +237,7 @@ mod tests {
             holding("b", 0, &[(1, "running"), (2, "halted: damaged")]),
             holding("c", 9_000, &[(2, "running"), (3, "running")]),
         ];
-        let found = holders(&LivenessTracker::default().update(rows, vec![], (NOW, SECOND)));
+        let found = holders(&LivenessTracker::default().update(rows, vec![], NOW, SECOND));
         let found: Vec<(i32, &str, &str)> =
             found.iter().map(|(p, holder)| (*p, holder.instance.as_str(), holder.does.as_str())).collect();
         assert_eq!(found, [(0, "a", "running"), (1, "b", "running"), (2, "b", "halted: damaged")]);
@@ -245,7 +246,7 @@ mod tests {
     #[test]
     fn a_refusal_is_shown_until_the_instance_starts_again() {
         let states = |rows, refusals| {
-            let instances = LivenessTracker::default().update(rows, refusals, (NOW, SECOND));
+            let instances = LivenessTracker::default().update(rows, refusals, NOW, SECOND);
             instances.into_iter().map(|i| (i.instance, i.state, i.reason)).collect::<Vec<_>>()
         };
         let refused = |name: &str| (name.to_owned(), State::Refused, Some("lost history".to_owned()));

@@ -86,9 +86,8 @@ impl Metrics {
             Opts::new("processor_stage_seconds_total", "Seconds idle, busy or backpressured per stage");
         let stages = Stages::new(CounterVec::new(stages, &["partition", "stage", "state"])?);
         make.registry.register(Box::new(stages.clone()))?;
-        let steps = ("processor_step_duration_seconds", "Seconds per batch and step");
-        let latency =
-            ("processor_produce_to_commit_seconds", "Produce-to-commit time of a batch's oldest event");
+        let steps = "Seconds per batch and step";
+        let latency = "Produce-to-commit time of a batch's oldest event";
         let metrics = Metrics {
             committed: [
                 total("processor_committed_events_total", "First copies of events")?,
@@ -108,8 +107,13 @@ impl Metrics {
             stages,
             batch_rows: make.histogram("processor_batch_rows", "Rows written per batch", &ROW_BUCKETS)?,
             seconds: make.amounts("processor_step_seconds_total", "Seconds spent per step", &["step"])?,
-            steps: make.histograms(steps, &["step"], &STEP_BUCKETS)?,
-            latency: make.histograms(latency, &[], &LATENCY_BUCKETS)?,
+            steps: make.histograms("processor_step_duration_seconds", steps, &["step"], &STEP_BUCKETS)?,
+            latency: make.histograms(
+                "processor_produce_to_commit_seconds",
+                latency,
+                &[],
+                &LATENCY_BUCKETS,
+            )?,
             looked_up: make.counter("processor_looked_up_events_total", "Events whose key was looked up")?,
             cold_events: make.counter("processor_cold_events_total", "First copies counted in cold panes")?,
             store_requests: make.counter("processor_store_requests_total", "Acknowledged requests")?,

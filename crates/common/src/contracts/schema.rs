@@ -16,8 +16,23 @@ pub const SERVICE_TTL_SECONDS: i64 = 60;
 pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
 /// TTL of a row of `batches`: 1 day.
 const BATCHES_TTL_SECONDS: i64 = 86_400;
-/// Resolutions of table `throughput`: step, length of a slot (one Cassandra partition), and TTL, each in seconds.
-pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
+/// A resolution of table `throughput`, in seconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Resolution {
+    /// Step between two rows of a partition.
+    pub step: i32,
+    /// Length of a slot, which is one Cassandra partition.
+    pub slot: i64,
+    /// TTL of a row.
+    pub ttl: i32,
+}
+
+impl Resolution {
+    /// The resolution for the last hours.
+    pub const SECONDS: Resolution = Resolution { step: 1, slot: 3600, ttl: 2 * 86_400 };
+    /// The resolution for the last weeks.
+    pub const MINUTES: Resolution = Resolution { step: 60, slot: 86_400, ttl: 30 * 86_400 };
+}
 
 /// Version of the tables that this program needs. Every change of the tables increments it. `tests/golden` contains the
 /// tables of each earlier version, and `init` must be able to migrate all of them.
@@ -171,7 +186,6 @@ fn stream_records() -> Vec<Table> {
 
 /// Tables that the processor writes.
 fn processing_tables() -> Vec<Table> {
-    let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
     vec![
         Table::new(
             "partition_progress",
@@ -196,7 +210,7 @@ fn processing_tables() -> Vec<Table> {
             "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint",
             "(stream, resolution, slot), at, kafka_partition",
         )
-        .expiring(longest_throughput),
+        .expiring(Resolution::MINUTES.ttl.into()),
         Table::new(
             "batches",
             "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \

@@ -56,6 +56,13 @@ pub struct PaneReader {
     partitions: i32,
 }
 
+/// Panes of one Kafka partition in one Cassandra partition.
+struct Request<'a> {
+    bucket: i64,
+    partition: i32,
+    starts: &'a [CqlTimestamp],
+}
+
 impl PaneReader {
     /// Prepares the statements. Fails if `init` has not run for the stream.
     pub async fn new(
@@ -118,10 +125,15 @@ impl PaneReader {
         let mut requests = Vec::new();
         for (bucket, starts) in &starts {
             for starts in starts.chunks(PANES_PER_REQUEST) {
-                requests.extend((0..self.partitions).map(|partition| (*bucket, partition, starts)));
+                requests.extend((0..self.partitions).map(|partition| Request {
+                    bucket: *bucket,
+                    partition,
+                    starts,
+                }));
             }
         }
-        let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &query.dimension)).collect();
+        let reads: Vec<_> =
+            requests.into_iter().map(|request| self.read(request, &query.dimension)).collect();
         // The order of the requests is fixed, so sums of floats are reproducible.
         let read = futures::stream::iter(reads).buffered(IN_FLIGHT);
         read.try_fold(PaneSums::new(), async |mut panes, rows| {
@@ -135,11 +147,11 @@ impl PaneReader {
 
     async fn read(
         &self,
-        (bucket, partition, starts): (i64, i32, &[CqlTimestamp]),
+        request: Request<'_>,
         dimension: &str,
     ) -> Result<Vec<(i64, String, Sum)>, PaneReadError> {
         let failed = |cause: &dyn std::fmt::Display| PaneReadError::Failed(cause.to_string());
-        let key = (CqlTimestamp(bucket), partition, starts, dimension);
+        let key = (CqlTimestamp(request.bucket), request.partition, request.starts, dimension);
         let pages = self.session.execute_iter(self.panes.clone(), key).await.map_err(|e| failed(&e))?;
         let mut rows = pages.rows_stream::<Row>().map_err(|e| failed(&e))?;
         let mut read = Vec::new();

@@ -79,7 +79,8 @@ impl MetricFactory {
     /// Histograms with labels and these upper bounds.
     pub fn histograms(
         &self,
-        (name, help): (&str, &str),
+        name: &str,
+        help: &str,
         labels: &[&str],
         bounds: &[f64],
     ) -> Result<HistogramVec, Error> {
@@ -129,11 +130,16 @@ impl HttpMetrics {
     /// Registers the metrics. Fails if `registry` already contains them.
     pub fn new(registry: &Registry) -> Result<HttpMetrics, Error> {
         let make = MetricFactory { registry: registry.clone() };
-        let seconds = ("pipeline_http_request_seconds", "Time from a request to the start of its response");
+        let seconds = "Time from a request to the start of its response";
         let requests = "HTTP requests by route and status class";
         let metrics = HttpMetrics {
             requests: make.counters("pipeline_http_requests_total", requests, &["route", "status"])?,
-            seconds: make.histograms(seconds, &["route"], &RESPONSE_SECONDS)?,
+            seconds: make.histograms(
+                "pipeline_http_request_seconds",
+                seconds,
+                &["route"],
+                &RESPONSE_SECONDS,
+            )?,
             active: make.gauge("pipeline_http_requests_active", "HTTP requests in progress")?,
         };
         for status in ["2xx", "5xx"] {

@@ -83,7 +83,8 @@ mod tests {
     /// Serves `/slow`, which sets `started` and responds when `open` becomes true.
     async fn serve(
         bounds: Bounds,
-        (started, open): (watch::Sender<bool>, watch::Receiver<bool>),
+        started: watch::Sender<bool>,
+        open: watch::Receiver<bool>,
         shutdown: &Shutdown,
     ) -> SocketAddr {
         let slow = async move || {
@@ -108,7 +109,7 @@ mod tests {
         let ((gate, open), (start, mut started)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { permits: Arc::new(Semaphore::new(1)), timeout: Duration::from_secs(600) };
         let (permits, shutdown) = (bounds.permits.clone(), Shutdown::default());
-        let address = serve(bounds, (start, open), &shutdown).await;
+        let address = serve(bounds, start, open, &shutdown).await;
         let first = tokio::spawn(fetch(address));
         started.wait_for(|started| *started).await.unwrap();
         assert_eq!(permits.available_permits(), 0);
@@ -126,7 +127,7 @@ mod tests {
         let ((gate, open), (start, mut started)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { permits: Arc::new(Semaphore::new(1)), timeout: Duration::from_millis(10) };
         let (permits, shutdown) = (bounds.permits.clone(), Shutdown::default());
-        let address = serve(bounds, (start, open), &shutdown).await;
+        let address = serve(bounds, start, open, &shutdown).await;
         let late = fetch(address).await;
         assert!(late.starts_with("HTTP/1.0 504") && late.contains("no response within 0.01 s"), "{late}");
         started.wait_for(|started| *started).await.unwrap();

@@ -69,7 +69,7 @@ pub async fn init(
     admin.create_topics(&contracts, replicas.factor).await?;
     let (partitions, _) = admin.partitions(&topic).await?;
     let found = Topic { cluster_id: cluster_id.clone(), partitions };
-    check_topic((stream, &topic), &found, args.partitions, known.as_ref())?;
+    check_topic(stream, &topic, &found, args.partitions, known.as_ref())?;
     for contract in &contracts {
         if let Some(found) = admin.settings(&contract.name).await? {
             differences.extend(contract.differences(&found, Some(replicas.factor), &common.kafka_brokers));
@@ -177,7 +177,8 @@ pub async fn check_servers(
 /// Checks an events topic that may have existed before: its cluster and number of partitions must be those of the
 /// stream.
 fn check_topic(
-    (stream, topic): (&str, &str),
+    stream: &str,
+    topic: &str,
     found: &Topic,
     expected: i32,
     registered: Option<&Registered>,

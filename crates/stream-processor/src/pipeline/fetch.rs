@@ -67,22 +67,24 @@ pub struct AssignedPartition {
     pub topic: String,
     /// Kafka partition.
     pub id: i32,
+    /// Decodes its records.
+    pub decoder: Decoder,
 }
 
 /// Starts a fetch thread at `start`. The thread ends after an error, when `stop` is cancelled, or when the worker drops
 /// the receiver.
 pub fn spawn(
     source: AssignedPartition,
-    decoder: Decoder,
     start: &Start,
     limits: ChunkLimits,
-    (stop, clock): (CancellationToken, Arc<StageClock>),
+    stop: CancellationToken,
+    clock: Arc<StageClock>,
 ) -> std::io::Result<(Chunks, JoinHandle<()>)> {
     let (sender, chunks) = mpsc::channel(1);
     let next_offset = start.skip.as_ref().map_or(start.position.next_offset, |skip| skip.end);
     let first = FirstRecord::new(start);
     let quiet_since = Instant::now();
-    let fetcher = Fetcher { source, decoder, limits, stop, clock, first, next_offset, quiet_since };
+    let fetcher = Fetcher { source, limits, stop, clock, first, next_offset, quiet_since };
     let skipped = start.skip.clone();
     let thread = std::thread::Builder::new().name("fetch".into()).spawn(move || {
         let skipped = skipped.map(|skipped| Chunk { skipped: Some(skipped), ..fetcher.empty_chunk() });
@@ -103,7 +105,6 @@ pub struct FirstRecord {
 
 struct Fetcher {
     source: AssignedPartition,
-    decoder: Decoder,
     limits: ChunkLimits,
     stop: CancellationToken,
     clock: Arc<StageClock>,
@@ -144,7 +145,7 @@ impl Fetcher {
 
     /// An empty chunk at the next offset.
     fn empty_chunk(&self) -> Chunk {
-        Chunk { first_offset: self.next_offset, next_offset: self.next_offset, ..self.decoder.chunk() }
+        Chunk { first_offset: self.next_offset, next_offset: self.next_offset, ..self.source.decoder.chunk() }
     }
 
     /// Collects records until a limit of the chunk is reached, no record arrives in time or an error occurs.
@@ -167,7 +168,7 @@ impl Fetcher {
 
     /// Fills `chunk`. Returns why the chunk ended and its last record.
     fn collect(&mut self, chunk: &mut Chunk) -> (ChunkEnd, Option<LastRecord>) {
-        let mut panes = PaneCount::new(self.decoder.pane_ms());
+        let mut panes = PaneCount::new(self.source.decoder.pane_ms());
         let mut started: Option<Instant> = None;
         let mut waited = Duration::ZERO;
         let mut last = None;
@@ -207,7 +208,7 @@ impl Fetcher {
             if started.is_none() {
                 (started, waited) = (Some(Instant::now()), Duration::ZERO);
             }
-            decode(&self.decoder, &message, chunk);
+            decode(&self.source.decoder, &message, chunk);
             if let Some(event) = chunk.events.last().filter(|event| event.offset == offset) {
                 panes.add(event.time_ms);
             }
@@ -240,7 +241,7 @@ impl Fetcher {
         }
         let AssignedPartition { brokers, topic, .. } = &self.source;
         let deadline = Instant::now() + READABLE_SEARCH_TIMEOUT;
-        let readable_from = first_readable_after(brokers, topic, (partition, offset), deadline);
+        let readable_from = first_readable_after(brokers, topic, partition, offset, deadline);
         Halt { partition, offset, cause: format!("kafka: {error}"), readable_from }.into()
     }
 }

@@ -267,8 +267,8 @@ pub fn begin<C: Checkpoint>(
         }
     }
     let windows = &definition.windows;
-    let times = (windows.pane_ms, windows.lateness_ms);
-    let mut panes = Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN);
+    let shape = PaneShape::new(definition);
+    let mut panes = Panes::new(shape, windows.pane_ms, windows.lateness_ms, max_memory_bytes, i64::MIN);
     if start.how == How::Resume {
         checkpoint.restore(&mut panes).map_err(state_error)?;
     } else {

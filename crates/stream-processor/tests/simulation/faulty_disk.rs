@@ -25,8 +25,8 @@ struct Contents {
 }
 
 fn fresh_panes(definition: &Definition, max_memory_bytes: usize) -> Panes {
-    let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
-    Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN)
+    let (shape, windows) = (PaneShape::new(definition), &definition.windows);
+    Panes::new(shape, windows.pane_ms, windows.lateness_ms, max_memory_bytes, i64::MIN)
 }
 
 fn read_contents(file: &StateFile, definition: &Definition) -> Result<Contents, StateError> {

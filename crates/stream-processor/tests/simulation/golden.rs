@@ -45,7 +45,7 @@ fn check(bytes: Vec<u8>, format: u32) {
         count_from: 0,
     };
     assert_eq!((head.position, head.hot_from), (position, BASE_MS + 10_000));
-    let mut panes = Panes::new(PaneShape::new(&definition(0)), (10_000, 5_000), usize::MAX, i64::MIN);
+    let mut panes = Panes::new(PaneShape::new(&definition(0)), 10_000, 5_000, usize::MAX, i64::MIN);
     file.restore(&mut panes).unwrap();
     let starts: Vec<i64> = panes.hot.keys().map(|start| start - BASE_MS).collect();
     assert_eq!(starts, [10_000, 20_000]);

@@ -195,8 +195,8 @@ fn decode(decoder: &Decoder, offset: i64, hostile: &Hostile, chunk: &mut Chunk) 
 /// Decodes a corpus and applies it in batches. No record may be lost, and the totals must add up.
 fn process(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
     let decoder = Decoder::new(definition, 0);
-    let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
-    let panes = Panes::new(PaneShape::new(definition), times, 1 << 16, i64::MIN);
+    let (shape, windows) = (PaneShape::new(definition), &definition.windows);
+    let panes = Panes::new(shape, windows.pane_ms, windows.lateness_ms, 1 << 16, i64::MIN);
     let mut partition = Partition::new(LogPosition::default(), panes, definition.windows.lateness_ms);
     let mut chunk = decoder.chunk();
     let mut next = 0;

@@ -80,7 +80,8 @@ impl Life {
     pub fn start(
         environment: &Environment,
         id: usize,
-        (machine, disk): (usize, Arc<Mutex<Machine>>),
+        machine: usize,
+        disk: Arc<Mutex<Machine>>,
         options: StartOptions,
     ) -> Life {
         let runtime = Builder::new_current_thread().build().unwrap();

@@ -103,8 +103,8 @@ impl Sim {
         while let Some(at) = self.zombies.iter().position(|zombie| zombie.machine == machine) {
             self.zombies.remove(at).kill();
         }
-        let disk = (machine, Arc::clone(&self.machines[machine]));
-        self.owner = Some(Life::start(&self.environment, self.lives, disk, self.start_options));
+        let disk = Arc::clone(&self.machines[machine]);
+        self.owner = Some(Life::start(&self.environment, self.lives, machine, disk, self.start_options));
         self.lives += 1;
         self.start_options.replay = false;
     }

@@ -55,7 +55,7 @@ impl Proxy {
                     }
                     let Ok(server) = TcpStream::connect(server).await else { return };
                     tokio::select! {
-                        _ = forward(client, server, (hang, &overload)) => {}
+                        _ = forward(client, server, hang, &overload) => {}
                         _ = gate.wait_for(|open| !open) => {}
                     }
                 });
@@ -69,7 +69,8 @@ impl Proxy {
 async fn forward(
     client: TcpStream,
     server: TcpStream,
-    (mut hangs, overloaded): (watch::Receiver<bool>, &AtomicBool),
+    mut hangs: watch::Receiver<bool>,
+    overloaded: &AtomicBool,
 ) -> io::Result<()> {
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());

@@ -83,7 +83,7 @@ impl Verifier {
 
     fn no_panes(&self) -> Panes {
         let pane_ms = self.sources.definition.windows.pane_ms;
-        Panes::new(self.shape.clone(), (pane_ms, 0), usize::MAX, i64::MAX)
+        Panes::new(self.shape.clone(), pane_ms, 0, usize::MAX, i64::MAX)
     }
 
     async fn write(

@@ -16,7 +16,7 @@ fn definition() -> Definition {
 }
 
 fn partition(hot_from: i64) -> Partition {
-    let panes = Panes::new(PaneShape::new(&definition()), (MINUTE, 10 * MINUTE), usize::MAX, hot_from);
+    let panes = Panes::new(PaneShape::new(&definition()), MINUTE, 10 * MINUTE, usize::MAX, hot_from);
     Partition::new(LogPosition::default(), panes, 10 * MINUTE)
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 fn panes() -> Panes {
     let text = include_str!("../../../../../streams/user_created.toml");
     let shape = PaneShape::new(&Definition::parse("user_created.toml", text).unwrap());
-    Panes::new(shape, (60_000, 600_000), usize::MAX, i64::MIN)
+    Panes::new(shape, 60_000, 600_000, usize::MAX, i64::MIN)
 }
 
 fn head(format: u32) -> Head {

@@ -14,7 +14,7 @@ use crate::error::ProcessorError;
 use crate::pipeline::start::ProgressFacts;
 use crate::record::chunk::Chunk;
 use common::contracts::event::{Bucket, floor_to};
-use common::contracts::schema::{MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
+use common::contracts::schema::{MAX_BATCH_ROWS, Resolution};
 use common::contracts::stream::Definition;
 use common::runtime::cassandra::Failure;
 use common::runtime::shutdown::Shutdown;
@@ -219,17 +219,17 @@ impl CassandraStore {
     async fn put_throughput(&self, partition: i32, position: &LogPosition) -> Result<(), ProcessorError> {
         let now = now_ms();
         let session = self.requests.session();
-        let writes = THROUGHPUT_RESOLUTIONS.map(async |(seconds, slot_seconds, ttl)| {
-            let at = floor_to(now, i64::from(seconds) * 1000);
-            let slot = CqlTimestamp(floor_to(at, slot_seconds * 1000));
-            let total = position.totals.records();
-            let ttl = ttl as i32;
-            let values =
-                (&self.stream, seconds, slot, CqlTimestamp(at), partition, total, position.next_offset, ttl);
-            self.requests
-                .until_acknowledged(|| session.execute_unpaged(&self.statements.put_throughput, &values))
-                .await
-        });
+        let writes =
+            [Resolution::SECONDS, Resolution::MINUTES].map(async |Resolution { step, slot, ttl }| {
+                let at = floor_to(now, i64::from(step) * 1000);
+                let slot = CqlTimestamp(floor_to(at, slot * 1000));
+                let total = position.totals.records();
+                let values =
+                    (&self.stream, step, slot, CqlTimestamp(at), partition, total, position.next_offset, ttl);
+                self.requests
+                    .until_acknowledged(|| session.execute_unpaged(&self.statements.put_throughput, &values))
+                    .await
+            });
         try_join_all(writes).await.map(drop)
     }
 

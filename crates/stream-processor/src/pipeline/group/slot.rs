@@ -161,14 +161,14 @@ impl Running {
     /// Starts the fetch thread and the worker of an opened partition.
     pub(super) fn start<S: Store + 'static, D: DeadLetters + 'static>(
         parts: &Parts<S, D>,
-        (queue, consumer): (PartitionQueue<GroupContext>, &Arc<BaseConsumer<GroupContext>>),
+        queue: PartitionQueue<GroupContext>,
+        consumer: &Arc<BaseConsumer<GroupContext>>,
         opened: Opened,
         runtime: &Handle,
     ) -> Result<Running, ProcessorError> {
         let id = opened.partition_id;
         let stop = CancellationToken::new();
         let opener = &parts.opener;
-        let decoder = Decoder::new(&opener.definition, id);
         let clock = opener.metrics.stage(id, metrics::FETCH);
         let source = AssignedPartition {
             queue,
@@ -176,11 +176,11 @@ impl Running {
             brokers: opener.brokers.clone(),
             topic: opener.topic.clone(),
             id,
+            decoder: Decoder::new(&opener.definition, id),
         };
         let limits = parts.settings.limits;
-        let (chunks, fetcher) =
-            fetch::spawn(source, decoder, &opened.start, limits, (stop.clone(), clock))
-                .map_err(|e| ProcessorError::Fatal(format!("cannot start a fetch thread: {e}")))?;
+        let (chunks, fetcher) = fetch::spawn(source, &opened.start, limits, stop.clone(), clock)
+            .map_err(|e| ProcessorError::Fatal(format!("cannot start a fetch thread: {e}")))?;
         let position = opened.start.position;
         opener.metrics.started(id, opened.start.how.name(), &position.totals, position.next_offset);
         let started = (Instant::now(), opened.start.position.next_offset);
