@@ -41,8 +41,8 @@ COPY --from=page /page/dist crates/metrics-dashboard/web/dist
 # What cargo fetched and compiled outlives the layer; the programs leave it.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/build/target,sharing=locked \
-    cargo build --release --locked --bins \
- && install -Dt /programs target/release/local-stack target/release/ingest-producer \
+    cargo build --release --locked -p source-simulator -p ingest-producer -p stream-processor -p metrics-dashboard \
+ && install -Dt /programs target/release/source-simulator target/release/ingest-producer \
         target/release/stream-processor target/release/metrics-dashboard
 
 # ---- what runs --------------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ ENV PIPELINE_STREAM=/streams/user_created.toml PIPELINE_LOG_FORMAT=json
 USER pipeline
 
 FROM runtime AS source
-COPY --from=programs /programs/local-stack /usr/local/bin/
+COPY --from=programs /programs/source-simulator /usr/local/bin/
 EXPOSE 8090
-ENTRYPOINT ["local-stack", "source"]
+ENTRYPOINT ["source-simulator"]
 CMD ["--listen", "0.0.0.0:8090"]
 
 FROM runtime AS ingest-producer

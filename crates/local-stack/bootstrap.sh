@@ -1,5 +1,5 @@
 # Sourced by ./run and ./test: finds or installs the prerequisites of the build and the servers, then builds the
-# programs. Everything else is done by the program local-stack. As root on Debian, missing packages are installed with
+# programs. Everything else is done by the programs local-stack and system-tests. As root on Debian, missing packages are installed with
 # apt and announced. Otherwise the script lists everything that is missing and prints one command that installs it.
 # Nothing here calls sudo.
 # shellcheck shell=bash
@@ -147,17 +147,19 @@ build_page() {
   : >"$stamp"
 }
 
-# Builds the whole workspace and sets `program`. The profile is "release" or "dev".
+# Builds the workspace and sets `programs` to the folder of its programs. The profile is "release" or "dev"; further
+# arguments are options of cargo.
 build() {
   # The tests use failpoints to kill the processor at specific steps.
-  local flag='--features stream-processor/failpoints' folder=debug
-  if [ "$1" = release ]; then flag=--release folder=release; fi
+  local profile=$1 flag='--features stream-processor/failpoints' folder=debug
+  shift
+  if [ "$profile" = release ]; then flag=--release folder=release; fi
   build_page
-  say "building the programs ($1)"
+  say "building the programs ($profile)"
   # shellcheck disable=SC2086
-  cargo build $flag --workspace || die "the programs could not be built; see the output of cargo above"
-  # shellcheck disable=SC2034 # the scripts that source this execute it
-  program=$target/$folder/local-stack
+  cargo build $flag --workspace "$@" || die "the programs could not be built; see the output of cargo above"
+  # shellcheck disable=SC2034 # the scripts that source this execute them
+  programs=$target/$folder
 }
 
 # Implements ./run doctor. Changes nothing and reports to stdout.

@@ -1,4 +1,4 @@
-//! What the services agree on: events, stream definitions, tables, the run ledger and commands. No I/O.
+//! What the services agree on: events, stream definitions, tables, topics, the run ledger and commands. No I/O.
 
 pub mod control;
 pub mod event;
@@ -6,4 +6,5 @@ pub mod run_ledger;
 pub mod schema;
 pub mod stream;
 pub mod time;
+pub mod topics;
 pub mod value;

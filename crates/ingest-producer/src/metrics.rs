@@ -5,7 +5,7 @@ use crate::planner::Run;
 use crate::unresolved::Count;
 use common::contracts::control::CommandState;
 use common::contracts::run_ledger::RunState;
-use common::runtime::metrics::{Eventual, Maker};
+use common::runtime::metrics::{Eventual, MetricFactory};
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 /// Values of label `outcome`: how an attempt ends.
@@ -80,7 +80,7 @@ impl Drop for ActiveRun {
 impl Metrics {
     /// Creates and registers all metrics.
     pub fn new() -> Result<Metrics, prometheus::Error> {
-        let make = Maker::new("ingest-producer", env!("CARGO_PKG_VERSION"))?;
+        let make = MetricFactory::new("ingest-producer", env!("CARGO_PKG_VERSION"))?;
         let counter = |name: &str, help: &str| make.counter(name, help);
         let gauge = |name: &str, help: &str| make.gauge(name, help);
         let unresolved = "Intervals that failed or were missed and have neither succeeded nor been given up.";

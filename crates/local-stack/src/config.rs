@@ -146,8 +146,6 @@ pub struct Heaps {
 impl Heaps {
     /// Small heaps: the whole system fits into 4 GiB of free memory.
     pub const SMALL: Self = Self { kafka_mib: 512, cassandra_mib: 1024 };
-    /// Heaps for measurements, large enough that garbage collection does not dominate the results.
-    pub const BENCH: Self = Self { kafka_mib: 2048, cassandra_mib: 6144 };
 }
 
 /// Folders of one running system.
@@ -209,7 +207,7 @@ pub struct Settings {
     pub ports: Ports,
     /// Heap sizes of the two servers.
     pub heaps: Heaps,
-    /// Folder of the service binaries, which is the folder of this program.
+    /// Folder of the programs of this workspace, which is the folder of this program.
     pub binaries: PathBuf,
     /// Stream definition of the services.
     pub stream: PathBuf,
@@ -247,11 +245,16 @@ impl Settings {
         })
     }
 
-    /// Uses [`Heaps::BENCH`] if they fit into memory, otherwise [`Heaps::SMALL`]. Returns whether they fit.
-    pub fn with_bench_heaps(mut self) -> (Self, bool) {
-        let fit = crate::checks::memory(Heaps::BENCH).is_ok();
-        self.heaps = if fit { Heaps::BENCH } else { Heaps::SMALL };
-        (self, fit)
+    /// Path of a program of this workspace. Fails if it is not built.
+    pub fn program(&self, name: &str) -> Result<PathBuf> {
+        let program = self.binaries.join(name);
+        if program.is_file() {
+            return Ok(program);
+        }
+        let program = program.display();
+        Err(Error::Refused(format!(
+            "{program} is not built; run ./run, or cargo build --release --workspace"
+        )))
     }
 
     /// A copy of these settings with free ports, whose parts write everything below `folder`.

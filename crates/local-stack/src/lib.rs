@@ -1,34 +1,27 @@
 //! Runs the whole pipeline on one machine without Docker: Kafka, Cassandra and Prometheus as plain processes, the
-//! services, a source simulator, end-to-end tests and benchmarks. The services run as separate processes, as they do in
-//! production. Of the other crates in the workspace, this one imports only `common`.
+//! services and a source simulator. The services run as separate processes, as they do in production.
 //!
 //! The modules, from the command line down:
 //!
 //! - [`cli`] defines the command line, [`config`] the ports, folders and tools, and [`commands`] implements `./run`.
+//! - [`forward`] executes the sibling programs of the commands that this crate does not implement.
 //! - [`checks`] verifies the prerequisites of the machine, and [`install`] downloads the servers into the cache.
 //! - [`servers`] and [`services`] define how each part is started, and [`stack`] defines the order.
 //! - [`process`] controls a single process, and [`supervise`] restarts it when it exits.
-//! - [`source`] is the simulated REST API.
-//! - [`test_parts`] implements `./test`, [`bench`] measures performance, and [`soak`] injects faults under load. These
-//!   three start their own servers through [`private`].
 
-pub mod bench;
 pub mod checks;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod error;
+pub mod forward;
 pub mod install;
-pub mod private;
 pub mod process;
 pub mod servers;
 pub mod services;
-pub mod soak;
-pub mod source;
 pub mod stack;
 pub mod supervise;
 pub mod terminal;
-pub mod test_parts;
 
 use std::process::ExitCode;
 
@@ -37,6 +30,9 @@ use commands::up::Outcome;
 use config::{PlaceArgs, Settings};
 use install::Installed;
 use terminal::Terminal;
+
+/// The program of the tests and measurements.
+const SYSTEM_TESTS: &str = "system-tests";
 
 /// Runs the given command and returns its exit code: 0 on success, 1 on failure, or 128 plus the signal number if a
 /// signal stopped it.
@@ -58,23 +54,10 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let healthy = commands::doctor(&Settings::load(&place)?, terminal);
             Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Command::Source(args) => {
-            // Unlike the other commands, this one is a server, so it logs instead of writing to the terminal.
-            tracing_subscriber::fmt().with_writer(std::io::stderr).json().flatten_event(true).init();
-            source::serve(args).await.map(|()| ExitCode::SUCCESS)
-        }
-        Command::Test(args) => {
-            let passed = test_parts::run(&Settings::load(&args.place)?, &args, terminal).await?;
-            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-        }
-        Command::Bench(args) => {
-            bench::run(&Settings::load(&args.place)?, &args, terminal).await?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Soak(args) => {
-            let report = soak::run(&Settings::load(&args.place)?, &args, terminal).await?;
-            Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-        }
+        Command::Source(args) => Ok(args.execute(&settings()?, "source-simulator", &[])?),
+        Command::Test(args) => Ok(args.execute(&settings()?, SYSTEM_TESTS, &["test"])?),
+        Command::Bench(args) => Ok(args.execute(&settings()?, SYSTEM_TESTS, &["bench"])?),
+        Command::Soak(args) => Ok(args.execute(&settings()?, SYSTEM_TESTS, &["soak"])?),
         Command::Fetch(place) => {
             Installed::fetch(&Settings::load(&place)?, terminal).await?;
             Ok(ExitCode::SUCCESS)

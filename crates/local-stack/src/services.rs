@@ -2,7 +2,6 @@
 //! configured through environment variables, as in production.
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use common::contracts::stream::Definition;
@@ -17,10 +16,10 @@ const DEFAULT_SOURCE: &str = "127.0.0.1:8090";
 /// Time limit for a service to shut down after SIGTERM.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// The source simulator, `local-stack source`.
+/// The source simulator.
 pub fn source(settings: &Settings) -> Result<Spec> {
     let address = loopback(settings.ports.source);
-    let spec = service(settings, "source", "local-stack", &["source", "--listen", &address])?;
+    let spec = service(settings, "source", "source-simulator", &["--listen", &address])?;
     Ok(Spec { address: format!("http://{address}"), ..spec })
 }
 
@@ -85,16 +84,9 @@ pub fn dashboard(settings: &Settings) -> Result<Spec> {
 }
 
 fn service(settings: &Settings, name: &str, program: &str, arguments: &[&str]) -> Result<Spec> {
-    let program = settings.binaries.join(program);
-    if !program.is_file() {
-        return Err(Error::Refused(format!(
-            "{} is not built; run ./run, or cargo build --workspace",
-            program.display()
-        )));
-    }
     Ok(Spec {
         name: name.to_owned(),
-        program,
+        program: settings.program(program)?,
         arguments: arguments.iter().map(Into::into).collect(),
         environment: environment(settings),
         folder: settings.checkout.clone(),
@@ -132,7 +124,6 @@ fn source_origin(settings: &Settings) -> Option<String> {
     definition.contains(DEFAULT_SOURCE).then(|| format!("http://{}", loopback(settings.ports.source)))
 }
 
-/// Binaries that must exist before a start.
-pub fn programs(settings: &Settings) -> [PathBuf; 3] {
-    ["ingest-producer", "stream-processor", "metrics-dashboard"].map(|name| settings.binaries.join(name))
-}
+/// Programs that must exist before a start.
+pub const PROGRAMS: [&str; 4] =
+    ["source-simulator", "ingest-producer", "stream-processor", "metrics-dashboard"];

@@ -8,11 +8,11 @@ mod live;
 pub mod page;
 mod windows;
 
+use crate::cassandra_view::CassandraView;
 use crate::feed::Board;
 use crate::metrics::Metrics;
 use crate::overview::Figure;
-use crate::reason::{Reason, Source};
-use crate::store::Store;
+use crate::reason::{Origin, Reason};
 use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::from_fn_with_state;
@@ -52,11 +52,11 @@ impl Api {
     }
 
     /// The session with Cassandra. Fails with the reason if there is none.
-    fn connected_store(&self) -> Result<Arc<Store>, Refusal> {
-        self.board.store().ok_or_else(|| {
+    fn connected_cassandra(&self) -> Result<Arc<CassandraView>, Refusal> {
+        self.board.cassandra().ok_or_else(|| {
             let snapshot = self.board.watch().borrow().clone();
             let reason = snapshot.overview.reasons.get("rate_now").cloned();
-            let not_connected = || Reason::new(Source::Cassandra, "not connected to cassandra");
+            let not_connected = || Reason::new(Origin::Cassandra, "not connected to cassandra");
             unavailable(reason.unwrap_or_else(not_connected))
         })
     }
@@ -106,7 +106,7 @@ impl IntoResponse for Refusal {
 
 /// Status 400: a parameter is invalid.
 fn bad_request(message: impl Into<String>) -> Refusal {
-    Refusal(StatusCode::BAD_REQUEST, Reason::new(Source::Request, message))
+    Refusal(StatusCode::BAD_REQUEST, Reason::new(Origin::Request, message))
 }
 
 /// Status 503: the requested figures are unknown at the moment.

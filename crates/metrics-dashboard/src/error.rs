@@ -1,7 +1,7 @@
 //! Errors of reads from Kafka and Cassandra, and how the caller handles them. The service only reads, so it can retry
 //! every failed read. Only invalid settings end it.
 
-use crate::reason::{Reason, Source};
+use crate::reason::{Origin, Reason};
 use common::readers::pane_reader::PaneReadError;
 use common::readers::registry::RegistryError;
 use common::runtime::cassandra::ConnectError;
@@ -55,7 +55,7 @@ impl Error {
 
     /// The reason that the page and the API show.
     pub fn reason(&self) -> Reason {
-        let cassandra = |message: &str| Reason::new(Source::Cassandra, message);
+        let cassandra = |message: &str| Reason::new(Origin::Cassandra, message);
         let no_tables = "the stream's tables cannot be read; run `stream-processor init` first";
         match self {
             Error::Cassandra(detail) | Error::Panes(PaneReadError::Failed(detail)) => {
@@ -67,7 +67,7 @@ impl Error {
             }
             Error::Registry(
                 error @ (RegistryError::NotSetUp { cause, .. } | RegistryError::Unavailable { cause, .. }),
-            ) => Reason::without_cause(Source::Cassandra, error, cause),
+            ) => Reason::without_cause(Origin::Cassandra, error, cause),
             Error::Registry(error @ RegistryError::Another { stream, .. }) => cassandra(&format!(
                 "stream `{stream}` is registered with another layout; use the stream file that `stream-processor init` \
                  was last run with, or give the changed stream a new name"
@@ -79,13 +79,13 @@ impl Error {
             .with_detail(error.to_string()),
             Error::Registry(error) => cassandra(&error.to_string()),
             Error::NoConnection(error @ ConnectError::Unreachable { cause, .. }) => {
-                Reason::without_cause(Source::Cassandra, error, cause)
+                Reason::without_cause(Origin::Cassandra, error, cause)
             }
             Error::NoConnection(error) => cassandra(&error.to_string()),
             Error::Kafka(error @ KafkaError::Unreachable { cause, .. }) => {
-                Reason::without_cause(Source::Kafka, error, cause)
+                Reason::without_cause(Origin::Kafka, error, cause)
             }
-            Error::Kafka(error) => Reason::new(Source::Kafka, error.to_string()),
+            Error::Kafka(error) => Reason::new(Origin::Kafka, error.to_string()),
         }
     }
 }

@@ -4,15 +4,15 @@
 //!
 //! The figures of a result older than [`STALE_AFTER`] count as unknown.
 
+use crate::cassandra_view::{CassandraView, RunRow};
 use crate::error::{Error, Kind};
 use crate::kafka_view::KafkaView;
 use crate::lag::{LagHistory, LagSample};
 use crate::metrics::Metrics;
 use crate::overview::{Figure, KafkaFacts, Known, Overview, StoreFacts, assemble};
-use crate::reason::{Reason, Source};
-use crate::services::{Instance, LivenessTracker, holders};
-use crate::store::{Run, Store};
-use chrono::{DateTime, SecondsFormat, Utc};
+use crate::reason::{Origin, Reason};
+use crate::services::{InstanceStatus, LivenessTracker, holders};
+use chrono::Utc;
 use common::contracts::stream::Definition;
 use common::runtime::admin::Health;
 use common::runtime::config::CommonArgs;
@@ -25,10 +25,6 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Name of the Kafka dependency in `/readyz` and in metric labels.
-pub const KAFKA: &str = "kafka";
-/// Name of the Cassandra dependency in `/readyz` and in metric labels.
-pub const CASSANDRA: &str = "cassandra";
 /// Interval between reads, and between overviews sent to clients.
 const REFRESH: Duration = Duration::from_secs(1);
 /// A result older than this is discarded.
@@ -59,8 +55,8 @@ pub struct Snapshot {
 /// The latest lists of runs and instances.
 #[derive(Debug, Clone)]
 struct Activity {
-    runs: Reading<Vec<Run>>,
-    services: Reading<Vec<Instance>>,
+    runs: Reading<Vec<RunRow>>,
+    services: Reading<Vec<InstanceStatus>>,
 }
 
 /// State that the feed writes and the API reads.
@@ -68,7 +64,7 @@ pub struct Board {
     snapshot: watch::Sender<Arc<Snapshot>>,
     activity: RwLock<Activity>,
     lag: Mutex<LagHistory>,
-    store: RwLock<Option<Arc<Store>>>,
+    cassandra: RwLock<Option<Arc<CassandraView>>>,
 }
 
 impl Board {
@@ -76,14 +72,14 @@ impl Board {
     pub fn new(stream: &str) -> Arc<Board> {
         let overview = assemble(
             stream,
-            now(),
+            now_ms(),
             &Known { store: Err(not_read_yet()), kafka: Err(not_read_yet()), holders: Err(not_read_yet()) },
         );
         Arc::new(Board {
             snapshot: watch::Sender::new(Arc::new(snapshot(overview))),
             activity: RwLock::new(Activity { runs: Reading::none(), services: Reading::none() }),
             lag: Mutex::new(LagHistory::default()),
-            store: RwLock::new(None),
+            cassandra: RwLock::new(None),
         })
     }
 
@@ -93,18 +89,18 @@ impl Board {
     }
 
     /// The latest ingest runs, newest first.
-    pub fn runs(&self) -> Figure<Vec<Run>> {
-        self.activity.read().unwrap_or_else(PoisonError::into_inner).runs.fresh(Source::Cassandra)
+    pub fn runs(&self) -> Figure<Vec<RunRow>> {
+        self.activity.read().unwrap_or_else(PoisonError::into_inner).runs.fresh(Origin::Cassandra)
     }
 
     /// The instances of all services.
-    pub fn services(&self) -> Figure<Vec<Instance>> {
-        self.activity.read().unwrap_or_else(PoisonError::into_inner).services.fresh(Source::Cassandra)
+    pub fn services(&self) -> Figure<Vec<InstanceStatus>> {
+        self.activity.read().unwrap_or_else(PoisonError::into_inner).services.fresh(Origin::Cassandra)
     }
 
     /// The session with Cassandra. `None` if there is no connection.
-    pub fn store(&self) -> Option<Arc<Store>> {
-        self.store.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn cassandra(&self) -> Option<Arc<CassandraView>> {
+        self.cassandra.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Calls `act` with the lag of the last hour.
@@ -112,8 +108,8 @@ impl Board {
         act(&mut self.lag.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn set_store(&self, store: Option<Arc<Store>>) {
-        *self.store.write().unwrap_or_else(PoisonError::into_inner) = store;
+    fn set_cassandra(&self, view: Option<Arc<CassandraView>>) {
+        *self.cassandra.write().unwrap_or_else(PoisonError::into_inner) = view;
     }
 
     fn with_activity(&self, act: impl FnOnce(&mut Activity)) {
@@ -146,11 +142,11 @@ impl<T: Clone> Reading<T> {
     }
 
     /// The facts, unless they are stale. A reason never becomes stale: it is valid until the next read.
-    fn fresh(&self, source: Source) -> Figure<T> {
+    fn fresh(&self, source: Origin) -> Figure<T> {
         match self.read_at {
             Some(at) if self.facts.is_ok() && at.elapsed() > STALE_AFTER => {
-                let name = if source == Source::Kafka { KAFKA } else { CASSANDRA };
-                let message = format!("{name} has not answered for over {} s", STALE_AFTER.as_secs());
+                let message =
+                    format!("{} has not answered for over {} s", source.name(), STALE_AFTER.as_secs());
                 Err(Reason::new(source, message))
             }
             _ => self.facts.clone(),
@@ -163,7 +159,8 @@ pub async fn run(
     stream: &Stream,
     board: &Arc<Board>,
     metrics: &Metrics,
-    (health, shutdown): (&Arc<Health>, &Shutdown),
+    health: &Arc<Health>,
+    shutdown: &Shutdown,
 ) {
     let (store_readings, store_facts) = watch::channel(Reading::none());
     let (kafka_readings, kafka_facts) = watch::channel(Reading::none());
@@ -178,7 +175,8 @@ pub async fn run(
     tokio::spawn(cassandra.run(store_readings, shutdown.clone()));
     tokio::spawn(read_kafka(
         stream.clone(),
-        (store_facts.clone(), kafka_readings),
+        store_facts.clone(),
+        kafka_readings,
         metrics.clone(),
         shutdown.clone(),
     ));
@@ -189,14 +187,15 @@ pub async fn run(
             () = shutdown.begun() => break,
             _ = ticks.tick() => {}
         }
-        let store = store_facts.borrow().fresh(Source::Cassandra);
-        let kafka = kafka_facts.borrow().fresh(Source::Kafka);
+        let store = store_facts.borrow().fresh(Origin::Cassandra);
+        let kafka = kafka_facts.borrow().fresh(Origin::Kafka);
         let holders = board.services().map(|instances| holders(&instances));
         let known = Known { store, kafka, holders };
-        let overview = assemble(&stream.definition.stream.name, now(), &known);
-        for (source, state) in [(CASSANDRA, known.store.map(drop)), (KAFKA, known.kafka.map(drop))] {
+        let overview = assemble(&stream.definition.stream.name, now_ms(), &known);
+        let states = [(Origin::Cassandra, known.store.map(drop)), (Origin::Kafka, known.kafka.map(drop))];
+        for (source, state) in states {
             metrics.source(source, state.is_ok());
-            health.set(source, state.map_err(|reason| reason.to_string()));
+            health.set(source.name(), state.map_err(|reason| reason.to_string()));
         }
         metrics.overview(&overview);
         board.publish(overview);
@@ -230,15 +229,15 @@ impl CassandraReader {
                 () = shutdown.begun() => break,
                 outcome = self.read(&shutdown) => outcome,
             };
-            self.metrics.read(CASSANDRA, started.elapsed(), outcome.is_ok());
+            self.metrics.read(Origin::Cassandra, started.elapsed(), outcome.is_ok());
             failing_since = outcome.is_err().then(|| failing_since.unwrap_or(started));
             if failing_since.is_some_and(|since| since.elapsed() > REOPEN_AFTER) {
-                self.board.set_store(None);
+                self.board.set_cassandra(None);
                 announcing = None;
                 failing_since = None;
             }
-            if let (None, Some(store)) = (&announcing, self.board.store()) {
-                announcing = Some(self.announce(&store, &shutdown));
+            if let (None, Some(view)) = (&announcing, self.board.cassandra()) {
+                announcing = Some(self.announce(&view, &shutdown));
             }
             if matches!(&outcome, Err(e) if e.kind() == Kind::Fatal) {
                 shutdown.begin();
@@ -255,11 +254,11 @@ impl CassandraReader {
     }
 
     /// Starts the heartbeats of this instance over the session. They stop when the handle is dropped.
-    fn announce(&self, store: &Store, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
+    fn announce(&self, view: &CassandraView, shutdown: &Shutdown) -> AbortOnDropHandle<()> {
         let stream = &self.stream.definition.stream.name;
         let who = presence::Instance::new(&self.stream.settings, "metrics-dashboard", stream);
         let announcing = presence::announce(
-            store.session(),
+            view.session(),
             who,
             Holdings::default(),
             self.health.clone(),
@@ -270,26 +269,26 @@ impl CassandraReader {
 
     async fn read(&mut self, shutdown: &Shutdown) -> Result<StoreFacts, Error> {
         let now = now_ms();
-        let store = match self.board.store() {
-            Some(store) => store,
+        let view = match self.board.cassandra() {
+            Some(view) => view,
             None => {
-                let opened = Store::open(
+                let opened = CassandraView::open(
                     &self.stream.settings,
                     &self.stream.definition,
                     now.div_euclid(1000),
                     shutdown,
                 );
-                let store = Arc::new(opened.await?);
-                self.board.set_store(Some(store.clone()));
-                store
+                let view = Arc::new(opened.await?);
+                self.board.set_cassandra(Some(view.clone()));
+                view
             }
         };
-        let facts = store.read(now.div_euclid(1000)).await?;
-        let (services, runs) = futures::join!(store.services(), store.runs(now));
+        let facts = view.read(now.div_euclid(1000)).await?;
+        let (services, runs) = futures::join!(view.services(), view.runs(now));
         let services = services.map(|(alive, refused)| {
             let since_last = self.services_read_at.map_or(Duration::ZERO, |at| at.elapsed());
             self.services_read_at = Some(Instant::now());
-            self.liveness.update(alive, refused, (now_ms(), since_last))
+            self.liveness.update(alive, refused, now_ms(), since_last)
         });
         self.board.with_activity(|activity| {
             activity.services = Reading::now(services.map_err(|e| e.reason()));
@@ -301,7 +300,8 @@ impl CassandraReader {
 
 async fn read_kafka(
     stream: Stream,
-    (progress, readings): (watch::Receiver<Reading<StoreFacts>>, watch::Sender<Reading<KafkaFacts>>),
+    progress: watch::Receiver<Reading<StoreFacts>>,
+    readings: watch::Sender<Reading<KafkaFacts>>,
     metrics: Metrics,
     shutdown: Shutdown,
 ) {
@@ -314,7 +314,7 @@ async fn read_kafka(
             _ = ticks.tick() => {}
         }
         let next_offsets: Option<BTreeMap<i32, i64>> =
-            progress.borrow().fresh(Source::Cassandra).ok().map(|facts| {
+            progress.borrow().fresh(Origin::Cassandra).ok().map(|facts| {
                 facts
                     .progress
                     .iter()
@@ -341,17 +341,17 @@ async fn read_kafka(
                 }
                 Err(panicked) => {
                     view = None;
-                    Err(Reason::new(Source::Dashboard, format!("the read from kafka failed: {panicked}")))
+                    Err(Reason::new(Origin::Dashboard, format!("the read from kafka failed: {panicked}")))
                 }
             },
         };
-        metrics.read(KAFKA, started.elapsed(), facts.is_ok());
+        metrics.read(Origin::Kafka, started.elapsed(), facts.is_ok());
         readings.send_replace(Reading::now(facts));
     }
 }
 
 fn not_read_yet() -> Reason {
-    Reason::new(Source::Dashboard, "not read yet: the service has just started")
+    Reason::new(Origin::Dashboard, "not read yet: the service has just started")
 }
 
 fn snapshot(overview: Overview) -> Snapshot {
@@ -364,11 +364,6 @@ fn now_ms() -> i64 {
     Utc::now().timestamp_millis()
 }
 
-fn now() -> (i64, String) {
-    let now: DateTime<Utc> = Utc::now();
-    (now.timestamp_millis(), now.to_rfc3339_opts(SecondsFormat::Millis, true))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,11 +372,11 @@ mod tests {
     fn the_facts_of_an_old_reading_are_unknown() {
         let at = Instant::now().checked_sub(STALE_AFTER + Duration::from_secs(1)).unwrap();
         let old = Reading { read_at: Some(at), facts: Ok(1) };
-        let silent = Reason::new(Source::Kafka, "kafka has not answered for over 5 s");
-        assert_eq!(old.fresh(Source::Kafka), Err(silent));
-        let down = Err::<i32, _>(Reason::new(Source::Kafka, "down"));
-        assert_eq!(Reading { facts: down.clone(), ..old }.fresh(Source::Kafka), down);
-        assert_eq!(Reading { read_at: Some(Instant::now()), facts: Ok(1) }.fresh(Source::Kafka), Ok(1));
+        let silent = Reason::new(Origin::Kafka, "kafka has not answered for over 5 s");
+        assert_eq!(old.fresh(Origin::Kafka), Err(silent));
+        let down = Err::<i32, _>(Reason::new(Origin::Kafka, "down"));
+        assert_eq!(Reading { facts: down.clone(), ..old }.fresh(Origin::Kafka), down);
+        assert_eq!(Reading { read_at: Some(Instant::now()), facts: Ok(1) }.fresh(Origin::Kafka), Ok(1));
     }
 
     #[test]

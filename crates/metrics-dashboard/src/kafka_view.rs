@@ -5,7 +5,7 @@
 use crate::error::Error;
 use crate::lag::{self, Watermarks};
 use crate::overview::{Figure, KafkaFacts, PartitionFacts};
-use crate::reason::{Reason, Source};
+use crate::reason::{Origin, Reason};
 use common::runtime::kafka::{KafkaError, Replaced, client_config};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::metadata::MetadataPartition;
@@ -103,14 +103,14 @@ impl KafkaView {
         let leader = Some(described.leader()).filter(|leader| *leader >= 0);
         let log = match leader {
             _ if Instant::now() >= deadline => Err(Reason::new(
-                Source::Kafka,
+                Origin::Kafka,
                 format!(
                     "the offsets of partition {id} of `{}` were not read: kafka responds too slowly",
                     self.topic
                 ),
             )),
             None => Err(Reason::new(
-                Source::Kafka,
+                Origin::Kafka,
                 format!("partition {id} of `{}` has no leader: is its broker down?", self.topic),
             )),
             Some(_) => consumer
@@ -118,7 +118,7 @@ impl KafkaView {
                 .map(|(low, high)| Watermarks { low, high })
                 .map_err(|e| {
                     let message = format!("cannot read the offsets of partition {id} of `{}`", self.topic);
-                    Reason::new(Source::Kafka, message).with_detail(e.to_string())
+                    Reason::new(Origin::Kafka, message).with_detail(e.to_string())
                 }),
         };
         let (replicas, in_sync) = (described.replicas().len(), described.isr().len());
@@ -159,7 +159,7 @@ impl KafkaView {
         let time = |id: &i32, offset: &i64| {
             let known = self.known.get(id).map(|(_, time)| *time);
             known.ok_or_else(|| Reason {
-                source: Source::Kafka,
+                source: Origin::Kafka,
                 message: format!(
                     "the record at offset {offset} of partition {id} was not read within {} ms",
                     RECORDS_TIMEOUT.as_millis()

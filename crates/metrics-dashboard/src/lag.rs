@@ -1,5 +1,5 @@
 //! Lag of the processor, in messages and in seconds. Pure: [`crate::kafka_view`] reads the end offsets, and
-//! [`crate::store`] reads the positions.
+//! [`crate::cassandra_view`] reads the positions.
 
 use serde::Serialize;
 use std::collections::VecDeque;

@@ -1,6 +1,6 @@
 //! metrics-dashboard: a live view of the pipeline that never shows a figure it does not know.
 //!
-//! Every second it reads Cassandra ([`store`]) and Kafka ([`kafka_view`]), combines the results ([`overview`], from
+//! Every second it reads Cassandra ([`cassandra_view`]) and Kafka ([`kafka_view`]), combines the results ([`overview`], from
 //! [`rates`], [`lag`] and [`services`], all pure) and sends them to all clients ([`feed`], the one file that orders
 //! effects). [`api`] serves the page, the JSON and the event stream. The service keeps no state that matters: it can be
 //! killed at any time, and any number of instances can run.
@@ -9,6 +9,7 @@
 //! automatically when the server is back.
 
 pub mod api;
+pub mod cassandra_view;
 pub mod config;
 pub mod error;
 pub mod feed;
@@ -19,12 +20,12 @@ pub mod overview;
 pub mod rates;
 pub mod reason;
 pub mod services;
-pub mod store;
 
 use anyhow::Context;
 use common::runtime::admin::hosts::Hosts;
 use common::runtime::admin::{self, Health};
 use common::runtime::shutdown::Shutdown;
+use reason::Origin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +43,8 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     tracing::info!(settings, page_built = api::page::is_built(), "settings in force");
     let definition = config.common.definition()?;
     let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
-    let health = Health::new(STALL_LIMIT, &[feed::KAFKA, feed::CASSANDRA]);
-    let metrics = metrics::Metrics::new(&definition.stream.name)?;
+    let health = Health::new(STALL_LIMIT, &[Origin::Kafka, Origin::Cassandra].map(Origin::name));
+    let metrics = metrics::Metrics::new(&definition.stream.name, api::MAX_WATCHERS)?;
     let board = feed::Board::new(&definition.stream.name);
     let router = api::router(api::Api::new(board.clone(), metrics.clone(), shutdown.clone()))
         .merge(admin::router(health.clone(), metrics.registry().clone()));
@@ -55,7 +56,7 @@ pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
         definition: Arc::new(definition),
     };
     let _feeding = shutdown.running("feed");
-    feed::run(&stream, &board, &metrics, (&health, &shutdown)).await;
+    feed::run(&stream, &board, &metrics, &health, &shutdown).await;
     health.stopping();
     tracing::info!("stopped");
     Ok(shutdown.exit_code())

@@ -1,7 +1,8 @@
 //! All metrics of this service. While a figure is unknown, its series is absent instead of 0.
 
 use crate::overview::Overview;
-use common::runtime::metrics::Maker;
+use crate::reason::Origin;
+use common::runtime::metrics::MetricFactory;
 use prometheus::{GaugeVec, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::time::Duration;
 
@@ -27,21 +28,26 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers all metrics of one stream.
-    pub fn new(stream: &str) -> prometheus::Result<Metrics> {
-        let make = Maker::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
+    /// Registers all metrics of one stream. `max_watchers` is the limit of open event streams.
+    pub fn new(stream: &str, max_watchers: usize) -> prometheus::Result<Metrics> {
+        let make = MetricFactory::new("metrics-dashboard", env!("CARGO_PKG_VERSION"))?;
         let gauges = |name: &str, help: &str, labels: &[&str]| make.gauges(name, help, labels);
         let most = make.gauge("dashboard_stream_watchers_limit", "Most open event streams.")?;
-        most.set(crate::api::MAX_WATCHERS as i64);
+        most.set(max_watchers as i64);
         let reads = "Reads from a server, by outcome.";
-        let read_seconds = ("dashboard_read_seconds", "Time of one read from a server.");
+        let read_seconds = "Time of one read from a server.";
         let records = "Records processed according to Cassandra, by outcome.";
         let rate = "Events per second over 10 s (now), the last hour (average), and its best second (peak).";
         let (of_stream, of_partition) = (["stream"], ["stream", "partition"]);
         Ok(Metrics {
             up: gauges("dashboard_source_up", "1 if the server responds, else 0.", &["source"])?,
             reads: make.counters("dashboard_reads_total", reads, &["source", "outcome"])?,
-            read_seconds: make.histograms(read_seconds, &["source"], &READ_SECONDS)?,
+            read_seconds: make.histograms(
+                "dashboard_read_seconds",
+                read_seconds,
+                &["source"],
+                &READ_SECONDS,
+            )?,
             watchers: make.gauge("dashboard_stream_watchers", "Open event streams.")?,
             produced: gauges("dashboard_kafka_records", "Records ever written to the topic.", &of_stream)?,
             records: gauges("dashboard_cassandra_records", records, &["stream", "outcome"])?,
@@ -62,12 +68,12 @@ impl Metrics {
 
     /// Creates the series for which 0 is a meaningful value, so that they exist from the start.
     fn with_initial_series(self) -> Metrics {
-        for source in [crate::feed::KAFKA, crate::feed::CASSANDRA] {
-            self.up.with_label_values(&[source]).set(0);
+        for source in [Origin::Kafka, Origin::Cassandra] {
+            self.source(source, false);
             for outcome in ["ok", "error"] {
-                self.reads.with_label_values(&[source, outcome]).reset();
+                self.reads.with_label_values(&[source.name(), outcome]).reset();
             }
-            self.read_seconds.with_label_values(&[source]);
+            self.read_seconds.with_label_values(&[source.name()]);
         }
         self
     }
@@ -83,14 +89,14 @@ impl Metrics {
     }
 
     /// Records one read from a server.
-    pub fn read(&self, source: &str, took: Duration, ok: bool) {
-        self.reads.with_label_values(&[source, if ok { "ok" } else { "error" }]).inc();
-        self.read_seconds.with_label_values(&[source]).observe(took.as_secs_f64());
+    pub fn read(&self, source: Origin, took: Duration, ok: bool) {
+        self.reads.with_label_values(&[source.name(), if ok { "ok" } else { "error" }]).inc();
+        self.read_seconds.with_label_values(&[source.name()]).observe(took.as_secs_f64());
     }
 
     /// Records whether the latest figures of a server are known.
-    pub fn source(&self, source: &str, up: bool) {
-        self.up.with_label_values(&[source]).set(i64::from(up));
+    pub fn source(&self, source: Origin, up: bool) {
+        self.up.with_label_values(&[source.name()]).set(i64::from(up));
     }
 
     /// Exports an overview. Removes the series of figures that are unknown.
@@ -141,22 +147,22 @@ fn set_float(gauge: &GaugeVec, labels: &[&str], value: Option<f64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overview::{Known, Progress, StoreFacts, assemble};
+    use crate::overview::{Known, ProgressRow, StoreFacts, assemble};
     use crate::rates::Rates;
-    use crate::reason::{Reason, Source};
+    use crate::reason::Reason;
     use prometheus::TextEncoder;
 
     #[test]
     fn a_figure_that_becomes_unknown_loses_its_series() {
-        let metrics = Metrics::new("s").unwrap();
+        let metrics = Metrics::new("s", 1).unwrap();
         let text = || TextEncoder::new().encode_to_string(&metrics.registry().gather()).unwrap();
-        let progress = Progress { next_offset: 7, events: 7, ..Progress::default() };
+        let progress = ProgressRow { next_offset: 7, events: 7, ..ProgressRow::default() };
         let rates = Rates { now: 1.0, average: 1.0, peak: 1.0 };
         let store = StoreFacts { progress: [(0, progress)].into(), rates };
-        let reason = || Reason::new(Source::Kafka, "down");
+        let reason = || Reason::new(Origin::Kafka, "down");
         let show = |store| {
             let known = Known { store, kafka: Err(reason()), holders: Err(reason()) };
-            metrics.overview(&assemble("s", (0, String::new()), &known));
+            metrics.overview(&assemble("s", 0, &known));
         };
         show(Ok(store));
         assert!(text().contains("dashboard_cassandra_rows{stream=\"s\"} 7"), "{}", text());

@@ -3,8 +3,9 @@
 
 use crate::lag::{self, Standing, Watermarks};
 use crate::rates::Rates;
-use crate::reason::{Reason, Source};
+use crate::reason::{Origin, Reason};
 use crate::services::Holder;
+use chrono::{DateTime, SecondsFormat};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +14,7 @@ pub type Figure<T> = Result<T, Reason>;
 
 /// One row of table `partition_progress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Progress {
+pub struct ProgressRow {
     /// Offset of the next record to be processed.
     pub next_offset: i64,
     /// Events, without duplicates.
@@ -26,7 +27,7 @@ pub struct Progress {
     pub dead_letters: i64,
 }
 
-impl Progress {
+impl ProgressRow {
     /// Processed records, whatever the outcome.
     pub fn processed(&self) -> i64 {
         self.events + self.duplicates + self.dead_letters
@@ -37,7 +38,7 @@ impl Progress {
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoreFacts {
     /// Progress by Kafka partition. Nothing of a partition without an entry has been processed.
-    pub progress: BTreeMap<i32, Progress>,
+    pub progress: BTreeMap<i32, ProgressRow>,
     /// Events per second.
     pub rates: Rates,
 }
@@ -168,19 +169,21 @@ pub struct Known {
     pub holders: Figure<BTreeMap<i32, Holder>>,
 }
 
-/// Computes the overview of `stream`. `as_of` is the text form of `now_ms`.
-pub fn assemble(stream: &str, (now_ms, as_of): (i64, String), known: &Known) -> Overview {
+/// Computes the overview of `stream`.
+pub fn assemble(stream: &str, now_ms: i64, known: &Known) -> Overview {
     let Known { store, kafka, .. } = known;
     let mut reasons = BTreeMap::new();
     let partitions = partitions(now_ms, known);
-    let sum = |of: fn(&Progress) -> i64| total(store, of);
+    let sum = |of: fn(&ProgressRow) -> i64| total(store, of);
     let rate = |of: fn(&Rates) -> f64| store.as_ref().map(|s| of(&s.rates)).map_err(Clone::clone);
     let mut note = Notes(&mut reasons);
     Overview {
         stream: stream.to_owned(),
-        as_of,
+        as_of: DateTime::from_timestamp_millis(now_ms)
+            .unwrap_or_default()
+            .to_rfc3339_opts(SecondsFormat::Millis, true),
         events_produced: note.take("events_produced", produced(kafka)),
-        events_processed: note.take("events_processed", sum(Progress::processed)),
+        events_processed: note.take("events_processed", sum(ProgressRow::processed)),
         rows_written: note.take("rows_written", sum(|p| p.events)),
         duplicates: note.take("duplicates", sum(|p| p.duplicates)),
         late: note.take("late", sum(|p| p.late)),
@@ -211,7 +214,7 @@ impl Notes<'_> {
     }
 }
 
-fn total(store: &Figure<StoreFacts>, of: fn(&Progress) -> i64) -> Figure<i64> {
+fn total(store: &Figure<StoreFacts>, of: fn(&ProgressRow) -> i64) -> Figure<i64> {
     store.as_ref().map(|s| s.progress.values().map(of).sum()).map_err(Clone::clone)
 }
 
@@ -242,7 +245,7 @@ fn all_lag<T: Copy>(
     of: fn(&PartitionOverview) -> Option<T>,
 ) -> Figure<Vec<T>> {
     let unknown = |p: &PartitionOverview| {
-        p.reasons.get(name).cloned().unwrap_or_else(|| Reason::new(Source::Dashboard, "unknown"))
+        p.reasons.get(name).cloned().unwrap_or_else(|| Reason::new(Origin::Dashboard, "unknown"))
     };
     let one = |p: &PartitionOverview| of(p).ok_or_else(|| unknown(p));
     partitions.as_ref().map_err(Clone::clone)?.iter().map(one).collect()
@@ -264,7 +267,7 @@ fn partitions(now_ms: i64, known: &Known) -> Figure<Vec<PartitionOverview>> {
 }
 
 fn holder(id: i32, holders: &Figure<BTreeMap<i32, Holder>>) -> Figure<Holder> {
-    let none = || Reason::new(Source::Dashboard, format!("no processor holds partition {id}"));
+    let none = || Reason::new(Origin::Dashboard, format!("no processor holds partition {id}"));
     holders.as_ref().map_err(Clone::clone)?.get(&id).cloned().ok_or_else(none)
 }
 
@@ -275,7 +278,7 @@ fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
     let facts = kafka.as_ref().map_err(Clone::clone).and_then(|k| {
         k.partitions.get(&id).ok_or_else(|| {
             Reason::new(
-                Source::Kafka,
+                Origin::Kafka,
                 format!("the topic has no partition {id}, but cassandra has progress of it"),
             )
         })
@@ -286,7 +289,7 @@ fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
         both.clone().and_then(|(log, next)| lag_seconds(now_ms, log, next, facts.as_ref().ok().copied()));
     let mut reasons = BTreeMap::new();
     let mut note = Notes(&mut reasons);
-    let of = |field: fn(&Progress) -> i64| progress.as_ref().map(field).map_err(Clone::clone);
+    let of = |field: fn(&ProgressRow) -> i64| progress.as_ref().map(field).map_err(Clone::clone);
     PartitionOverview {
         partition: id,
         low_offset: note.take("low_offset", log.clone().map(|l| l.low)),
@@ -317,7 +320,7 @@ fn lag_seconds(
         Some((_, Ok(time))) => Ok(lag::seconds(now_ms, *time)),
         Some((_, Err(reason))) => Err(reason.clone()),
         None => {
-            Err(Reason::new(Source::Kafka, format!("the record at offset {first} has not been read yet")))
+            Err(Reason::new(Origin::Kafka, format!("the record at offset {first} has not been read yet")))
         }
     }
 }
@@ -342,15 +345,15 @@ mod tests {
     }
 
     fn store() -> StoreFacts {
-        let first = Progress { next_offset: 40, events: 36, duplicates: 3, late: 2, dead_letters: 1 };
-        let second = Progress { next_offset: 50, events: 50, ..Progress::default() };
+        let first = ProgressRow { next_offset: 40, events: 36, duplicates: 3, late: 2, dead_letters: 1 };
+        let second = ProgressRow { next_offset: 50, events: 50, ..ProgressRow::default() };
         StoreFacts {
             progress: [(0, first), (1, second)].into(),
             rates: Rates { now: 5.0, average: 2.5, peak: 40.0 },
         }
     }
 
-    fn down(source: Source) -> Reason {
+    fn down(source: Origin) -> Reason {
         Reason::new(source, "down")
     }
 
@@ -358,19 +361,19 @@ mod tests {
         let holder = |does: &str| Holder { instance: "one".into(), does: does.into() };
         let holders = Ok([(0, holder("running")), (1, holder("halted: damaged"))].into());
         let known = Known { store, kafka, holders };
-        assemble("user_created", (10_000, "1970-01-01T00:00:10Z".into()), &known)
+        assemble("user_created", 10_000, &known)
     }
 
     #[test]
     fn a_partition_without_a_processor_has_a_reason() {
         let known = Known { store: Ok(store()), kafka: Ok(kafka()), holders: Ok(BTreeMap::new()) };
-        let o = assemble("user_created", (10_000, String::new()), &known);
+        let o = assemble("user_created", 10_000, &known);
         let partitions = o.partitions.unwrap();
         assert_eq!(partitions[1].holder, None);
         assert_eq!(partitions[1].reasons["holder"].message, "no processor holds partition 1");
-        let known = Known { holders: Err(down(Source::Cassandra)), ..known };
-        let o = assemble("user_created", (10_000, String::new()), &known);
-        assert_eq!(o.partitions.unwrap()[1].reasons["holder"], down(Source::Cassandra));
+        let known = Known { holders: Err(down(Origin::Cassandra)), ..known };
+        let o = assemble("user_created", 10_000, &known);
+        assert_eq!(o.partitions.unwrap()[1].reasons["holder"], down(Origin::Cassandra));
     }
 
     #[test]
@@ -380,32 +383,32 @@ mod tests {
 
     #[test]
     fn without_kafka_the_figures_of_cassandra_are_known_but_the_lag_is_not() {
-        let o = overview(Ok(store()), Err(down(Source::Kafka)));
+        let o = overview(Ok(store()), Err(down(Origin::Kafka)));
         assert_eq!(
             (o.events_produced, o.lag_messages, o.lag_seconds, o.replication),
             (None, None, None, None)
         );
         assert_eq!((o.events_processed, o.rows_written), (Some(90), Some(86)));
         for name in ["events_produced", "lag_messages", "lag_seconds", "replication"] {
-            assert_eq!(o.reasons.get(name), Some(&down(Source::Kafka)), "{name}");
+            assert_eq!(o.reasons.get(name), Some(&down(Origin::Kafka)), "{name}");
         }
         assert_eq!(o.partitions.unwrap().len(), 2);
     }
 
     #[test]
     fn without_cassandra_the_processed_records_are_unknown() {
-        let o = overview(Err(down(Source::Cassandra)), Ok(kafka()));
+        let o = overview(Err(down(Origin::Cassandra)), Ok(kafka()));
         assert_eq!(o.events_produced, Some(150));
         assert_eq!(
             (o.events_processed, o.rows_written, o.rate_now, o.lag_messages),
             (None, None, None, None)
         );
-        assert_eq!(o.reasons["lag_messages"], down(Source::Cassandra));
+        assert_eq!(o.reasons["lag_messages"], down(Origin::Cassandra));
     }
 
     #[test]
     fn without_both_servers_every_figure_has_a_reason() {
-        let o = overview(Err(down(Source::Cassandra)), Err(down(Source::Kafka)));
+        let o = overview(Err(down(Origin::Cassandra)), Err(down(Origin::Kafka)));
         let json = serde_json::to_value(&o).unwrap();
         for (name, value) in json.as_object().unwrap() {
             let known = ["stream", "as_of", "reasons"].contains(&name.as_str());

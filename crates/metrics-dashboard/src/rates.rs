@@ -1,5 +1,5 @@
 //! Computes throughput from running totals: a row holds the total of a Kafka partition at the end of a second, and the
-//! progress is the difference between two rows. Pure: [`crate::store`] reads the rows, and the caller passes the time.
+//! progress is the difference between two rows. Pure: [`crate::cassandra_view`] reads the rows, and the caller passes the time.
 //!
 //! A second without a row is a second without progress. The progress of the first row of a partition needs a baseline:
 //! an older row, or zero if the stream is younger than the rows that were read. Without a baseline, the first row

@@ -7,7 +7,7 @@ use std::fmt;
 /// The origin of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Source {
+pub enum Origin {
     /// Kafka.
     Kafka,
     /// Cassandra.
@@ -18,11 +18,23 @@ pub enum Source {
     Request,
 }
 
+impl Origin {
+    /// Name in `/readyz`, in metric labels and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Origin::Kafka => "kafka",
+            Origin::Cassandra => "cassandra",
+            Origin::Dashboard => "dashboard",
+            Origin::Request => "request",
+        }
+    }
+}
+
 /// A reason, as JSON `{"source": …, "message": …, "detail": …}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reason {
     /// The origin of the problem.
-    pub source: Source,
+    pub source: Origin,
     /// One line: what failed, and what to do.
     pub message: String,
     /// The error of the client library, if there is one.
@@ -31,7 +43,7 @@ pub struct Reason {
 
 impl Reason {
     /// Creates a reason without a detail.
-    pub fn new(source: Source, message: impl Into<String>) -> Reason {
+    pub fn new(source: Origin, message: impl Into<String>) -> Reason {
         Reason { source, message: message.into(), detail: None }
     }
 
@@ -42,7 +54,7 @@ impl Reason {
 
     /// Creates a reason from an error whose text contains `cause` in parentheses. Moves the cause from the message to
     /// the detail.
-    pub fn without_cause(source: Source, error: &impl fmt::Display, cause: &str) -> Reason {
+    pub fn without_cause(source: Origin, error: &impl fmt::Display, cause: &str) -> Reason {
         let message = error.to_string().replacen(&format!(" ({cause})"), "", 1);
         Reason::new(source, message).with_detail(cause)
     }
@@ -62,11 +74,11 @@ mod tests {
     #[test]
     fn a_cause_in_parentheses_becomes_the_detail() {
         let error = "kafka at k:9092 does not answer (Meta data: Broker (Local) failure); is it running?";
-        let reason = Reason::without_cause(Source::Kafka, &error, "Meta data: Broker (Local) failure");
+        let reason = Reason::without_cause(Origin::Kafka, &error, "Meta data: Broker (Local) failure");
         assert_eq!(reason.message, "kafka at k:9092 does not answer; is it running?");
         assert_eq!(reason.detail.as_deref(), Some("Meta data: Broker (Local) failure"));
         assert_eq!(
-            serde_json::json!(Reason::new(Source::Request, "no")),
+            serde_json::json!(Reason::new(Origin::Request, "no")),
             serde_json::json!({"source": "request", "message": "no", "detail": null})
         );
     }

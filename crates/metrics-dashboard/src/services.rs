@@ -1,6 +1,6 @@
 //! Determines which instances of the services are alive, and which refused to run. An instance is silent if its row did
 //! not change for a while during which the rows could be read. Neither differing clocks nor an outage of Cassandra make
-//! an instance silent. Pure; [`crate::store`] reads the rows.
+//! an instance silent. Pure; [`crate::cassandra_view`] reads the rows.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub enum State {
 
 /// An instance as `GET /api/v1/services` lists it; times in Unix milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Instance {
+pub struct InstanceStatus {
     /// Name of the service.
     pub service: String,
     /// Name of the instance.
@@ -96,7 +96,7 @@ pub struct Holder {
 
 /// The processor that holds each partition. If two instances claim a partition, as they briefly do during a rebalance,
 /// the one that processes it wins.
-pub fn holders(instances: &[Instance]) -> BTreeMap<i32, Holder> {
+pub fn holders(instances: &[InstanceStatus]) -> BTreeMap<i32, Holder> {
     let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
     for one in instances.iter().filter(|one| matches!(one.state, State::Ready | State::NotReady)) {
         for (partition, does) in &one.partitions {
@@ -128,8 +128,9 @@ impl LivenessTracker {
         &mut self,
         rows: Vec<ServiceRow>,
         refusals: Vec<RefusalRow>,
-        (now_ms, since_last): (i64, Duration),
-    ) -> Vec<Instance> {
+        now_ms: i64,
+        since_last: Duration,
+    ) -> Vec<InstanceStatus> {
         let mut last_rows = BTreeMap::new();
         let mut instances = BTreeMap::new();
         for row in rows {
@@ -152,14 +153,15 @@ impl LivenessTracker {
             };
             let ServiceRow { service, instance, version, started_at, seen_at, partitions, .. } = row;
             let reason = None;
-            let one = Instance { service, instance, version, started_at, seen_at, state, reason, partitions };
+            let one =
+                InstanceStatus { service, instance, version, started_at, seen_at, state, reason, partitions };
             instances.insert(name, one);
         }
         self.last_rows = last_rows;
         for refusal in refusals.into_iter().filter(|refusal| !refusal.reason.is_empty()) {
             let RefusalRow { service, instance, reason, at } = refusal;
             let name = (service.clone(), instance.clone());
-            let one = instances.entry(name).or_insert(Instance {
+            let one = instances.entry(name).or_insert(InstanceStatus {
                 service,
                 instance,
                 version: None,
@@ -195,14 +197,14 @@ mod tests {
         RefusalRow { service, instance, reason: reason.to_owned(), at }
     }
 
-    fn states(instances: &[Instance]) -> Vec<State> {
+    fn states(instances: &[InstanceStatus]) -> Vec<State> {
         instances.iter().map(|instance| instance.state).collect()
     }
 
     #[test]
     fn an_instance_is_silent_three_seconds_after_its_last_heartbeat_and_ready_again_at_the_next() {
         let mut tracker = LivenessTracker::default();
-        let mut update = |seen_at| states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, SECOND)));
+        let mut update = |seen_at| states(&tracker.update(vec![row("a", seen_at)], vec![], NOW, SECOND));
         assert_eq!(update(NOW), [State::Ready]);
         assert_eq!(update(NOW + 1_000), [State::Ready]);
         for expected in [State::Ready, State::Ready, State::Silent, State::Silent] {
@@ -216,7 +218,7 @@ mod tests {
         let mut tracker = LivenessTracker::default();
         let skewed = NOW - 100_000;
         let mut update = |seen_at, since| {
-            states(&tracker.update(vec![row("a", seen_at)], vec![], (NOW, Duration::from_secs(since))))
+            states(&tracker.update(vec![row("a", seen_at)], vec![], NOW, Duration::from_secs(since)))
         };
         assert_eq!(update(skewed, 0), [State::Silent], "only the age of the first row is known");
         assert_eq!(update(skewed + 1_000, 1), [State::Ready]);
@@ -235,7 +237,7 @@ mod tests {
             holding("b", 0, &[(1, "running"), (2, "halted: damaged")]),
             holding("c", 9_000, &[(2, "running"), (3, "running")]),
         ];
-        let found = holders(&LivenessTracker::default().update(rows, vec![], (NOW, SECOND)));
+        let found = holders(&LivenessTracker::default().update(rows, vec![], NOW, SECOND));
         let found: Vec<(i32, &str, &str)> =
             found.iter().map(|(p, holder)| (*p, holder.instance.as_str(), holder.does.as_str())).collect();
         assert_eq!(found, [(0, "a", "running"), (1, "b", "running"), (2, "b", "halted: damaged")]);
@@ -244,7 +246,7 @@ mod tests {
     #[test]
     fn a_refusal_is_shown_until_the_instance_starts_again() {
         let states = |rows, refusals| {
-            let instances = LivenessTracker::default().update(rows, refusals, (NOW, SECOND));
+            let instances = LivenessTracker::default().update(rows, refusals, NOW, SECOND);
             instances.into_iter().map(|i| (i.instance, i.state, i.reason)).collect::<Vec<_>>()
         };
         let refused = |name: &str| (name.to_owned(), State::Refused, Some("lost history".to_owned()));

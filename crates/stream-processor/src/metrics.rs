@@ -3,10 +3,9 @@
 
 use crate::count::partition::{Partition, Totals};
 use crate::io::store::StepTimes;
-use crate::pipeline::group::Lost;
 use crate::pipeline::stages::{StageClock, Stages};
 use crate::pipeline::start::How;
-use common::runtime::metrics::Maker;
+use common::runtime::metrics::MetricFactory;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
@@ -29,6 +28,9 @@ const ROW_BUCKETS: [f64; 12] =
 pub const FETCH: &str = "fetch";
 /// Name of the stage that looks up, counts, writes and commits.
 pub const WORK: &str = "work";
+
+/// Why a client of the consumer group was replaced.
+const REBUILD_REASONS: [&str; 5] = ["session", "fenced", "fatal", "unowned", "stuck"];
 
 /// The processor's metrics. Label values are partition numbers and fixed strings, so the number of series is bounded.
 #[derive(Debug)]
@@ -78,7 +80,7 @@ impl Metrics {
     /// Creates and registers all metrics. Series without a partition label start at 0.
     pub fn new() -> Result<Metrics, prometheus::Error> {
         const PARTITION: [&str; 1] = ["partition"];
-        let make = Maker::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
+        let make = MetricFactory::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
         let total = |name: &str, help: &str| make.counters(name, help, &PARTITION);
         let gauge = |name: &str, help: &str| make.gauges(name, help, &PARTITION);
         let time = |name: &str, help: &str| make.levels(name, help, &PARTITION);
@@ -86,9 +88,8 @@ impl Metrics {
             Opts::new("processor_stage_seconds_total", "Seconds idle, busy or backpressured per stage");
         let stages = Stages::new(CounterVec::new(stages, &["partition", "stage", "state"])?);
         make.registry.register(Box::new(stages.clone()))?;
-        let steps = ("processor_step_duration_seconds", "Seconds per batch and step");
-        let latency =
-            ("processor_produce_to_commit_seconds", "Produce-to-commit time of a batch's oldest event");
+        let steps = "Seconds per batch and step";
+        let latency = "Produce-to-commit time of a batch's oldest event";
         let metrics = Metrics {
             committed: [
                 total("processor_committed_events_total", "First copies of events")?,
@@ -108,8 +109,13 @@ impl Metrics {
             stages,
             batch_rows: make.histogram("processor_batch_rows", "Rows written per batch", &ROW_BUCKETS)?,
             seconds: make.amounts("processor_step_seconds_total", "Seconds spent per step", &["step"])?,
-            steps: make.histograms(steps, &["step"], &STEP_BUCKETS)?,
-            latency: make.histograms(latency, &[], &LATENCY_BUCKETS)?,
+            steps: make.histograms("processor_step_duration_seconds", steps, &["step"], &STEP_BUCKETS)?,
+            latency: make.histograms(
+                "processor_produce_to_commit_seconds",
+                latency,
+                &[],
+                &LATENCY_BUCKETS,
+            )?,
             looked_up: make.counter("processor_looked_up_events_total", "Events whose key was looked up")?,
             cold_events: make.counter("processor_cold_events_total", "First copies counted in cold panes")?,
             store_requests: make.counter("processor_store_requests_total", "Acknowledged requests")?,
@@ -148,7 +154,7 @@ impl Metrics {
         for how in How::ALL {
             self.starts.with_label_values(&[how.name()]);
         }
-        for reason in Lost::LABELS {
+        for reason in REBUILD_REASONS {
             self.client_rebuilds.with_label_values(&[reason]);
         }
         for step in ["decode", "lookup", "apply", "write", "commit"] {

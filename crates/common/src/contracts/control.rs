@@ -5,7 +5,7 @@
 //! `{"id": "…uuid…", "stream": "user_created", "issued_by": "cli", "issued_at_ms": 0, "expires_at_ms": 60000,
 //! "action": {"spike": {"rate": 3000, "seconds": 10}}}`. Its outcome is a row of table `control_log`.
 
-use crate::contracts::event::{MAX_EVENT_TIME_MS, floor_to};
+use crate::contracts::event::{DAY_MS, MAX_EVENT_TIME_MS, floor_to};
 use crate::contracts::run_ledger::{Reprocess, RunState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,8 +26,7 @@ pub const MAX_SPIKE_SECONDS: u64 = 600;
 /// Most concurrent runs of one `backfill`.
 pub const MAX_ACTIVE_RUNS: u32 = 16;
 /// Longest span of one `backfill` or `clear`: 366 days.
-pub const MAX_SPAN_MS: i64 = 366 * 86_400_000;
-const DAY_MS: i64 = 86_400_000;
+pub const MAX_SPAN_MS: i64 = 366 * DAY_MS;
 
 /// A command to the producer of a stream.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

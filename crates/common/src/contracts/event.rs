@@ -6,6 +6,8 @@ use serde::Serialize;
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
+/// A day in milliseconds.
+pub const DAY_MS: i64 = 86_400_000;
 /// CloudEvents id. All `ce_` headers follow the binary content mode of the Kafka protocol binding.
 pub const HEADER_ID: &str = "ce_id";
 /// CloudEvents source: the source URL of the stream up to the query or the first placeholder.
@@ -133,7 +135,7 @@ impl Bucket {
         match self {
             Bucket::TenMinutes => 600_000,
             Bucket::Hour => 3_600_000,
-            Bucket::Day => 86_400_000,
+            Bucket::Day => DAY_MS,
         }
     }
 

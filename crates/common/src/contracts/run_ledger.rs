@@ -100,17 +100,17 @@ impl RunType {
 /// A text that does not name a run state or a run type.
 #[derive(Debug, thiserror::Error)]
 #[error("`{found}` is not a {what}; use one of {known}")]
-pub struct UnknownWord {
+pub struct UnknownName {
     found: String,
     what: &'static str,
     known: String,
 }
 
 impl FromStr for RunState {
-    type Err = UnknownWord;
-    fn from_str(s: &str) -> Result<Self, UnknownWord> {
+    type Err = UnknownName;
+    fn from_str(s: &str) -> Result<Self, UnknownName> {
         let known = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownWord {
+        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownName {
             found: s.to_owned(),
             what: "run state",
             known: known(),
@@ -119,10 +119,10 @@ impl FromStr for RunState {
 }
 
 impl FromStr for RunType {
-    type Err = UnknownWord;
-    fn from_str(s: &str) -> Result<Self, UnknownWord> {
+    type Err = UnknownName;
+    fn from_str(s: &str) -> Result<Self, UnknownName> {
         let known = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownWord {
+        Self::ALL.into_iter().find(|variant| variant.name() == s).ok_or_else(|| UnknownName {
             found: s.to_owned(),
             what: "run type",
             known: known(),

@@ -5,17 +5,6 @@
 use crate::contracts::stream::Definition;
 use std::collections::BTreeMap;
 
-/// Columns of the event table that the pipeline adds. A stream definition must not declare them.
-pub const RESERVED_COLUMNS: [&str; 6] =
-    ["bucket", "shard", "event_time", "event_id", "kafka_offset", "run_id"];
-/// How long Kafka keeps events: 7 days (`retention.ms` of the events topic).
-pub const TOPIC_RETENTION_MS: i64 = 7 * 86_400_000;
-/// How long dead letters are kept: 30 days.
-pub const DEAD_LETTER_RETENTION_MS: i64 = 30 * 86_400_000;
-/// How long commands are kept in the control topic: 1 day.
-pub const CONTROL_RETENTION_MS: i64 = 86_400_000;
-/// Longest time a log segment stays open: 1 day. Retention only removes closed segments.
-pub const SEGMENT_MS: i64 = 86_400_000;
 /// Most rows in one batch statement of the processor.
 pub const MAX_BATCH_ROWS: usize = 200;
 /// Most bytes of values in one batch statement. Cassandra always rejects a mutation larger than half a commit log
@@ -27,8 +16,23 @@ pub const SERVICE_TTL_SECONDS: i64 = 60;
 pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
 /// TTL of a row of `batches`: 1 day.
 const BATCHES_TTL_SECONDS: i64 = 86_400;
-/// Resolutions of table `throughput`: step, length of a slot (one Cassandra partition), and TTL, each in seconds.
-pub const THROUGHPUT_RESOLUTIONS: [(i32, i64, i64); 2] = [(1, 3600, 2 * 86_400), (60, 86_400, 30 * 86_400)];
+/// A resolution of table `throughput`, in seconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Resolution {
+    /// Step between two rows of a partition.
+    pub step: i32,
+    /// Length of a slot, which is one Cassandra partition.
+    pub slot: i64,
+    /// TTL of a row.
+    pub ttl: i32,
+}
+
+impl Resolution {
+    /// The resolution for the last hours.
+    pub const SECONDS: Resolution = Resolution { step: 1, slot: 3600, ttl: 2 * 86_400 };
+    /// The resolution for the last weeks.
+    pub const MINUTES: Resolution = Resolution { step: 60, slot: 86_400, ttl: 30 * 86_400 };
+}
 
 /// Version of the tables that this program needs. Every change of the tables increments it. `tests/golden` contains the
 /// tables of each earlier version, and `init` must be able to migrate all of them.
@@ -59,7 +63,7 @@ struct TableColumn {
 
 /// The current definition of a table in Cassandra.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Existing {
+pub struct ExistingTable {
     /// CQL type of each column, by name.
     pub columns: BTreeMap<String, String>,
     /// The `default_time_to_live`. 0 if rows do not expire.
@@ -72,7 +76,7 @@ pub struct Existing {
     "table {keyspace}.{table}: column `{column}` is {found}, but must be {expected}: choose another keyspace with \
      PIPELINE_KEYSPACE, or another column or stream name"
 )]
-pub struct OtherType {
+pub struct ColumnTypeMismatch {
     keyspace: String,
     table: String,
     column: String,
@@ -119,14 +123,18 @@ impl Table {
 
     /// The statements that migrate `existing` to this definition. They only add columns and set the TTL, and are
     /// idempotent.
-    pub fn bring_forward(&self, keyspace: &str, existing: &Existing) -> Result<Vec<String>, OtherType> {
+    pub fn bring_forward(
+        &self,
+        keyspace: &str,
+        existing: &ExistingTable,
+    ) -> Result<Vec<String>, ColumnTypeMismatch> {
         let mut added = Vec::new();
         for TableColumn { name, cql_type } in &self.columns {
             match existing.columns.get(name) {
                 None => added.push(format!("{name} {cql_type}")),
                 Some(found) if found == cql_type => {}
                 Some(found) => {
-                    return Err(OtherType {
+                    return Err(ColumnTypeMismatch {
                         keyspace: keyspace.to_owned(),
                         table: self.name.clone(),
                         column: name.clone(),
@@ -178,7 +186,6 @@ fn stream_records() -> Vec<Table> {
 
 /// Tables that the processor writes.
 fn processing_tables() -> Vec<Table> {
-    let [_, (_, _, longest_throughput)] = THROUGHPUT_RESOLUTIONS;
     vec![
         Table::new(
             "partition_progress",
@@ -203,7 +210,7 @@ fn processing_tables() -> Vec<Table> {
             "stream text, resolution int, slot timestamp, at timestamp, kafka_partition int, total bigint",
             "(stream, resolution, slot), at, kafka_partition",
         )
-        .expiring(longest_throughput),
+        .expiring(Resolution::MINUTES.ttl.into()),
         Table::new(
             "batches",
             "stream text, hour timestamp, finished_at timestamp, kafka_partition int, first_offset bigint, \
@@ -304,11 +311,6 @@ pub fn panes_table(d: &Definition) -> String {
     format!("{}_panes", d.stream.name)
 }
 
-/// Name of the dead-letter topic of an events topic.
-pub fn dead_letter_topic(topic: &str) -> String {
-    format!("{topic}.dlq")
-}
-
 /// INSERT of an event row. Bind markers in order: bucket, shard, event_time, event_id, kafka_offset, run_id, the
 /// declared columns in order, write timestamp (event time in µs).
 pub fn insert_event(keyspace: &str, d: &Definition) -> String {
@@ -348,7 +350,7 @@ mod tests {
     }
 
     /// Parses CREATE TABLE statements, one per line, as Cassandra would describe the tables.
-    fn existing(cql: &str) -> BTreeMap<String, Existing> {
+    fn existing(cql: &str) -> BTreeMap<String, ExistingTable> {
         let describe = |statement: &str| {
             let (name, rest) =
                 statement.strip_prefix("CREATE TABLE IF NOT EXISTS pipeline.")?.split_once(" (")?;
@@ -363,7 +365,7 @@ mod tests {
                 .collect();
             let ttl = rest.split_once("default_time_to_live = ").map_or("0", |(_, ttl)| ttl);
             let ttl = ttl.split([' ', ';']).next().unwrap().parse().unwrap();
-            Some((name.to_owned(), Existing { columns, ttl_seconds: ttl }))
+            Some((name.to_owned(), ExistingTable { columns, ttl_seconds: ttl }))
         };
         cql.lines().filter_map(describe).collect()
     }
@@ -382,7 +384,7 @@ mod tests {
         }
     }
 
-    fn existing_of_each(cql: &str, d: &Definition) -> Vec<Existing> {
+    fn existing_of_each(cql: &str, d: &Definition) -> Vec<ExistingTable> {
         let found = existing(cql);
         tables(d).iter().map(|table| found[&table.name].clone()).collect()
     }

@@ -3,6 +3,7 @@
 //! that involve several keys. Pure.
 
 mod column;
+mod duration;
 mod event;
 pub mod layout;
 mod parse;
@@ -11,15 +12,15 @@ mod secrets;
 mod source;
 pub mod template;
 
-use crate::contracts::event::Bucket;
+use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{EventMapping, EventTime};
-use layout::Layout;
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};
 pub use source::{
     Auth, BodyFormat, Flag, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, Place, RecordShape,
-    Secret, Source, Statuses, TokenRequest,
+    Secret, SourceSettings, Statuses, TokenRequest,
 };
 
 /// Most group-by columns of a stream. Each one adds rows to every pane.
@@ -30,6 +31,9 @@ pub const MAX_GROUPS: usize = 256;
 pub const OTHER: &str = "(other)";
 /// Most intervals that a producer catches up. It plans them in memory.
 pub const MAX_CATCH_UP_INTERVALS: i64 = 50_000;
+/// Rows must outlive the log by at least this time (two days), so that every duplicate that can still be read is
+/// recognized.
+pub const TTL_MARGIN_MS: i64 = 2 * DAY_MS;
 /// The dimension that counts all events of a pane.
 pub const ALL: &str = "";
 
@@ -39,13 +43,13 @@ pub struct Definition {
     /// Name, schedule and retry policy.
     pub stream: StreamSettings,
     /// The REST API to fetch from.
-    pub source: Source,
+    pub source: SourceSettings,
     /// How a source record is mapped to an event.
     pub event: EventMapping,
     /// The declared columns, in the order of the file.
     pub columns: Vec<Column>,
     /// Layout of the rows in Cassandra.
-    pub store: Store,
+    pub store: StoreSettings,
     /// Panes, allowed lateness, group-by columns and measures.
     pub windows: Windows,
 }
@@ -100,7 +104,7 @@ pub struct RetryPolicy {
 
 /// `[store]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Store {
+pub struct StoreSettings {
     /// Time span of one Cassandra partition.
     pub bucket: Bucket,
     /// Cassandra partitions per bucket and Kafka partition.
@@ -113,10 +117,17 @@ pub struct Store {
     pub shortest_ttl_seconds: Option<i64>,
 }
 
-impl Store {
+impl StoreSettings {
     /// The shortest TTL of all rows, including rows written before the TTL was raised. 0 if no row expires.
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
+    }
+
+    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
+    /// expired. `None` if no row expires.
+    pub fn horizon_ms(&self) -> Option<i64> {
+        let ttl_ms = self.least_ttl_seconds().saturating_mul(1000);
+        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS)
     }
 }
 
@@ -197,11 +208,6 @@ pub struct DefinitionError {
 }
 
 impl Definition {
-    /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
-    pub fn parse(file: &str, text: &str) -> Result<Definition, DefinitionError> {
-        parse::parse(text).map_err(|problems| DefinitionError { file: file.to_owned(), problems })
-    }
-
     /// Index of a declared column in `columns`.
     pub fn column_index(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|c| c.name == name)
@@ -210,10 +216,5 @@ impl Definition {
     /// Most rows of one pane: one for all events, and one per group of each group-by column.
     pub fn pane_rows(&self) -> usize {
         1 + self.windows.group_by.iter().map(GroupBy::len).sum::<usize>()
-    }
-
-    /// The part of the definition that stored data depends on.
-    pub fn layout(&self) -> Layout {
-        Layout::of(self)
     }
 }

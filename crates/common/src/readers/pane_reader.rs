@@ -3,7 +3,7 @@
 use crate::contracts::event::floor_to;
 use crate::contracts::schema::panes_table;
 use crate::contracts::stream::Definition;
-use crate::readers::windows::{Asked, Measure, Panes, Question, Sum, Unanswerable};
+use crate::readers::windows::{InvalidWindowQuery, Measure, PaneSums, Sum, WindowParameters, WindowQuery};
 use futures::{StreamExt, TryStreamExt};
 use scylla::client::session::Session;
 use scylla::errors::{ExecutionError, IntoRowsResultError, PrepareError, RowsError};
@@ -56,6 +56,13 @@ pub struct PaneReader {
     partitions: i32,
 }
 
+/// Panes of one Kafka partition in one Cassandra partition.
+struct Request<'a> {
+    bucket: i64,
+    partition: i32,
+    starts: &'a [CqlTimestamp],
+}
+
 impl PaneReader {
     /// Prepares the statements. Fails if `init` has not run for the stream.
     pub async fn new(
@@ -97,14 +104,18 @@ impl PaneReader {
     }
 
     /// Validates a query. Fails if it does not fit the stream or would read or return too many values.
-    pub fn question(&self, asked: &Asked<'_>, now_ms: i64) -> Result<Question, Unanswerable> {
-        Question::new(&self.definition, self.partitions, asked, now_ms)
+    pub fn query(
+        &self,
+        parameters: &WindowParameters<'_>,
+        now_ms: i64,
+    ) -> Result<WindowQuery, InvalidWindowQuery> {
+        WindowQuery::new(&self.definition, self.partitions, parameters, now_ms)
     }
 
-    /// Reads all panes that `question` needs.
-    pub async fn panes(&self, question: &Question) -> Result<Panes, PaneReadError> {
+    /// Reads all panes that `query` needs.
+    pub async fn panes(&self, query: &WindowQuery) -> Result<PaneSums, PaneReadError> {
         let (span, pane_ms, bucket) =
-            (question.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
+            (query.panes(), self.definition.windows.pane_ms, self.definition.store.bucket);
         let mut starts: BTreeMap<i64, Vec<CqlTimestamp>> = BTreeMap::new();
         let mut start = floor_to(span.start, pane_ms);
         while start < span.end {
@@ -114,13 +125,18 @@ impl PaneReader {
         let mut requests = Vec::new();
         for (bucket, starts) in &starts {
             for starts in starts.chunks(PANES_PER_REQUEST) {
-                requests.extend((0..self.partitions).map(|partition| (*bucket, partition, starts)));
+                requests.extend((0..self.partitions).map(|partition| Request {
+                    bucket: *bucket,
+                    partition,
+                    starts,
+                }));
             }
         }
-        let reads: Vec<_> = requests.into_iter().map(|key| self.read(key, &question.dimension)).collect();
+        let reads: Vec<_> =
+            requests.into_iter().map(|request| self.read(request, &query.dimension)).collect();
         // The order of the requests is fixed, so sums of floats are reproducible.
         let read = futures::stream::iter(reads).buffered(IN_FLIGHT);
-        read.try_fold(Panes::new(), async |mut panes, rows| {
+        read.try_fold(PaneSums::new(), async |mut panes, rows| {
             for (start, value, sum) in rows {
                 panes.entry((value, start)).or_default().add(&sum);
             }
@@ -131,11 +147,11 @@ impl PaneReader {
 
     async fn read(
         &self,
-        (bucket, partition, starts): (i64, i32, &[CqlTimestamp]),
+        request: Request<'_>,
         dimension: &str,
     ) -> Result<Vec<(i64, String, Sum)>, PaneReadError> {
         let failed = |cause: &dyn std::fmt::Display| PaneReadError::Failed(cause.to_string());
-        let key = (CqlTimestamp(bucket), partition, starts, dimension);
+        let key = (CqlTimestamp(request.bucket), request.partition, request.starts, dimension);
         let pages = self.session.execute_iter(self.panes.clone(), key).await.map_err(|e| failed(&e))?;
         let mut rows = pages.rows_stream::<Row>().map_err(|e| failed(&e))?;
         let mut read = Vec::new();

@@ -3,7 +3,7 @@
 
 use crate::contracts::schema::{TABLES_COMPONENT, TABLES_VERSION};
 use crate::contracts::stream::layout::Layout;
-use crate::contracts::stream::{Definition, Store};
+use crate::contracts::stream::{Definition, StoreSettings};
 use crate::runtime::cassandra::{Failure, classify};
 use crate::runtime::kafka::Topic;
 use scylla::client::session::Session;
@@ -191,7 +191,7 @@ impl Registered {
     /// Adds the values to `definition` that only the registration contains.
     pub fn complete(&self, definition: Definition) -> Definition {
         let shortest_ttl_seconds = Some(self.layout.shortest_ttl_seconds());
-        Definition { store: Store { shortest_ttl_seconds, ..definition.store }, ..definition }
+        Definition { store: StoreSettings { shortest_ttl_seconds, ..definition.store }, ..definition }
     }
 
     /// Fails if `found` is in another cluster or has another number of partitions than registered.

@@ -1,13 +1,13 @@
 //! Computes tumbling and sliding windows from panes. The size and slide of a window are multiples of the pane length.
 //! Pure; [`crate::readers::pane_reader`] reads the pane rows. A query that would read or return too many values is rejected.
 
-use crate::contracts::event::floor_to;
+use crate::contracts::event::{DAY_MS, floor_to};
 use crate::contracts::stream::{ALL, Definition, GroupBy};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// Longest accepted duration: far more than [`MAX_READ_VALUES`] permits, and far below an integer overflow.
-const MAX_LENGTH_MS: i64 = 366 * 86_400_000;
+const MAX_LENGTH_MS: i64 = 366 * DAY_MS;
 /// Most values in one result: a count and each measure, for every window and group. About 6 MB of JSON.
 pub const MAX_ANSWERED_VALUES: i64 = 40_000;
 /// Most values that one query may read: a count and each measure, for every pane, group and Kafka partition.
@@ -65,11 +65,11 @@ impl Sum {
 }
 
 /// Panes by group value and start (Unix milliseconds), summed over all Kafka partitions.
-pub type Panes = BTreeMap<(String, i64), Sum>;
+pub type PaneSums = BTreeMap<(String, i64), Sum>;
 
 /// The unvalidated parameters of a query. Durations are texts such as `5m`.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Asked<'a> {
+pub struct WindowParameters<'a> {
     /// Length of a window. Defaults to the pane length.
     pub size: Option<&'a str>,
     /// Distance between the starts of two windows. Defaults to `size`, which gives tumbling windows.
@@ -82,7 +82,7 @@ pub struct Asked<'a> {
 
 /// A validated query for windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Question {
+pub struct WindowQuery {
     /// Length of a window in milliseconds, a multiple of the pane.
     pub size_ms: i64,
     /// Distance between the starts of two windows in milliseconds. Windows tumble if it equals `size_ms`.
@@ -98,7 +98,7 @@ pub struct Question {
 /// Why a query is invalid, and which values are allowed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Unanswerable(String);
+pub struct InvalidWindowQuery(String);
 
 /// One window of one group.
 #[derive(Debug, Clone, PartialEq)]
@@ -113,43 +113,50 @@ pub struct Window {
     pub sum: Sum,
 }
 
-impl Question {
+impl WindowQuery {
     /// Validates durations and column against the stream, and the amount of work against the limits. `partitions` is
     /// the number of Kafka partitions of the stream.
     pub fn new(
         definition: &Definition,
         partitions: i32,
-        asked: &Asked<'_>,
+        parameters: &WindowParameters<'_>,
         now_ms: i64,
-    ) -> Result<Question, Unanswerable> {
+    ) -> Result<WindowQuery, InvalidWindowQuery> {
         let length = |name: &str, text: Option<&str>, default: i64| {
             text.map_or(Ok(default), |text| length_ms(name, text))
         };
-        let size_ms = length("size", asked.size, definition.windows.pane_ms)?;
-        let slide_ms = length("slide", asked.slide, size_ms)?;
-        let last_ms = length("last", asked.last, DEFAULT_LAST_MS)?;
+        let size_ms = length("size", parameters.size, definition.windows.pane_ms)?;
+        let slide_ms = length("slide", parameters.slide, size_ms)?;
+        let last_ms = length("last", parameters.last, DEFAULT_LAST_MS)?;
         check_lengths(definition, size_ms, slide_ms)?;
         let group_by = &definition.windows.group_by;
-        let groups = match asked.by.filter(|by| !by.is_empty()) {
+        let groups = match parameters.by.filter(|by| !by.is_empty()) {
             None => 1,
             Some(by) => group_by.iter().find(|g| g.column == by).map(GroupBy::len).ok_or_else(|| {
                 let known: Vec<&str> = group_by.iter().map(|g| g.column.as_str()).collect();
                 let known = known.join(", ");
-                Unanswerable(format!("by `{by}`: not a group-by column of the stream; use one of {known}"))
+                InvalidWindowQuery(format!(
+                    "by `{by}`: not a group-by column of the stream; use one of {known}"
+                ))
             })?,
         };
-        let question = Question {
+        let query = WindowQuery {
             size_ms,
             slide_ms,
-            dimension: asked.by.unwrap_or(ALL).to_owned(),
+            dimension: parameters.by.unwrap_or(ALL).to_owned(),
             from_ms: floor_to(now_ms.saturating_sub(last_ms), slide_ms),
             to_ms: now_ms,
         };
-        question.check_work(definition, groups as i64, i64::from(partitions))?;
-        Ok(question)
+        query.check_work(definition, groups as i64, i64::from(partitions))?;
+        Ok(query)
     }
 
-    fn check_work(&self, definition: &Definition, groups: i64, partitions: i64) -> Result<(), Unanswerable> {
+    fn check_work(
+        &self,
+        definition: &Definition,
+        groups: i64,
+        partitions: i64,
+    ) -> Result<(), InvalidWindowQuery> {
         let span = self.panes();
         let windows = (self.to_ms - self.from_ms) / self.slide_ms + 1;
         let panes = (span.end - span.start) / definition.windows.pane_ms + 1;
@@ -159,7 +166,7 @@ impl Question {
         if answered <= MAX_ANSWERED_VALUES && read <= MAX_READ_VALUES {
             return Ok(());
         }
-        Err(Unanswerable(format!(
+        Err(InvalidWindowQuery(format!(
             "{windows} windows over {panes} panes of {groups} groups would read {read} values and return {answered}; \
              the limits are {MAX_READ_VALUES} and {MAX_ANSWERED_VALUES}: ask for a shorter span, a longer slide or \
              fewer groups"
@@ -172,7 +179,7 @@ impl Question {
     }
 
     /// Computes all windows that contain events, ordered by start and group.
-    pub fn answer(&self, panes: &Panes) -> Vec<Window> {
+    pub fn answer(&self, panes: &PaneSums) -> Vec<Window> {
         let mut windows = Vec::new();
         let mut panes = panes.iter().peekable();
         while let Some(((value, _), _)) = panes.peek() {
@@ -202,17 +209,17 @@ impl Question {
     }
 }
 
-fn check_lengths(definition: &Definition, size_ms: i64, slide_ms: i64) -> Result<(), Unanswerable> {
+fn check_lengths(definition: &Definition, size_ms: i64, slide_ms: i64) -> Result<(), InvalidWindowQuery> {
     let pane_ms = definition.windows.pane_ms;
     for (name, value) in [("size", size_ms), ("slide", slide_ms)] {
         if value <= 0 || value % pane_ms != 0 {
-            return Err(Unanswerable(format!(
+            return Err(InvalidWindowQuery(format!(
                 "{name} of {value} ms: must be a multiple of the pane, {pane_ms} ms"
             )));
         }
     }
     if slide_ms > size_ms {
-        return Err(Unanswerable(format!(
+        return Err(InvalidWindowQuery(format!(
             "slide of {slide_ms} ms: must not be longer than the size of {size_ms} ms, or some events would be in no \
              window"
         )));
@@ -266,9 +273,9 @@ impl<'a> Sliding<'a> {
 }
 
 /// Parses a duration such as `90s`, `5m` or `1h 30m` into milliseconds. `name` is the parameter that the error names.
-pub fn length_ms(name: &str, text: &str) -> Result<i64, Unanswerable> {
+pub fn length_ms(name: &str, text: &str) -> Result<i64, InvalidWindowQuery> {
     let invalid = || {
-        Unanswerable(format!(
+        InvalidWindowQuery(format!(
             "{name} `{text}`: must be a duration of at most 366 days, such as 90s, 5m or 1h"
         ))
     };
@@ -310,14 +317,14 @@ mod tests {
         Definition::parse("users", include_str!("../../../../streams/user_created.toml")).unwrap()
     }
 
-    fn ask(asked: Asked<'_>) -> Result<Question, Unanswerable> {
-        Question::new(&definition(), 6, &asked, 10_000 * MINUTE)
+    fn validated(parameters: WindowParameters<'_>) -> Result<WindowQuery, InvalidWindowQuery> {
+        WindowQuery::new(&definition(), 6, &parameters, 10_000 * MINUTE)
     }
 
-    fn question(size: i64, slide: i64, from: i64, to: i64) -> Question {
+    fn query(size: i64, slide: i64, from: i64, to: i64) -> WindowQuery {
         let (size_ms, slide_ms) = (size * MINUTE, slide * MINUTE);
         let dimension = ALL.to_owned();
-        Question { size_ms, slide_ms, dimension, from_ms: from * MINUTE, to_ms: to * MINUTE }
+        WindowQuery { size_ms, slide_ms, dimension, from_ms: from * MINUTE, to_ms: to * MINUTE }
     }
 
     fn sum(values: &[f64]) -> Sum {
@@ -333,29 +340,37 @@ mod tests {
 
     #[test]
     fn an_invalid_query_is_rejected_with_the_allowed_values() {
-        let check = |asked: Asked<'_>, part: &str| {
-            let error = ask(asked).unwrap_err().to_string();
+        let check = |parameters: WindowParameters<'_>, part: &str| {
+            let error = validated(parameters).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         };
-        let sized = |size, slide| Asked { size: Some(size), slide: Some(slide), ..Asked::default() };
+        let sized = |size, slide| WindowParameters {
+            size: Some(size),
+            slide: Some(slide),
+            ..WindowParameters::default()
+        };
         check(sized("90s", "90s"), "multiple of the pane, 60000 ms");
         check(sized("1m", "0s"), "slide of 0 ms");
         check(sized("1m", "2m"), "in no window");
         check(sized("a while", "1m"), "`a while`");
         check(sized("900y", "1m"), "`900y`");
-        check(Asked { by: Some("shoe_size"), ..Asked::default() }, "nationality");
-        let by_age = Asked { by: Some("age"), last: Some("5d"), ..Asked::default() };
+        check(WindowParameters { by: Some("shoe_size"), ..WindowParameters::default() }, "nationality");
+        let by_age = WindowParameters { by: Some("age"), last: Some("5d"), ..WindowParameters::default() };
         check(by_age, "7201 windows over 7202 panes of 11 groups");
-        check(Asked { size: Some("300d"), slide: Some("1d"), ..Asked::default() }, "shorter span");
+        check(
+            WindowParameters { size: Some("300d"), slide: Some("1d"), ..WindowParameters::default() },
+            "shorter span",
+        );
     }
 
     #[test]
     fn a_query_is_limited_by_its_windows_panes_groups_and_partitions() {
-        let check = |asked: Asked<'_>, partitions: i32, accepted: bool| {
-            let question = Question::new(&definition(), partitions, &asked, 10_000 * MINUTE);
-            assert_eq!(question.is_ok(), accepted, "{asked:?} {partitions}: {question:?}");
+        let check = |parameters: WindowParameters<'_>, partitions: i32, accepted: bool| {
+            let query = WindowQuery::new(&definition(), partitions, &parameters, 10_000 * MINUTE);
+            assert_eq!(query.is_ok(), accepted, "{parameters:?} {partitions}: {query:?}");
         };
-        let of = |by, slide, last| Asked { size: Some("1h"), slide: Some(slide), by, last: Some(last) };
+        let of =
+            |by, slide, last| WindowParameters { size: Some("1h"), slide: Some(slide), by, last: Some(last) };
         check(of(None, "1m", "6d"), 6, true);
         check(of(None, "1m", "6d"), 256, false);
         check(of(Some("nationality"), "1m", "6d"), 6, false);
@@ -366,10 +381,10 @@ mod tests {
 
     #[test]
     fn a_sliding_window_is_the_sum_of_its_panes() {
-        let question = question(3, 1, 5, 7);
-        assert_eq!(question.panes(), 5 * MINUTE..10 * MINUTE);
+        let query = query(3, 1, 5, 7);
+        assert_eq!(query.panes(), 5 * MINUTE..10 * MINUTE);
         let panes = (0..12).map(|n| ((String::new(), n * MINUTE), sum(&[n as f64]))).collect();
-        let answer = question.answer(&panes);
+        let answer = query.answer(&panes);
         assert_eq!(answer.iter().map(|w| w.start_ms / MINUTE).collect::<Vec<_>>(), [5, 6]);
         assert_eq!(answer[0].sum, sum(&[5.0, 6.0, 7.0]));
         assert_eq!(answer[0].sum.measures[0].average(), Some(6.0));
@@ -389,8 +404,8 @@ mod tests {
             slide in 1i64..6, more in 0i64..12,
         ) {
             let (size, groups) = (slide + more, ["0", "1", "2"]);
-            let question = question(size, slide, -size, 60);
-            let mut panes = Panes::new();
+            let query = query(size, slide, -size, 60);
+            let mut panes = PaneSums::new();
             for (minute, group, value) in &events {
                 panes.entry((group.to_string(), minute * MINUTE)).or_default().add(&sum(&[f64::from(*value)]));
             }
@@ -407,7 +422,7 @@ mod tests {
                     }
                 }
             }
-            prop_assert_eq!(question.answer(&panes), expected);
+            prop_assert_eq!(query.answer(&panes), expected);
         }
     }
 }

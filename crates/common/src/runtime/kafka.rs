@@ -117,7 +117,7 @@ pub fn describe<C: ClientContext>(
 
 /// A client that can fail permanently. An idempotent producer never sends again after a fatal error, for example after
 /// a gap in its sequence numbers, after it was fenced, or after it lost its permissions.
-pub trait Mortal {
+pub trait FallibleClient {
     /// The fatal error of the client. `None` if the client is usable.
     fn fatal_error(&self) -> Option<String>;
 }
@@ -126,25 +126,25 @@ fn fatal_error<C: ClientContext>(client: &Client<C>) -> Option<String> {
     client.fatal_error().map(|(code, reason)| format!("{code}: {reason}"))
 }
 
-impl<C: ProducerContext + 'static> Mortal for ThreadedProducer<C> {
+impl<C: ProducerContext + 'static> FallibleClient for ThreadedProducer<C> {
     fn fatal_error(&self) -> Option<String> {
         fatal_error(self.client())
     }
 }
 
-impl Mortal for FutureProducer {
+impl FallibleClient for FutureProducer {
     fn fatal_error(&self) -> Option<String> {
         fatal_error(self.client())
     }
 }
 
-impl Mortal for BaseConsumer {
+impl FallibleClient for BaseConsumer {
     fn fatal_error(&self) -> Option<String> {
         fatal_error(self.client())
     }
 }
 
-impl Mortal for StreamConsumer {
+impl FallibleClient for StreamConsumer {
     fn fatal_error(&self) -> Option<String> {
         fatal_error(self.client())
     }
@@ -172,7 +172,7 @@ impl<P> Current<P> {
     }
 }
 
-impl<P: Mortal + Send + Sync + 'static> Replaced<P> {
+impl<P: FallibleClient + Send + Sync + 'static> Replaced<P> {
     /// Builds the first client. `build` is called again for each replacement.
     pub fn new(
         build: impl Fn() -> Result<P, KafkaError> + Send + Sync + 'static,

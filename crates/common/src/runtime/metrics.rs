@@ -11,23 +11,23 @@ use std::time::Duration;
 
 /// Creates metrics and registers them in its registry.
 #[derive(Debug, Default)]
-pub struct Maker {
+pub struct MetricFactory {
     /// The registry that `/metrics` exports.
     pub registry: Registry,
 }
 
-impl Maker {
-    /// A maker whose registry contains the process metrics and `pipeline_build_info`.
-    pub fn new(service: &str, version: &str) -> Result<Maker, Error> {
-        let maker = Maker::default();
-        maker.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
-        let build = maker.gauges(
+impl MetricFactory {
+    /// A factory whose registry contains the process metrics and `pipeline_build_info`.
+    pub fn new(service: &str, version: &str) -> Result<MetricFactory, Error> {
+        let factory = MetricFactory::default();
+        factory.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let build = factory.gauges(
             "pipeline_build_info",
             "Always 1; the labels name the service and its version",
             &["service", "version"],
         )?;
         build.with_label_values(&[service, version]).set(1);
-        Ok(maker)
+        Ok(factory)
     }
 
     fn registered<C: Collector + Clone + 'static>(&self, metric: Result<C, Error>) -> Result<C, Error> {
@@ -79,7 +79,8 @@ impl Maker {
     /// Histograms with labels and these upper bounds.
     pub fn histograms(
         &self,
-        (name, help): (&str, &str),
+        name: &str,
+        help: &str,
         labels: &[&str],
         bounds: &[f64],
     ) -> Result<HistogramVec, Error> {
@@ -128,12 +129,17 @@ pub struct HttpMetrics {
 impl HttpMetrics {
     /// Registers the metrics. Fails if `registry` already contains them.
     pub fn new(registry: &Registry) -> Result<HttpMetrics, Error> {
-        let make = Maker { registry: registry.clone() };
-        let seconds = ("pipeline_http_request_seconds", "Time from a request to the start of its response");
+        let make = MetricFactory { registry: registry.clone() };
+        let seconds = "Time from a request to the start of its response";
         let requests = "HTTP requests by route and status class";
         let metrics = HttpMetrics {
             requests: make.counters("pipeline_http_requests_total", requests, &["route", "status"])?,
-            seconds: make.histograms(seconds, &["route"], &RESPONSE_SECONDS)?,
+            seconds: make.histograms(
+                "pipeline_http_request_seconds",
+                seconds,
+                &["route"],
+                &RESPONSE_SECONDS,
+            )?,
             active: make.gauge("pipeline_http_requests_active", "HTTP requests in progress")?,
         };
         for status in ["2xx", "5xx"] {
@@ -164,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_gauge_without_a_value_has_no_series_and_the_latest_timestamp_wins() {
-        let make = Maker::default();
+        let make = MetricFactory::default();
         let success = make.eventual("last_success_timestamp_seconds", "When it last succeeded.").unwrap();
         let text = || TextEncoder::new().encode_to_string(&make.registry.gather()).unwrap();
         assert_eq!(text(), "");

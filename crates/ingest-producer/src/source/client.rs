@@ -9,7 +9,7 @@ use super::records::Body;
 use super::request::PageRequest;
 use crate::error::AttemptError;
 use async_trait::async_trait;
-use common::contracts::stream::{BodyFormat, Source, Statuses, redacted};
+use common::contracts::stream::{BodyFormat, SourceSettings, Statuses, redacted};
 use common::runtime::config::ConfigError;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, Response, StatusCode};
@@ -102,7 +102,7 @@ pub enum ClientError {
 
 impl SourceClient {
     /// Creates the client from `[source]` of a definition and reads its secrets.
-    pub fn new(source: &Source) -> Result<SourceClient, ClientError> {
+    pub fn new(source: &SourceSettings) -> Result<SourceClient, ClientError> {
         // Fails if another part of the process has installed a provider, which works as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let milliseconds = |ms: i64| Duration::from_millis(ms.unsigned_abs());
@@ -398,7 +398,7 @@ fn pause_ms(text: &str, now_ms: i64) -> Option<i64> {
     Some(ms.clamp(0, MAX_WAIT_MS))
 }
 
-fn headers(source: &Source) -> Result<HeaderMap, ClientError> {
+fn headers(source: &SourceSettings) -> Result<HeaderMap, ClientError> {
     let mut headers = HeaderMap::new();
     headers.insert(header::ACCEPT, HeaderValue::from_static("application/json, */*;q=0.5"));
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate, br, zstd"));

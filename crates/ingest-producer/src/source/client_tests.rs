@@ -6,7 +6,7 @@ use common::contracts::stream::{Auth, Definition, Secret, TokenRequest};
 use wiremock::matchers::{body_string, header as has_header, method, path, query_param};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
-fn source(change: impl FnOnce(&mut Source)) -> Source {
+fn source(change: impl FnOnce(&mut SourceSettings)) -> SourceSettings {
     let text = include_str!("../../../../streams/user_created.toml");
     let mut source = Definition::parse("test", text).unwrap().source;
     source.limits.page_bytes = 10_000;

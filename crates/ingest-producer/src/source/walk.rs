@@ -8,7 +8,9 @@ use super::records::{Records, records};
 use super::request::{PageRequest, Requests};
 use crate::error::AttemptError;
 use common::contracts::run_ledger::Interval;
-use common::contracts::stream::{Definition, ForEach, Listing, Pagination, Place, RecordShape, Source};
+use common::contracts::stream::{
+    Definition, ForEach, Listing, Pagination, Place, RecordShape, SourceSettings,
+};
 use serde_json::Value;
 
 /// Top-level members that report an error if a page has no records at all and the definition names no sign of an error.
@@ -46,7 +48,7 @@ enum State {
 }
 
 impl<'a> Walker<'a> {
-    fn settings(&self) -> &'a Source {
+    fn settings(&self) -> &'a SourceSettings {
         &self.definition.source
     }
 
@@ -197,7 +199,7 @@ impl<'a> Walk<'a> {
 }
 
 /// Fails if a sign of an error that the definition names is set.
-fn check_flags(source: &Source, page: &Page) -> Result<(), AttemptError> {
+fn check_flags(source: &SourceSettings, page: &Page) -> Result<(), AttemptError> {
     let fetched = page.fetched(0, None);
     for flag in &source.error {
         // A negated flag such as `!/ok` also means an error if its value is absent.
@@ -212,7 +214,7 @@ fn check_flags(source: &Source, page: &Page) -> Result<(), AttemptError> {
 }
 
 /// Fails if a page without a list of records has a member that usually reports an error.
-fn check_usual_members(source: &Source, page: &Page) -> Result<(), AttemptError> {
+fn check_usual_members(source: &SourceSettings, page: &Page) -> Result<(), AttemptError> {
     let fetched = page.fetched(0, None);
     for member in USUAL_ERROR_MEMBERS {
         let value = fetched.value(&Place::Pointer(member.to_owned()));
@@ -224,7 +226,7 @@ fn check_usual_members(source: &Source, page: &Page) -> Result<(), AttemptError>
 }
 
 /// The error that a page reports, with the words of the source.
-fn reported(source: &Source, page: &Page, place: &str, value: Option<&[u8]>) -> AttemptError {
+fn reported(source: &SourceSettings, page: &Page, place: &str, value: Option<&[u8]>) -> AttemptError {
     let words = match value {
         // Flags say that there is an error, but not which.
         None | Some(b"true" | b"false" | b"null") => page.json(),

@@ -108,14 +108,12 @@ async fn preflight(settings: &Settings, extent: Extent) -> Result<()> {
     checks::memory(settings.heaps)?;
     checks::disk(&settings.checkout)?;
     checks::disk(&settings.cache)?;
-    let missing = services::programs(settings).into_iter().find(|program| !program.is_file());
-    match missing {
-        Some(program) if extent == Extent::All => Err(Error::Refused(format!(
-            "{} is not built; build it with cargo build --release --workspace",
-            program.display()
-        ))),
-        _ => Ok(()),
+    if extent == Extent::All {
+        for program in services::PROGRAMS {
+            settings.program(program)?;
+        }
     }
+    Ok(())
 }
 
 /// Restarts parts that exit until a signal arrives. Returns the signal number.

@@ -5,7 +5,7 @@
 //! its end and keeps its permit until then: a request to Cassandra that is dropped in flight would keep its stream id.
 
 use super::Refusal;
-use crate::reason::{Reason, Source};
+use crate::reason::{Origin, Reason};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
@@ -40,7 +40,7 @@ pub(super) fn acquire(
 ) -> Result<OwnedSemaphorePermit, Refusal> {
     permits.clone().try_acquire_owned().map_err(|_| {
         let message = format!("the limit of {most} concurrent {what} is reached; retry in a moment");
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, Reason::new(Source::Dashboard, message))
+        Refusal(StatusCode::SERVICE_UNAVAILABLE, Reason::new(Origin::Dashboard, message))
     })
 }
 
@@ -55,7 +55,7 @@ pub(super) async fn bounded(State(bounds): State<Bounds>, request: Request, next
         response
     });
     let failed =
-        |status, message: String| Refusal(status, Reason::new(Source::Dashboard, message)).into_response();
+        |status, message: String| Refusal(status, Reason::new(Origin::Dashboard, message)).into_response();
     tokio::select! {
         response = response => response.unwrap_or_else(|_panicked| {
             failed(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; see the log of the service".to_owned())
@@ -83,7 +83,8 @@ mod tests {
     /// Serves `/slow`, which sets `started` and responds when `open` becomes true.
     async fn serve(
         bounds: Bounds,
-        (started, open): (watch::Sender<bool>, watch::Receiver<bool>),
+        started: watch::Sender<bool>,
+        open: watch::Receiver<bool>,
         shutdown: &Shutdown,
     ) -> SocketAddr {
         let slow = async move || {
@@ -108,7 +109,7 @@ mod tests {
         let ((gate, open), (start, mut started)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { permits: Arc::new(Semaphore::new(1)), timeout: Duration::from_secs(600) };
         let (permits, shutdown) = (bounds.permits.clone(), Shutdown::default());
-        let address = serve(bounds, (start, open), &shutdown).await;
+        let address = serve(bounds, start, open, &shutdown).await;
         let first = tokio::spawn(fetch(address));
         started.wait_for(|started| *started).await.unwrap();
         assert_eq!(permits.available_permits(), 0);
@@ -126,7 +127,7 @@ mod tests {
         let ((gate, open), (start, mut started)) = (watch::channel(false), watch::channel(false));
         let bounds = Bounds { permits: Arc::new(Semaphore::new(1)), timeout: Duration::from_millis(10) };
         let (permits, shutdown) = (bounds.permits.clone(), Shutdown::default());
-        let address = serve(bounds, (start, open), &shutdown).await;
+        let address = serve(bounds, start, open, &shutdown).await;
         let late = fetch(address).await;
         assert!(late.starts_with("HTTP/1.0 504") && late.contains("no response within 0.01 s"), "{late}");
         started.wait_for(|started| *started).await.unwrap();

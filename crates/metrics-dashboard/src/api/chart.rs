@@ -41,21 +41,36 @@ pub(super) async fn throughput(
     let Query(parameters) =
         parameters.map_err(|e| bad_request(format!("{e}; the only parameter is `minutes`")))?;
     let seconds = 60 * minutes(parameters.minutes.as_deref()).map_err(bad_request)?;
-    let store = api.connected_store()?;
+    let cassandra = api.connected_cassandra()?;
     let now = Utc::now().timestamp();
     if seconds <= WINDOW_SECONDS {
-        let (history, read_until) = store.last_hour();
+        let (history, read_until) = cassandra.last_hour();
         // Seconds that could not be read are unknown rather than idle, so the chart ends before them.
-        return Ok(Json(chart(&api, &history, (now.min(read_until) - SETTLE_SECONDS, seconds, 1))));
+        return Ok(Json(chart(
+            &api,
+            &history,
+            Span { until: now.min(read_until) - SETTLE_SECONDS, seconds, step: 1 },
+        )));
     }
     let _permit = api.read_permit()?;
-    let history = store.minutes(now - seconds, now).await.map_err(|e| unavailable(e.reason()))?;
-    Ok(Json(chart(&api, &history, (now - SETTLE_SECONDS, seconds, 60))))
+    let history = cassandra.minutes(now - seconds, now).await.map_err(|e| unavailable(e.reason()))?;
+    Ok(Json(chart(&api, &history, Span { until: now - SETTLE_SECONDS, seconds, step: 60 })))
 }
 
-fn chart(api: &Api, history: &History, (now, seconds, step): (i64, i64, i64)) -> Chart {
+/// The time that a chart covers, in seconds.
+struct Span {
+    /// End, as Unix time.
+    until: i64,
+    /// Length.
+    seconds: i64,
+    /// Step of the history.
+    step: i64,
+}
+
+fn chart(api: &Api, history: &History, span: Span) -> Chart {
+    let Span { until, seconds, step } = span;
     let width = rates::width_for(seconds, step);
-    let to = now.div_euclid(width) * width;
+    let to = until.div_euclid(width) * width;
     let points = history.points(to - seconds.div_euclid(width) * width, to, width);
     let with_lag = |lag: &mut crate::lag::LagHistory| {
         let point = |rate: Point| {

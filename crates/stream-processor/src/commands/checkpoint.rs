@@ -159,7 +159,7 @@ fn table(heads: &[Head]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::count::partition::Position;
+    use crate::count::partition::LogPosition;
 
     fn definition() -> Definition {
         let text = include_str!("../../../../streams/user_created.toml");
@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn head(layout: String) -> Head {
-        let position = Position { next_offset: 7, ..Position::default() };
+        let position = LogPosition { next_offset: 7, ..LogPosition::default() };
         Head { format: 1, layout, cluster_id: "c".into(), partition: 3, hot_from: 0, position }
     }
 

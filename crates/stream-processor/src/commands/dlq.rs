@@ -4,8 +4,8 @@
 use crate::config::DlqCommand;
 use crate::error::ProcessorError;
 use crate::io::log_reader::LogReader;
-use common::contracts::schema::dead_letter_topic;
 use common::contracts::stream::Definition;
+use common::contracts::topics::dead_letter_topic;
 use common::runtime::cassandra::connect;
 use common::runtime::config::CommonArgs;
 use common::runtime::kafka::producer_config;
@@ -59,7 +59,7 @@ pub async fn run(
         DlqCommand::Show { offset } => show(common, &topic, *offset),
         DlqCommand::Replay { offset, all } => replay(common, &topic, offset.filter(|_| !all)).await,
         DlqCommand::Accept { partition, up_to } => {
-            accept(common, &definition.stream.name, (*partition, *up_to), shutdown).await
+            accept(common, &definition.stream.name, *partition, *up_to, shutdown).await
         }
     }
 }
@@ -184,7 +184,8 @@ async fn resend(producer: &FutureProducer, topic: &str, letter: &OwnedMessage) -
 async fn accept(
     common: &CommonArgs,
     stream: &str,
-    (partition, up_to): (i32, i64),
+    partition: i32,
+    up_to: i64,
     shutdown: &Shutdown,
 ) -> Result<(), ProcessorError> {
     let session = connect(common, DEADLINE, shutdown).await?;

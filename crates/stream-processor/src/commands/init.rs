@@ -8,9 +8,10 @@ mod topics;
 
 use crate::config::InitArgs;
 use crate::error::ProcessorError;
-use common::contracts::schema::{TOPIC_RETENTION_MS, dead_letter_topic};
+use common::contracts::event::DAY_MS;
 use common::contracts::stream::Definition;
 use common::contracts::stream::layout::Changes;
+use common::contracts::topics::dead_letter_topic;
 use common::readers::registry::{Registered, check_layout, check_tables};
 use common::runtime::cassandra::{connect, local_datacenter};
 use common::runtime::config::CommonArgs;
@@ -68,7 +69,7 @@ pub async fn init(
     admin.create_topics(&contracts, replicas.factor).await?;
     let (partitions, _) = admin.partitions(&topic).await?;
     let found = Topic { cluster_id: cluster_id.clone(), partitions };
-    check_topic((stream, &topic), &found, args.partitions, known.as_ref())?;
+    check_topic(stream, &topic, &found, args.partitions, known.as_ref())?;
     for contract in &contracts {
         if let Some(found) = admin.settings(&contract.name).await? {
             differences.extend(contract.differences(&found, Some(replicas.factor), &common.kafka_brokers));
@@ -176,7 +177,8 @@ pub async fn check_servers(
 /// Checks an events topic that may have existed before: its cluster and number of partitions must be those of the
 /// stream.
 fn check_topic(
-    (stream, topic): (&str, &str),
+    stream: &str,
+    topic: &str,
     found: &Topic,
     expected: i32,
     registered: Option<&Registered>,
@@ -201,9 +203,9 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
     let rows = args.expected_rate as i64 * (store.bucket.millis() / 1000) / cells;
     // About 24 bytes per cell, including its share of the row header, measured on the default stream.
     let mebibytes = rows * (definition.columns.len() as i64 + 4) * 24 / (1 << 20);
-    let horizon = match store.least_ttl_seconds() {
-        0 => "unlimited, because rows never expire".to_owned(),
-        ttl => format!("{} days", (ttl * 1000 - TOPIC_RETENTION_MS) / 86_400_000 - 2),
+    let horizon = match store.horizon_ms() {
+        None => "unlimited, because rows never expire".to_owned(),
+        Some(ms) => format!("{} days", ms / DAY_MS),
     };
     vec![
         format!(

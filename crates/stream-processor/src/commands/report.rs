@@ -4,7 +4,7 @@ use crate::config::WindowsArgs;
 use crate::error::ProcessorError;
 use common::contracts::stream::Definition;
 use common::readers::pane_reader::PaneReader;
-use common::readers::windows::{Asked, Window, to_json};
+use common::readers::windows::{Window, WindowParameters, to_json};
 use common::runtime::cassandra::connect;
 use common::runtime::config::CommonArgs;
 use common::runtime::shutdown::Shutdown;
@@ -24,17 +24,17 @@ pub async fn windows(
     let retryable = |e: &dyn std::fmt::Display| ProcessorError::Retryable(e.to_string());
     let session = connect(common, CONNECT_DEADLINE, shutdown).await?;
     let reader = PaneReader::new(session, &common.keyspace, definition).await.map_err(|e| retryable(&e))?;
-    let asked = Asked {
+    let parameters = WindowParameters {
         size: args.size.as_deref(),
         slide: args.slide.as_deref(),
         by: args.by.as_deref(),
         last: args.last.as_deref(),
     };
-    let question = reader.question(&asked, chrono::Utc::now().timestamp_millis());
-    let question = question.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
-    let read = futures::try_join!(reader.panes(&question), reader.settled_ms());
+    let query = reader.query(&parameters, chrono::Utc::now().timestamp_millis());
+    let query = query.map_err(|e| ProcessorError::Fatal(e.to_string()))?;
+    let read = futures::try_join!(reader.panes(&query), reader.settled_ms());
     let (panes, settled_ms) = read.map_err(|e| retryable(&e))?;
-    let windows = question.answer(&panes);
+    let windows = query.answer(&panes);
     let text = if args.json {
         format!("{:#}", to_json(&windows, definition, settled_ms))
     } else {

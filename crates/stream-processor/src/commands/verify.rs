@@ -12,7 +12,7 @@ mod log;
 mod rebuild;
 mod rows;
 
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::pane::{Pane, PaneShape};
 use crate::error::ProcessorError;
 use crate::io::store::Store;
@@ -22,7 +22,7 @@ use common::contracts::event::floor_to;
 use common::contracts::stream::Definition;
 use compare::{EventRow, Lowest, differences, fold, limits, may_have_expired};
 use indicatif::ProgressBar;
-use rows::Reader;
+use rows::RowReader;
 use scylla::client::session::Session;
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ pub struct Sources {
 /// Verifies one stream.
 pub struct Verifier {
     sources: Sources,
-    reader: Reader,
+    reader: RowReader,
     shape: PaneShape,
     /// Maximum bytes for the event rows of one pane, or for the keys of one pass over the log.
     memory_bytes: usize,
@@ -138,7 +138,7 @@ struct Span {
 /// What to verify of a partition: its position, and the spans of time that have event rows or pane rows.
 pub struct Scope {
     partition: i32,
-    position: Position,
+    position: LogPosition,
     spans: Vec<Span>,
     /// Whether the spans cover all event times. Totals can only be compared then.
     is_complete: bool,
@@ -161,7 +161,7 @@ impl Verifier {
     /// Prepares the statements. `memory_bytes` bounds the event rows or keys held in memory.
     pub async fn new(sources: Sources, memory_bytes: usize) -> Result<Verifier, ProcessorError> {
         let session = Arc::clone(&sources.session);
-        let reader = Reader::new(session, &sources.keyspace, &sources.definition).await?;
+        let reader = RowReader::new(session, &sources.keyspace, &sources.definition).await?;
         let shape = PaneShape::new(&sources.definition);
         Ok(Verifier { sources, reader, shape, memory_bytes })
     }

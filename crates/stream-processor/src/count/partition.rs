@@ -5,7 +5,7 @@
 use crate::count::poison_gate::PoisonCounts;
 use crate::count::windows::filter::BuildAlreadyHashed;
 use crate::count::windows::hot::Panes;
-use crate::record::chunk::Chunk;
+use crate::record::chunk::{Chunk, LastRecord};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -32,18 +32,9 @@ impl Totals {
     }
 }
 
-/// Identity of one record. A different record at the same offset shows that the log was replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastRecord {
-    /// Offset of the record.
-    pub offset: i64,
-    /// Hash of the record's key, value and timestamp.
-    pub fingerprint: i64,
-}
-
 /// How far a partition's log has been processed. Every value is exact for the log below `next_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Position {
+pub struct LogPosition {
     /// Next offset to process.
     pub next_offset: i64,
     /// Offset at which counting started.
@@ -125,7 +116,7 @@ impl FirstInChunk {
 #[derive(Debug)]
 pub struct Partition {
     /// How far the log has been processed.
-    pub position: Position,
+    pub position: LogPosition,
     /// Panes in memory.
     pub panes: Panes,
     lateness_ms: i64,
@@ -133,7 +124,7 @@ pub struct Partition {
 
 impl Partition {
     /// Creates a partition at `position`. `panes` are restored from a checkpoint, or empty.
-    pub fn new(position: Position, panes: Panes, lateness_ms: i64) -> Partition {
+    pub fn new(position: LogPosition, panes: Panes, lateness_ms: i64) -> Partition {
         Partition { position, panes, lateness_ms }
     }
 

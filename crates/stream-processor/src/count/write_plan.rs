@@ -71,14 +71,14 @@ pub fn group_panes(panes: &BTreeMap<i64, Vec<usize>>, bucket: Bucket, row_bytes:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::chunk::Event;
+    use crate::record::chunk::DecodedEvent;
     use proptest::prelude::*;
 
     fn chunk(events: &[(i64, i32, u32)]) -> Chunk {
         let mut chunk = Chunk::new(1, 0);
         for (offset, (time_ms, shard, bytes)) in (0i64..).zip(events) {
             chunk.cells.push((0, *bytes as i32));
-            chunk.events.push(Event {
+            chunk.events.push(DecodedEvent {
                 offset,
                 time_ms: *time_ms,
                 hash: 0,

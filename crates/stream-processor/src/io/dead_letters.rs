@@ -6,7 +6,7 @@
 use crate::error::ProcessorError;
 use crate::io::store::DeadLetters;
 use crate::record::chunk::{Chunk, Poison};
-use common::contracts::schema::dead_letter_topic;
+use common::contracts::topics::dead_letter_topic;
 use common::runtime::admin::Health;
 use common::runtime::kafka::{KafkaError, Replaced, producer_config};
 use futures::future::try_join_all;

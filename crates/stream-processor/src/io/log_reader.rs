@@ -85,7 +85,8 @@ impl LogReader {
 pub fn first_readable_after(
     brokers: &str,
     topic: &str,
-    (partition, damaged): (i32, i64),
+    partition: i32,
+    damaged: i64,
     deadline: Instant,
 ) -> Option<i64> {
     let can_read = |offset| {

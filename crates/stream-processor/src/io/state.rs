@@ -2,7 +2,7 @@
 //! redb's file lock prevents two owners. The file only saves look-ups: without it, the partition recovers from
 //! Cassandra.
 
-use crate::count::partition::{Partition, Position};
+use crate::count::partition::{LogPosition, Partition};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Pane, PaneShape};
 use crate::pipeline::start::StateFacts;
@@ -81,7 +81,7 @@ pub struct Head {
     /// Start of the earliest pane that can be hot, in Unix milliseconds.
     pub hot_from: i64,
     /// Committed position.
-    pub position: Position,
+    pub position: LogPosition,
 }
 
 /// The changes of one batch.

@@ -9,12 +9,12 @@ pub mod requests;
 mod rows;
 mod statements;
 
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::Pane;
 use crate::count::write_plan::{EventGroup, PaneGroup};
 use crate::error::ProcessorError;
-use crate::pipeline::start::Progress;
+use crate::pipeline::start::ProgressFacts;
 use crate::record::chunk::Chunk;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -93,7 +93,7 @@ pub trait Store: Send + Sync {
     fn progress(
         &self,
         partition: i32,
-    ) -> impl Future<Output = Result<Option<Progress>, ProcessorError>> + Send;
+    ) -> impl Future<Output = Result<Option<ProgressFacts>, ProcessorError>> + Send;
 
     /// Number of outages of Cassandra that have ended. A snapshot can be restored only during an outage.
     fn outages(&self) -> u64;
@@ -125,7 +125,7 @@ pub trait Store: Send + Sync {
     fn publish(
         &self,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> impl Future<Output = Result<(), ProcessorError>> + Send;

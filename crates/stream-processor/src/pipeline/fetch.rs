@@ -1,14 +1,12 @@
 //! Fetches and decodes one partition on a dedicated thread. The thread runs ahead of the worker by at most two chunks:
 //! one in the channel and one that is being filled.
 
-use crate::count::partition::LastRecord;
 use crate::error::{Halt, ProcessorError};
 use crate::io::log_reader::{first_readable_after, is_out_of_range};
 use crate::pipeline::group::client::GroupContext;
 use crate::pipeline::stages::{StageClock, StageState};
 use crate::pipeline::start::{Start, record_mismatch};
-use crate::pipeline::worker::{Chunks, Fetched};
-use crate::record::chunk::Chunk;
+use crate::record::chunk::{Chunk, LastRecord};
 use crate::record::decode::{Decoder, Record};
 use common::contracts::event::{fingerprint, floor_to};
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -45,6 +43,18 @@ pub struct ChunkLimits {
     pub linger: Duration,
 }
 
+/// What a fetch thread sends to its worker.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The next records of the log.
+    Chunk(Box<Chunk>),
+    /// No record has arrived for a while.
+    Quiet,
+}
+
+/// The channel from a fetch thread to its worker. Holds at most one chunk.
+pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
+
 /// One assigned partition of a consumer.
 pub struct AssignedPartition {
     /// Queue of the partition's records.
@@ -57,22 +67,24 @@ pub struct AssignedPartition {
     pub topic: String,
     /// Kafka partition.
     pub id: i32,
+    /// Decodes its records.
+    pub decoder: Decoder,
 }
 
 /// Starts a fetch thread at `start`. The thread ends after an error, when `stop` is cancelled, or when the worker drops
 /// the receiver.
 pub fn spawn(
     source: AssignedPartition,
-    decoder: Decoder,
     start: &Start,
     limits: ChunkLimits,
-    (stop, clock): (CancellationToken, Arc<StageClock>),
+    stop: CancellationToken,
+    clock: Arc<StageClock>,
 ) -> std::io::Result<(Chunks, JoinHandle<()>)> {
     let (sender, chunks) = mpsc::channel(1);
     let next_offset = start.skip.as_ref().map_or(start.position.next_offset, |skip| skip.end);
     let first = FirstRecord::new(start);
     let quiet_since = Instant::now();
-    let fetcher = Fetcher { source, decoder, limits, stop, clock, first, next_offset, quiet_since };
+    let fetcher = Fetcher { source, limits, stop, clock, first, next_offset, quiet_since };
     let skipped = start.skip.clone();
     let thread = std::thread::Builder::new().name("fetch".into()).spawn(move || {
         let skipped = skipped.map(|skipped| Chunk { skipped: Some(skipped), ..fetcher.empty_chunk() });
@@ -93,7 +105,6 @@ pub struct FirstRecord {
 
 struct Fetcher {
     source: AssignedPartition,
-    decoder: Decoder,
     limits: ChunkLimits,
     stop: CancellationToken,
     clock: Arc<StageClock>,
@@ -134,7 +145,7 @@ impl Fetcher {
 
     /// An empty chunk at the next offset.
     fn empty_chunk(&self) -> Chunk {
-        Chunk { first_offset: self.next_offset, next_offset: self.next_offset, ..self.decoder.chunk() }
+        Chunk { first_offset: self.next_offset, next_offset: self.next_offset, ..self.source.decoder.chunk() }
     }
 
     /// Collects records until a limit of the chunk is reached, no record arrives in time or an error occurs.
@@ -144,20 +155,20 @@ impl Fetcher {
         chunk.last_record = last_record;
         self.next_offset = chunk.next_offset;
         let followed = match &ending {
-            Ending::LogMismatch(_) => Ok(()),
-            Ending::Full | Ending::Quiet | Ending::Failed(_) => self.follow_position(&mut chunk),
+            ChunkEnd::LogMismatch(_) => Ok(()),
+            ChunkEnd::Full | ChunkEnd::Quiet | ChunkEnd::Failed(_) => self.follow_position(&mut chunk),
         };
         let error = match ending {
-            Ending::Full | Ending::Quiet => None,
-            Ending::LogMismatch(error) => Some(error),
-            Ending::Failed(error) => Some(self.fetch_error(&error)),
+            ChunkEnd::Full | ChunkEnd::Quiet => None,
+            ChunkEnd::LogMismatch(error) => Some(error),
+            ChunkEnd::Failed(error) => Some(self.fetch_error(&error)),
         };
         (chunk, followed.err().or(error))
     }
 
     /// Fills `chunk`. Returns why the chunk ended and its last record.
-    fn collect(&mut self, chunk: &mut Chunk) -> (Ending, Option<LastRecord>) {
-        let mut panes = PaneCount::new(self.decoder.pane_ms());
+    fn collect(&mut self, chunk: &mut Chunk) -> (ChunkEnd, Option<LastRecord>) {
+        let mut panes = PaneCount::new(self.source.decoder.pane_ms());
         let mut started: Option<Instant> = None;
         let mut waited = Duration::ZERO;
         let mut last = None;
@@ -165,7 +176,7 @@ impl Fetcher {
             let limits = &self.limits;
             let is_full = chunk.len() >= limits.records || chunk.bytes() >= limits.bytes;
             if is_full || panes.len() >= limits.panes {
-                break Ending::Full;
+                break ChunkEnd::Full;
             }
             // Poll without waiting first, so that the clock is read only if no record is queued: reading it takes
             // longer than handling a record.
@@ -180,24 +191,24 @@ impl Fetcher {
                 polled => polled,
             };
             let message = match polled {
-                None => break Ending::Quiet,
+                None => break ChunkEnd::Quiet,
                 Some(Ok(message)) => message,
                 Some(Err(error)) if is_transient(&error) => {
                     tracing::warn!(partition = self.source.id, %error, "fetch failed, retrying");
                     continue;
                 }
-                Some(Err(error)) => break Ending::Failed(error),
+                Some(Err(error)) => break ChunkEnd::Failed(error),
             };
             let offset = message.offset();
             match self.first.admit(self.source.id, offset, || fingerprint_of(&message)) {
                 Ok(true) => {}
                 Ok(false) => continue,
-                Err(error) => break Ending::LogMismatch(error),
+                Err(error) => break ChunkEnd::LogMismatch(error),
             }
             if started.is_none() {
                 (started, waited) = (Some(Instant::now()), Duration::ZERO);
             }
-            decode(&self.decoder, &message, chunk);
+            decode(&self.source.decoder, &message, chunk);
             if let Some(event) = chunk.events.last().filter(|event| event.offset == offset) {
                 panes.add(event.time_ms);
             }
@@ -230,13 +241,13 @@ impl Fetcher {
         }
         let AssignedPartition { brokers, topic, .. } = &self.source;
         let deadline = Instant::now() + READABLE_SEARCH_TIMEOUT;
-        let readable_from = first_readable_after(brokers, topic, (partition, offset), deadline);
+        let readable_from = first_readable_after(brokers, topic, partition, offset, deadline);
         Halt { partition, offset, cause: format!("kafka: {error}"), readable_from }.into()
     }
 }
 
 /// Why a chunk ended.
-enum Ending {
+enum ChunkEnd {
     /// A limit was reached.
     Full,
     /// No record arrived in time.

@@ -5,21 +5,14 @@
 pub mod client;
 mod membership;
 pub mod ownership;
+pub mod parts;
 mod slot;
 
-use crate::count::poison_gate::PoisonLimits;
 use crate::error::ProcessorError;
 use crate::io::store::{DeadLetters, Store};
-use crate::metrics::Metrics;
-use crate::pipeline::fetch::ChunkLimits;
-use crate::pipeline::open::Opener;
-use client::MemberSettings;
-use common::runtime::admin::Health;
-use common::runtime::presence::{Announced, Holdings, Instance, announced};
-use common::runtime::shutdown::Shutdown;
+use common::runtime::presence::{Announced, announced};
 use membership::{End, Membership};
-use ownership::{Ownership, Verdict};
-use scylla::client::session::Session;
+use parts::{Lost, Parts};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -33,78 +26,6 @@ const STABLE_AFTER: Duration = Duration::from_secs(60);
 /// How long to look for another process with the same instance name. A live process announces itself every second.
 const NAME_CHECK_DURATION: Duration = Duration::from_secs(4);
 const NAME_CHECK_INTERVAL: Duration = Duration::from_millis(250);
-
-/// Settings of this instance's group membership and partitions.
-#[derive(Debug, Clone)]
-pub struct GroupSettings {
-    /// Settings of the Kafka client.
-    pub member: MemberSettings,
-    /// Events topic.
-    pub topic: String,
-    /// When a chunk is full.
-    pub limits: ChunkLimits,
-    /// How many undecodable records pause a partition.
-    pub poison: PoisonLimits,
-    /// How long a partition may take to stop.
-    pub revoke_deadline: Duration,
-}
-
-/// What every membership and partition of this instance needs.
-pub struct Parts<S, D> {
-    /// Settings.
-    pub settings: GroupSettings,
-    /// Opens partitions.
-    pub opener: Opener<S>,
-    /// The dead-letter topic.
-    pub dead_letters: Arc<D>,
-    /// Cassandra session, used to look for other processes with the same instance name.
-    pub session: Arc<Session>,
-    /// This process.
-    pub who: Instance,
-    /// Partitions that this instance holds.
-    pub holdings: Holdings,
-    /// Observations about the partitions of all instances.
-    pub ownership: Arc<Ownership>,
-    /// Readiness.
-    pub health: Arc<Health>,
-    /// Metrics.
-    pub metrics: Arc<Metrics>,
-    /// Ends the memberships and all partitions.
-    pub shutdown: Shutdown,
-}
-
-/// Why a Kafka client was replaced.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Lost {
-    /// Other members may own its partitions already.
-    #[error("the group coordinator ended the member's session")]
-    Session,
-    /// The other member may be an earlier process of this instance.
-    #[error("another member joined under the same name")]
-    Fenced,
-    /// librdkafka reported a fatal error.
-    #[error("the kafka client failed: {0}")]
-    Fatal(String),
-    /// librdkafka reported nothing, but a partition has no owner or makes no progress.
-    #[error("{0}")]
-    Watchdog(Verdict),
-}
-
-impl Lost {
-    /// Every value of the metric label.
-    pub(crate) const LABELS: [&str; 5] = ["session", "fenced", "fatal", "unowned", "stuck"];
-
-    /// Value of the metric label.
-    fn label(&self) -> &'static str {
-        match self {
-            Lost::Session => "session",
-            Lost::Fenced => "fenced",
-            Lost::Fatal(_) => "fatal",
-            Lost::Watchdog(Verdict::Unowned(_)) => "unowned",
-            Lost::Watchdog(Verdict::Stuck(_)) => "stuck",
-        }
-    }
-}
 
 /// Keeps this instance in the group until shutdown or an error. Blocking; `runtime` runs the workers.
 pub fn run<S: Store + 'static, D: DeadLetters + 'static>(

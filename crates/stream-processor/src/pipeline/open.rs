@@ -1,7 +1,7 @@
 //! Opens one partition: reads the facts (state file, progress row, log), lets `start` decide, and creates or restores
 //! the state. Blocking; fetching starts afterwards.
 
-use crate::count::partition::{LastRecord, Partition};
+use crate::count::partition::Partition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::error::ProcessorError;
@@ -10,7 +10,8 @@ use crate::io::state::{self, Checkpoint, FORMAT, Head, StateError, StateFile};
 use crate::io::store::{Assumed, Store};
 use crate::metrics::Metrics;
 use crate::pipeline::fetch::fingerprint_of;
-use crate::pipeline::start::{self, Facts, How, Progress, RecoverPolicy, Start};
+use crate::pipeline::start::{self, How, ProgressFacts, RecoverPolicy, Start, StartFacts};
+use crate::record::chunk::LastRecord;
 use common::contracts::stream::Definition;
 use common::runtime::admin::Health;
 use common::runtime::kafka::Replaced;
@@ -103,7 +104,7 @@ pub struct Opened {
 /// What Cassandra holds about a partition.
 struct StoredFacts {
     outages: u64,
-    progress: Option<Progress>,
+    progress: Option<ProgressFacts>,
     skips: Vec<Range<i64>>,
 }
 
@@ -126,7 +127,7 @@ impl<S: Store> Opener<S> {
         let StoredFacts { outages, progress, skips } = runtime.block_on(read)?;
         let (low, high) = self.watermarks(partition, stop)?;
         let layout = self.definition.layout();
-        let facts = Facts {
+        let facts = StartFacts {
             partition,
             state: state.facts(),
             progress,
@@ -253,7 +254,7 @@ impl<S: Store> Opener<S> {
 /// if no record has it.
 pub fn begin<C: Checkpoint>(
     checkpoint: &mut C,
-    facts: &Facts<'_>,
+    facts: &StartFacts<'_>,
     definition: &Definition,
     max_memory_bytes: usize,
     fingerprint_at: impl FnOnce(i64) -> Result<Option<i64>, ProcessorError>,
@@ -266,8 +267,8 @@ pub fn begin<C: Checkpoint>(
         }
     }
     let windows = &definition.windows;
-    let times = (windows.pane_ms, windows.lateness_ms);
-    let mut panes = Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN);
+    let shape = PaneShape::new(definition);
+    let mut panes = Panes::new(shape, windows.pane_ms, windows.lateness_ms, max_memory_bytes, i64::MIN);
     if start.how == How::Resume {
         checkpoint.restore(&mut panes).map_err(state_error)?;
     } else {

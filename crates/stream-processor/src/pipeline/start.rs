@@ -1,7 +1,8 @@
 //! Decides from observed facts where a partition starts. Pure. Every refusal names the two facts that contradict each
 //! other and what an operator can do.
 
-use crate::count::partition::{LastRecord, Position};
+use crate::count::partition::LogPosition;
+use crate::record::chunk::LastRecord;
 use common::contracts::stream::layout::Layout;
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ pub enum RecoverPolicy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateFacts {
     /// Committed position.
-    pub position: Position,
+    pub position: LogPosition,
     /// Layout that the file was created for, in its stored form.
     pub layout: String,
     /// Id of the Kafka cluster that the file was created for.
@@ -28,9 +29,9 @@ pub struct StateFacts {
 
 /// What Cassandra holds about a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
+pub struct ProgressFacts {
     /// The last published position.
-    pub position: Position,
+    pub position: LogPosition,
     /// Every row and pane of the records below this offset was acknowledged. Written before each commit, so a state
     /// file is never ahead of it. `None` if a version that did not write it wrote the row.
     pub written_to: Option<i64>,
@@ -38,13 +39,13 @@ pub struct Progress {
 
 /// The facts that the decision is based on.
 #[derive(Debug, Clone)]
-pub struct Facts<'a> {
+pub struct StartFacts<'a> {
     /// Kafka partition.
     pub partition: i32,
     /// What the state file records; `None` if nothing was committed to it.
     pub state: Option<StateFacts>,
     /// The progress row; `None` if the partition has none.
-    pub progress: Option<Progress>,
+    pub progress: Option<ProgressFacts>,
     /// First offset of the log.
     pub low: i64,
     /// Offset after the last record of the log.
@@ -99,7 +100,7 @@ pub struct Start {
     /// Source of the position.
     pub how: How,
     /// Initial position.
-    pub position: Position,
+    pub position: LogPosition,
     /// Offset to fetch from. This is the offset of the last processed record if that record can be compared, otherwise
     /// the next offset or the end of `skip`.
     pub fetch_from: i64,
@@ -142,7 +143,7 @@ pub fn record_mismatch(partition: i32, expected: LastRecord, found: Option<i64>)
 }
 
 /// Decides where the partition starts.
-pub fn decide(facts: &Facts<'_>) -> Result<Start, Refusal> {
+pub fn decide(facts: &StartFacts<'_>) -> Result<Start, Refusal> {
     if let Some(state) = &facts.state {
         check_state_file_matches(facts, state)?;
     }
@@ -158,14 +159,14 @@ pub fn decide(facts: &Facts<'_>) -> Result<Start, Refusal> {
 }
 
 /// Decides the start if Cassandra holds everything it has acknowledged.
-fn start_with_intact_store(facts: &Facts<'_>) -> Result<(How, Position), Refusal> {
+fn start_with_intact_store(facts: &StartFacts<'_>) -> Result<(How, LogPosition), Refusal> {
     let progress = facts.progress.map(|progress| progress.position);
     let known_to = progress.map_or(0, |p| p.next_offset);
     let current = facts.state.as_ref().filter(|s| is_current(&s.position, known_to, facts.low));
     Ok(match (current, progress) {
         (_, Some(progress)) if facts.replay => {
             let (next_offset, count_from) = (facts.low, progress.next_offset);
-            (How::Replay, Position { next_offset, count_from, last_record: None, ..progress })
+            (How::Replay, LogPosition { next_offset, count_from, last_record: None, ..progress })
         }
         (Some(state), _) if !facts.replay => (How::Resume, state.position),
         (_, None) => (How::Earliest, position_at(facts.low)),
@@ -183,7 +184,7 @@ fn start_with_intact_store(facts: &Facts<'_>) -> Result<(How, Position), Refusal
 }
 
 /// Completes the decision: where to fetch from, what to skip and which record to compare.
-fn start(facts: &Facts<'_>, how: How, position: Position) -> Start {
+fn start(facts: &StartFacts<'_>, how: How, position: LogPosition) -> Start {
     let next_offset = position.next_offset;
     let in_log = |record: &LastRecord| record.offset >= facts.low;
     let skip = facts.skips.iter().find(|skip| skip.contains(&next_offset));
@@ -208,16 +209,16 @@ fn start(facts: &Facts<'_>, how: How, position: Position) -> Start {
     Start { how, position, fetch_from, expected, compare_first, skip, written_to }
 }
 
-fn position_at(low: i64) -> Position {
-    Position { next_offset: low, first_offset: low, count_from: low, ..Position::default() }
+fn position_at(low: i64) -> LogPosition {
+    LogPosition { next_offset: low, first_offset: low, count_from: low, ..LogPosition::default() }
 }
 
-fn refuse<T>(facts: &Facts<'_>, problem: String, remedy: &'static str) -> Result<T, Refusal> {
+fn refuse<T>(facts: &StartFacts<'_>, problem: String, remedy: &'static str) -> Result<T, Refusal> {
     Err(Refusal { partition: facts.partition, problem, remedy })
 }
 
 /// Checks that the state file was created for a compatible layout and for this Kafka cluster.
-fn check_state_file_matches(facts: &Facts<'_>, state: &StateFacts) -> Result<(), Refusal> {
+fn check_state_file_matches(facts: &StartFacts<'_>, state: &StateFacts) -> Result<(), Refusal> {
     if let Err(differences) = survives(&state.layout, facts.layout) {
         return refuse(
             facts,
@@ -249,7 +250,7 @@ pub fn survives(stored: &str, now: &Layout) -> Result<(), String> {
 
 /// Returns the state file if Cassandra had acknowledged more than it now holds, because an older snapshot was restored
 /// or the keyspace was emptied.
-fn store_lost_history<'a>(facts: &'a Facts<'_>) -> Option<&'a StateFacts> {
+fn store_lost_history<'a>(facts: &'a StartFacts<'_>) -> Option<&'a StateFacts> {
     let state = facts.state.as_ref()?;
     let has_processed_anything = state.position.totals.records() + state.position.totals.skipped > 0;
     let written_to = facts.progress.map_or(Some(i64::MIN), |progress| progress.written_to);
@@ -259,7 +260,7 @@ fn store_lost_history<'a>(facts: &'a Facts<'_>) -> Option<&'a StateFacts> {
 
 /// The position to continue from after Cassandra has lost history: that of its progress row, if Kafka still holds every
 /// later record.
-fn position_after_lost_history(facts: &Facts<'_>, state: &StateFacts) -> Result<Position, Refusal> {
+fn position_after_lost_history(facts: &StartFacts<'_>, state: &StateFacts) -> Result<LogPosition, Refusal> {
     let reached = reached(&state.position);
     let held = match facts.progress {
         None => "it has no progress row".to_owned(),
@@ -293,20 +294,20 @@ fn position_after_lost_history(facts: &Facts<'_>, state: &StateFacts) -> Result<
 }
 
 /// The offset below which every record is counted.
-fn reached(position: &Position) -> i64 {
+fn reached(position: &LogPosition) -> i64 {
     position.next_offset.max(position.count_from)
 }
 
 /// Whether a state file can be resumed: it is not behind the progress row, and not in the middle of a replay whose
 /// remaining records retention has removed. Abandoning such a replay loses nothing, because all records below
 /// `count_from` are counted.
-fn is_current(state: &Position, known_to: i64, low: i64) -> bool {
+fn is_current(state: &LogPosition, known_to: i64, low: i64) -> bool {
     let is_replaying = state.next_offset < state.count_from;
     reached(state) >= known_to && !(is_replaying && state.next_offset < low)
 }
 
 /// Checks that the log still holds the next record and has not become shorter.
-fn check_log(facts: &Facts<'_>, position: &Position) -> Result<(), Refusal> {
+fn check_log(facts: &StartFacts<'_>, position: &LogPosition) -> Result<(), Refusal> {
     let reached = reached(position);
     if reached > facts.high {
         return refuse(
@@ -351,19 +352,19 @@ mod tests {
         changed(|_| {})
     }
 
-    fn position(next_offset: i64) -> Position {
+    fn position(next_offset: i64) -> LogPosition {
         let totals = Totals { events: next_offset, ..Totals::default() };
         let last_record = Some(LastRecord { offset: next_offset - 1, fingerprint: 9 });
-        Position { next_offset, last_record, totals, seen_to: Some(5), ..Position::default() }
+        LogPosition { next_offset, last_record, totals, seen_to: Some(5), ..LogPosition::default() }
     }
 
-    fn progress(next_offset: i64) -> Option<Progress> {
-        Some(Progress { position: position(next_offset), written_to: Some(next_offset) })
+    fn progress(next_offset: i64) -> Option<ProgressFacts> {
+        Some(ProgressFacts { position: position(next_offset), written_to: Some(next_offset) })
     }
 
     /// Rows below `written_to` are acknowledged but not published, as after a kill between commit and publish.
-    fn unpublished(next_offset: i64, written_to: i64) -> Option<Progress> {
-        Some(Progress { position: position(next_offset), written_to: Some(written_to) })
+    fn unpublished(next_offset: i64, written_to: i64) -> Option<ProgressFacts> {
+        Some(ProgressFacts { position: position(next_offset), written_to: Some(written_to) })
     }
 
     fn state(next_offset: i64) -> Option<StateFacts> {
@@ -374,8 +375,8 @@ mod tests {
         })
     }
 
-    fn facts<'a>(state: Option<StateFacts>, progress: Option<Progress>) -> Facts<'a> {
-        Facts {
+    fn facts<'a>(state: Option<StateFacts>, progress: Option<ProgressFacts>) -> StartFacts<'a> {
+        StartFacts {
             partition: 3,
             state,
             progress,
@@ -389,12 +390,12 @@ mod tests {
         }
     }
 
-    fn check(facts: &Facts<'_>, how: How, next: i64, fetch: i64) {
+    fn check(facts: &StartFacts<'_>, how: How, next: i64, fetch: i64) {
         let start = decide(facts).unwrap();
         assert_eq!((start.how, start.position.next_offset, start.fetch_from), (how, next, fetch));
     }
 
-    fn check_refusal(facts: &Facts<'_>, parts: &[&str]) {
+    fn check_refusal(facts: &StartFacts<'_>, parts: &[&str]) {
         let refusal = decide(facts).unwrap_err().to_string();
         for part in parts {
             assert!(refusal.contains(part), "`{part}` is missing in `{refusal}`");
@@ -413,15 +414,15 @@ mod tests {
     #[test]
     fn writes_that_the_store_lost_are_reprocessed_from_the_log() {
         check(&facts(state(50), progress(40)), How::StoreBehind, 40, 39);
-        check(&Facts { low: 0, ..facts(state(50), None) }, How::StoreBehind, 0, 0);
+        check(&StartFacts { low: 0, ..facts(state(50), None) }, How::StoreBehind, 0, 0);
         let start = decide(&facts(state(50), progress(40))).unwrap();
         let last_of_state = LastRecord { offset: 49, fingerprint: 9 };
         assert_eq!(start.compare_first, Some(last_of_state), "the log must be the one of the state file");
-        let before_markers = Progress { written_to: None, ..progress(40).unwrap() };
+        let before_markers = ProgressFacts { written_to: None, ..progress(40).unwrap() };
         check(&facts(state(50), Some(before_markers)), How::Resume, 50, 49);
-        check(&Facts { replay: true, ..facts(state(50), progress(40)) }, How::Replay, 10, 10);
+        check(&StartFacts { replay: true, ..facts(state(50), progress(40)) }, How::Replay, 10, 10);
         let nothing_processed = state(10).map(|s| StateFacts {
-            position: Position { totals: Totals::default(), last_record: None, ..s.position },
+            position: LogPosition { totals: Totals::default(), last_record: None, ..s.position },
             ..s
         });
         check(&facts(nothing_processed, None), How::Resume, 10, 10);
@@ -431,13 +432,13 @@ mod tests {
     fn lost_writes_that_the_log_no_longer_holds_are_refused_with_both_facts() {
         let behind = facts(state(50), progress(40));
         check_refusal(
-            &Facts { low: 45, ..behind.clone() },
+            &StartFacts { low: 45, ..behind.clone() },
             &["below offset 50", "progress row is at 40", "kafka no longer holds offsets 40 to 44"],
         );
-        check_refusal(&Facts { high: 49, ..behind.clone() }, &["below offset 50", "log ends at 49"]);
+        check_refusal(&StartFacts { high: 49, ..behind.clone() }, &["below offset 50", "log ends at 49"]);
         check_refusal(&facts(state(50), None), &["no progress row", "no longer holds offsets 0 to 9"]);
         check_refusal(
-            &Facts { recover: RecoverPolicy::Refuse, ..behind },
+            &StartFacts { recover: RecoverPolicy::Refuse, ..behind },
             &["restore a newer snapshot", "--recover auto"],
         );
     }
@@ -447,7 +448,7 @@ mod tests {
         let mut optional = changed(|_| {});
         let mut check_survives = |edit: fn(&mut Definition)| {
             optional = changed(edit);
-            check(&Facts { layout: &optional, ..facts(state(50), progress(50)) }, How::Resume, 50, 49);
+            check(&StartFacts { layout: &optional, ..facts(state(50), progress(50)) }, How::Resume, 50, 49);
         };
         check_survives(|d| {
             d.columns.push(Column { name: "phone".into(), required: false, ..d.columns[0].clone() })
@@ -455,7 +456,7 @@ mod tests {
         check_survives(|d| d.windows.lateness_ms += 1);
         check_survives(|d| d.store.ttl_seconds = 0);
         let newer = changed(|d| drop(d.columns.pop()));
-        let back = Facts { layout: &newer, ..facts(state(50), progress(50)) };
+        let back = StartFacts { layout: &newer, ..facts(state(50), progress(50)) };
         check_refusal(&back, &["column `registered_at`: registered, but no longer declared"]);
     }
 
@@ -467,20 +468,20 @@ mod tests {
             .iter_mut()
             .for_each(|s| s.position.last_record = Some(LastRecord { offset: 14, fingerprint: 9 }));
         check(&facts(halfway.clone(), progress(60)), How::Resume, 15, 14);
-        let trimmed = Facts { low: 20, ..facts(halfway.clone(), progress(60)) };
+        let trimmed = StartFacts { low: 20, ..facts(halfway.clone(), progress(60)) };
         check(&trimmed, How::Recover, 60, 59);
-        check_refusal(&Facts { low: 61, ..facts(halfway, progress(60)) }, &["the log starts at 61"]);
+        check_refusal(&StartFacts { low: 61, ..facts(halfway, progress(60)) }, &["the log starts at 61"]);
     }
 
     #[test]
     fn a_replay_counts_only_records_that_the_progress_row_does_not_include() {
-        let facts = Facts { replay: true, ..facts(state(60), unpublished(50, 60)) };
+        let facts = StartFacts { replay: true, ..facts(state(60), unpublished(50, 60)) };
         let start = decide(&facts).unwrap();
         assert_eq!((start.how, start.position.next_offset, start.position.count_from), (How::Replay, 10, 50));
         assert_eq!(start.position.totals.events, 50);
         let last = LastRecord { offset: 49, fingerprint: 9 };
         assert_eq!((start.expected, start.compare_first), (None, Some(last)));
-        let trimmed = decide(&Facts { low: 50, ..facts }).unwrap();
+        let trimmed = decide(&StartFacts { low: 50, ..facts }).unwrap();
         assert_eq!(trimmed.compare_first, None, "the last record is no longer in the log");
     }
 
@@ -488,7 +489,7 @@ mod tests {
     fn a_skip_that_covers_the_next_offset_moves_the_start_to_its_end() {
         let skipping = |skip: Range<i64>| {
             let facts = facts(state(50), progress(50));
-            decide(&Facts { skips: std::slice::from_ref(&skip), ..facts }).unwrap()
+            decide(&StartFacts { skips: std::slice::from_ref(&skip), ..facts }).unwrap()
         };
         let start = skipping(48..60);
         assert_eq!((start.skip, start.fetch_from, start.expected), (Some(50..60), 60, None));
@@ -502,10 +503,11 @@ mod tests {
     #[test]
     fn fetching_does_not_start_before_skipped_offsets() {
         let last = LastRecord { offset: 46, fingerprint: 9 };
-        let after_skip = Position { last_record: Some(last), ..position(50) };
-        let progress = Some(Progress { position: after_skip, written_to: Some(50) });
+        let after_skip = LogPosition { last_record: Some(last), ..position(50) };
+        let progress = Some(ProgressFacts { position: after_skip, written_to: Some(50) });
         let skip = 47..50;
-        let start = decide(&Facts { skips: std::slice::from_ref(&skip), ..facts(None, progress) }).unwrap();
+        let start =
+            decide(&StartFacts { skips: std::slice::from_ref(&skip), ..facts(None, progress) }).unwrap();
         assert_eq!((start.fetch_from, start.expected, start.skip), (50, None, None));
         assert_eq!(start.compare_first, Some(last));
     }
@@ -514,9 +516,9 @@ mod tests {
     fn transaction_markers_after_the_last_record_do_not_hide_it() {
         let mut after_markers = position(50);
         after_markers.last_record = Some(LastRecord { offset: 46, fingerprint: 9 });
-        let progress = Some(Progress { position: after_markers, written_to: Some(50) });
+        let progress = Some(ProgressFacts { position: after_markers, written_to: Some(50) });
         check(&facts(None, progress), How::Recover, 50, 46);
-        check(&Facts { low: 47, ..facts(None, progress) }, How::Recover, 50, 50);
+        check(&StartFacts { low: 47, ..facts(None, progress) }, How::Recover, 50, 50);
     }
 
     #[test]
@@ -528,15 +530,15 @@ mod tests {
         );
         check_refusal(&facts(None, progress(101)), &["offset 101 was reached"]);
         let other = changed(|d| d.store.shards += 1);
-        let of_other = Facts { layout: &other, ..facts(state(50), None) };
+        let of_other = StartFacts { layout: &other, ..facts(state(50), None) };
         check_refusal(&of_other, &["another layout", "`store.shards`", "now 5"]);
         let unreadable = state(50).map(|state| StateFacts { layout: "L".into(), ..state });
         check_refusal(&facts(unreadable, None), &["another layout", "cannot be read", ": L"]);
         check_refusal(
-            &Facts { cluster_id: "D", ..facts(state(50), None) },
+            &StartFacts { cluster_id: "D", ..facts(state(50), None) },
             &["kafka cluster C, but this is cluster D"],
         );
-        let refuse = Facts { recover: RecoverPolicy::Refuse, ..facts(None, progress(50)) };
+        let refuse = StartFacts { recover: RecoverPolicy::Refuse, ..facts(None, progress(50)) };
         check_refusal(&refuse, &["--recover auto"]);
     }
 }

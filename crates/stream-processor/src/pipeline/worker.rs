@@ -5,13 +5,14 @@
 //! Every write is acknowledged before the commit, and nothing is published before the commit. The steps before the
 //! commit change only memory that an error discards, and perform only writes that a retry repeats identically.
 
-use crate::count::partition::{Applied, Partition, Position};
+use crate::count::partition::{Applied, LogPosition, Partition};
 use crate::count::poison_gate::PoisonLimits;
 use crate::count::write_plan::{group_events, group_panes};
 use crate::error::ProcessorError;
 use crate::io::state::{Checkpoint, Commit, StateFile};
 use crate::io::store::{Assumed, BatchRecord, DeadLetters, StepTimes, Store};
 use crate::metrics::{self, Metrics};
+use crate::pipeline::fetch::{Chunks, Fetched};
 use crate::pipeline::stages::StageState;
 use crate::record::chunk::Chunk;
 use common::contracts::event::Bucket;
@@ -21,27 +22,14 @@ use fail::fail_point;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 /// Poll interval of a paused partition, to see whether an operator has accepted its undecodable records.
 const ACCEPTED_POLL: Duration = Duration::from_millis(500);
 
-/// What a fetch thread sends to its worker.
-#[derive(Debug)]
-pub enum Fetched {
-    /// The next records of the log.
-    Chunk(Box<Chunk>),
-    /// No record has arrived for a while.
-    Quiet,
-}
-
-/// The channel from a fetch thread to its worker. Holds at most one chunk.
-pub type Chunks = mpsc::Receiver<Result<Fetched, ProcessorError>>;
-
 /// The processing loop of one partition.
-pub struct Worker<S, D, C = StateFile> {
+pub struct PartitionWorker<S, D, C = StateFile> {
     /// Kafka partition.
     pub id: i32,
     /// Time span of one Cassandra partition of the event and pane tables.
@@ -68,7 +56,7 @@ pub struct Worker<S, D, C = StateFile> {
     pub committed: Arc<AtomicI64>,
 }
 
-impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
+impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C> {
     /// Processes chunks until `stop` is cancelled, `chunks` ends or an error occurs. Waits for the publish of the last
     /// commit before it returns.
     pub async fn run(mut self, mut chunks: Chunks, stop: CancellationToken) -> Result<(), ProcessorError> {
@@ -222,7 +210,7 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> Worker<S, D, C> {
     }
 
     /// Records the metrics of a committed batch.
-    fn record_metrics(&self, chunk: &Chunk, before: &Position, applied: &Applied, times: &StepTimes) {
+    fn record_metrics(&self, chunk: &Chunk, before: &LogPosition, applied: &Applied, times: &StepTimes) {
         let position = &self.partition.position;
         self.committed.store(position.next_offset, Ordering::Release);
         self.metrics.committed(self.id, &before.totals, &position.totals, position.next_offset);

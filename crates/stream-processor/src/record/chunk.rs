@@ -1,7 +1,7 @@
 //! The unit that the fetcher passes to a worker: consecutive decoded records of one partition, stored in one arena.
 //! Plain data without decisions.
 
-use crate::count::partition::LastRecord;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ pub const UNSET: i32 = -2;
 
 /// One decoded event. Its bytes are in the chunk's arena.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Event {
+pub struct DecodedEvent {
     /// Offset in the partition's log.
     pub offset: i64,
     /// Event time in Unix milliseconds.
@@ -54,6 +54,15 @@ pub struct Reason {
     pub message: String,
 }
 
+/// Identity of one record. A different record at the same offset shows that the log was replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastRecord {
+    /// Offset of the record.
+    pub offset: i64,
+    /// Hash of the record's key, value and timestamp.
+    pub fingerprint: i64,
+}
+
 /// Consecutive decoded records of one partition.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chunk {
@@ -68,7 +77,7 @@ pub struct Chunk {
     /// Decode time in microseconds.
     pub decode_us: u64,
     /// Decoded events in offset order.
-    pub events: Vec<Event>,
+    pub events: Vec<DecodedEvent>,
     /// Undecodable records in offset order.
     pub poison: Vec<Poison>,
     /// For each value that did not fit its column and is null instead, the name of the column.
@@ -111,12 +120,12 @@ impl Chunk {
     }
 
     /// Returns the id of an event of this chunk.
-    pub fn id(&self, event: &Event) -> &[u8] {
+    pub fn id(&self, event: &DecodedEvent) -> &[u8] {
         &self.arena[event.id.0 as usize..(event.id.0 + event.id.1) as usize]
     }
 
     /// Returns the run id of an event of this chunk. `None` if the record has no usable run id.
-    pub fn run_id(&self, event: &Event) -> Option<&[u8]> {
+    pub fn run_id(&self, event: &DecodedEvent) -> Option<&[u8]> {
         self.slice(event.run_id)
     }
 

@@ -3,9 +3,8 @@
 
 mod value;
 
-use crate::record::chunk::{Chunk, Event, Poison, Reason, UNSET};
+use crate::record::chunk::{Chunk, DecodedEvent, Poison, Reason, UNSET};
 use common::contracts::event::{self, MAX_AHEAD_MS, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
-use common::contracts::schema::TOPIC_RETENTION_MS;
 use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,8 +14,6 @@ use std::sync::Arc;
 pub const MAX_VALUE_BYTES: usize = 4 << 20;
 /// Maximum size of an event id. The id is part of a clustering key, so its size is limited.
 pub const MAX_ID_BYTES: usize = 1024;
-/// Safety margin of the horizon, in addition to the retention of the topic.
-const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
 
 /// A record as fetched from Kafka.
 #[derive(Debug, Clone, Copy)]
@@ -77,12 +74,11 @@ impl Decoder {
         let index_of = |name: &str| definition.column_index(name).unwrap_or(usize::MAX);
         let groups =
             definition.windows.group_by.iter().map(|g| (index_of(&g.column), GroupIndex::new(&g.groups)));
-        let ttl_ms = definition.store.least_ttl_seconds().saturating_mul(1000);
         Decoder {
             partition,
             pane_ms: definition.windows.pane_ms,
             shards: definition.store.shards,
-            horizon_ms: (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS),
+            horizon_ms: definition.store.horizon_ms(),
             by_name: index_by_name(definition.columns.iter().map(|c| &c.name)),
             groups: groups.collect(),
             measures: definition.windows.measures.iter().map(|m| index_of(m)).collect(),
@@ -169,7 +165,7 @@ impl Decoder {
         let run_id = header(event::HEADER_RUN_ID)
             .filter(|r| r.len() <= MAX_ID_BYTES && std::str::from_utf8(r).is_ok());
         let run_id = run_id.map_or((0, UNSET), |r| append(&mut chunk.arena, r));
-        chunk.events.push(Event {
+        chunk.events.push(DecodedEvent {
             offset: record.offset,
             time_ms,
             hash: event::seen_hash(time_ms, id),

@@ -5,13 +5,13 @@ use super::log::LATENESS_MS;
 use super::machine::{Machine, lock};
 use super::mutations::Mutation;
 use super::world::{Cells, Name, Op, Shared, Target, World, number, pane_row, progress_of};
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::count::write_plan::{EventGroup, PaneGroup};
 use crate::error::ProcessorError;
 use crate::io::store::{Assumed, BatchRecord, DeadLetters, Store};
-use crate::pipeline::start::Progress;
+use crate::pipeline::start::ProgressFacts;
 use crate::record::chunk::Chunk;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -181,7 +181,7 @@ impl FakeServers {
         ops
     }
 
-    fn progress_op(&self, position: &Position) -> Op {
+    fn progress_op(&self, position: &LogPosition) -> Op {
         let totals = position.totals;
         let mut cells: Vec<(Name, Vec<u8>)> = vec![
             ("next_offset", position.next_offset.to_be_bytes().to_vec()),
@@ -287,7 +287,7 @@ impl Store for FakeServers {
         Ok(())
     }
 
-    async fn progress(&self, _: i32) -> Result<Option<Progress>, ProcessorError> {
+    async fn progress(&self, _: i32) -> Result<Option<ProgressFacts>, ProcessorError> {
         self.step().await?;
         let mut world = self.world.lock();
         let restores = world.restores;
@@ -326,7 +326,7 @@ impl Store for FakeServers {
     async fn publish(
         &self,
         _: i32,
-        position: &Position,
+        position: &LogPosition,
         assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {

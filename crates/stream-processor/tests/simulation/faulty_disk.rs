@@ -5,7 +5,7 @@ use super::choices::{Choices, splitmix};
 use super::disk::Disk;
 use super::log::{Log, definition, random};
 use super::machine::open_file;
-use crate::count::partition::{Partition, Position};
+use crate::count::partition::{LogPosition, Partition};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::io::state::{Commit, FORMAT, Head, StateError, StateFile};
@@ -25,8 +25,8 @@ struct Contents {
 }
 
 fn fresh_panes(definition: &Definition, max_memory_bytes: usize) -> Panes {
-    let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
-    Panes::new(PaneShape::new(definition), times, max_memory_bytes, i64::MIN)
+    let (shape, windows) = (PaneShape::new(definition), &definition.windows);
+    Panes::new(shape, windows.pane_ms, windows.lateness_ms, max_memory_bytes, i64::MIN)
 }
 
 fn read_contents(file: &StateFile, definition: &Definition) -> Result<Contents, StateError> {
@@ -44,7 +44,7 @@ fn head(definition: &Definition) -> Head {
         cluster_id: "simulated".into(),
         partition: 0,
         hot_from: i64::MIN,
-        position: Position::default(),
+        position: LogPosition::default(),
     }
 }
 
@@ -72,8 +72,11 @@ impl Writer {
     /// those of a commit that fails.
     fn write(&self, file: &mut StateFile, states: &mut Vec<Contents>) -> Result<(), StateError> {
         let decoder = Decoder::new(&self.definition, 0);
-        let mut partition =
-            Partition::new(Position::default(), fresh_panes(&self.definition, self.max_memory_bytes), 5_000);
+        let mut partition = Partition::new(
+            LogPosition::default(),
+            fresh_panes(&self.definition, self.max_memory_bytes),
+            5_000,
+        );
         let mut expected = Contents { head: None, panes: BTreeMap::new(), seen: BTreeMap::new() };
         states.push(expected.clone());
         expected.head = Some(head(&self.definition));

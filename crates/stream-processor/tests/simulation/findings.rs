@@ -3,7 +3,7 @@
 
 use super::choices::Choices;
 use super::life::{Life, StartOptions};
-use super::log::{BASE_MS, Event, PANE_MS, Rec, event};
+use super::log::{BASE_MS, PANE_MS, Rec, SimEvent, event};
 use super::schedule::{Case, Sim};
 use super::world::{Cells, World, number, pane_row, position_of};
 use crate::error::ProcessorError;
@@ -254,7 +254,7 @@ fn finding_9_rows_of_later_offsets_are_not_counted_by_an_owner_that_is_behind() 
 
 #[test]
 fn finding_10_events_whose_rows_may_have_expired_are_dead_letters_in_every_replay() {
-    let old = |at, id| Rec::TooOld(Event { at, id, kind: 0, score: 0 });
+    let old = |at, id| Rec::TooOld(SimEvent { at, id, kind: 0, score: 0 });
     let mut sim = sim(&[event(0, 1), event(0, 2), old(0, 1), old(0, 3), Rec::Poison], &[2, 1]);
     sim.start(0);
     sim.run_until(published(3));
@@ -307,7 +307,7 @@ fn finding_12_another_layout_or_a_recreated_topic_is_refused_even_if_the_state_i
 
 #[test]
 fn finding_13_one_event_from_2099_is_a_dead_letter_and_makes_no_pane_cold() {
-    let far = Rec::TooFar(Event { at: 70 * 365 * 86_400_000, id: 9, kind: 0, score: 0 });
+    let far = Rec::TooFar(SimEvent { at: 70 * 365 * 86_400_000, id: 9, kind: 0, score: 0 });
     let mut sim = sim(&[event(0, 1), far, event(1, 2)], &[1, 1, 1]);
     sim.start(0);
     sim.run_until(published(3));

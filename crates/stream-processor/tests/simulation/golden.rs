@@ -5,7 +5,7 @@ use super::disk::Disk;
 use super::log::{BASE_MS, Log, Rec, definition, event};
 use super::machine::{Volume, open_file};
 use super::schedule::{Case, Sim};
-use crate::count::partition::{Position, Totals};
+use crate::count::partition::{LogPosition, Totals};
 use crate::count::poison_gate::PoisonCounts;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
@@ -35,7 +35,7 @@ fn check(bytes: Vec<u8>, format: u32) {
     let head = file.head().unwrap();
     assert_eq!(head.format, format);
     crate::pipeline::start::survives(&head.layout, &definition(0).layout()).unwrap();
-    let position = Position {
+    let position = LogPosition {
         next_offset: 5,
         first_offset: 0,
         last_record: Log::new(records()).last_record_below(5),
@@ -45,7 +45,7 @@ fn check(bytes: Vec<u8>, format: u32) {
         count_from: 0,
     };
     assert_eq!((head.position, head.hot_from), (position, BASE_MS + 10_000));
-    let mut panes = Panes::new(PaneShape::new(&definition(0)), (10_000, 5_000), usize::MAX, i64::MIN);
+    let mut panes = Panes::new(PaneShape::new(&definition(0)), 10_000, 5_000, usize::MAX, i64::MIN);
     file.restore(&mut panes).unwrap();
     let starts: Vec<i64> = panes.hot.keys().map(|start| start - BASE_MS).collect();
     assert_eq!(starts, [10_000, 20_000]);

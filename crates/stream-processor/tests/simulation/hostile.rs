@@ -2,7 +2,7 @@
 //! them.
 
 use super::choices::splitmix;
-use crate::count::partition::{Partition, Position};
+use crate::count::partition::{LogPosition, Partition};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::count::write_plan::{group_events, group_panes};
@@ -195,9 +195,9 @@ fn decode(decoder: &Decoder, offset: i64, hostile: &Hostile, chunk: &mut Chunk) 
 /// Decodes a corpus and applies it in batches. No record may be lost, and the totals must add up.
 fn process(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
     let decoder = Decoder::new(definition, 0);
-    let times = (definition.windows.pane_ms, definition.windows.lateness_ms);
-    let panes = Panes::new(PaneShape::new(definition), times, 1 << 16, i64::MIN);
-    let mut partition = Partition::new(Position::default(), panes, definition.windows.lateness_ms);
+    let (shape, windows) = (PaneShape::new(definition), &definition.windows);
+    let panes = Panes::new(shape, windows.pane_ms, windows.lateness_ms, 1 << 16, i64::MIN);
+    let mut partition = Partition::new(LogPosition::default(), panes, definition.windows.lateness_ms);
     let mut chunk = decoder.chunk();
     let mut next = 0;
     for hostile in corpus {

@@ -13,10 +13,10 @@ use crate::error::{Halt, ProcessorError};
 use crate::io::state::Checkpoint;
 use crate::io::store::Assumed;
 use crate::metrics::Metrics;
-use crate::pipeline::fetch::FirstRecord;
+use crate::pipeline::fetch::{Chunks, Fetched, FirstRecord};
 use crate::pipeline::open::begin;
-use crate::pipeline::start::{Facts, RecoverPolicy, Start};
-use crate::pipeline::worker::{Chunks, Fetched, Worker};
+use crate::pipeline::start::{RecoverPolicy, Start, StartFacts};
+use crate::pipeline::worker::PartitionWorker;
 use crate::record::chunk::Chunk;
 use crate::record::decode::Decoder;
 use common::contracts::stream::Definition;
@@ -80,7 +80,8 @@ impl Life {
     pub fn start(
         environment: &Environment,
         id: usize,
-        (machine, disk): (usize, Arc<Mutex<Machine>>),
+        machine: usize,
+        disk: Arc<Mutex<Machine>>,
         options: StartOptions,
     ) -> Life {
         let runtime = Builder::new_current_thread().build().unwrap();
@@ -176,7 +177,7 @@ impl Process {
         let skips = crate::io::store::Store::skips(&*self.servers, 0).await?;
         let layout = definition.layout();
         let from_zero = self.options.replay && mutation == Some(Mutation::ReplayHot);
-        let facts = Facts {
+        let facts = StartFacts {
             partition: 0,
             state: found.filter(|_| !from_zero),
             progress: progress.filter(|_| !from_zero),
@@ -196,7 +197,7 @@ impl Process {
         world.lock().note(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));
         self.committed.store(start.position.next_offset, Ordering::Release);
         world.lock().committed.insert(self.servers.life, start.position.next_offset);
-        let worker = Worker {
+        let worker = PartitionWorker {
             id: 0,
             bucket: definition.store.bucket,
             state,

@@ -3,8 +3,8 @@
 
 use super::choices::Choices;
 use super::mutations::{self, Mutation};
-use crate::count::partition::{LastRecord, Totals};
-use crate::record::chunk::Chunk;
+use crate::count::partition::Totals;
+use crate::record::chunk::{Chunk, LastRecord};
 use crate::record::decode::{Decoder, Record};
 use common::contracts::event::fingerprint;
 use common::contracts::stream::Definition;
@@ -71,7 +71,7 @@ pub fn definition(ttl_seconds: i64) -> Definition {
 
 /// One event of a log.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Event {
+pub struct SimEvent {
     /// Event time in milliseconds after [`BASE_MS`].
     pub at: i64,
     /// Number of the id, see [`id_of`].
@@ -86,20 +86,20 @@ pub struct Event {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rec {
     /// A valid event.
-    Event(Event),
+    Event(SimEvent),
     /// A record that is not JSON.
     Poison,
     /// An event whose rows may have expired, according to its record's timestamp. Undecodable.
-    TooOld(Event),
+    TooOld(SimEvent),
     /// An event too far ahead of its record's timestamp. Undecodable.
-    TooFar(Event),
+    TooFar(SimEvent),
     /// A transaction marker or a record of an aborted transaction. It has an offset but is never delivered.
     Marker,
 }
 
 /// Returns an event with id number `id` at `at` milliseconds. Kind and score follow from the id.
 pub fn event(at: i64, id: u32) -> Rec {
-    Rec::Event(Event { at, id, kind: id as usize % 4, score: id as usize % 5 })
+    Rec::Event(SimEvent { at, id, kind: id as usize % 4, score: id as usize % 5 })
 }
 
 /// Generates 2 to 12 records over three to five panes: copies, disorder, very late events, one id at several times,
@@ -107,7 +107,7 @@ pub fn event(at: i64, id: u32) -> Rec {
 pub fn random(choices: &mut Choices) -> Vec<Rec> {
     let count = 2 + choices.pick(11, 85);
     let mut log = Vec::new();
-    let mut seen: Vec<Event> = Vec::new();
+    let mut seen: Vec<SimEvent> = Vec::new();
     let mut leap = 0;
     for id in 0..count {
         let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(8, 60) };
@@ -116,7 +116,7 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
             1 => {
                 // A copy may differ from the first record in everything except its key.
                 let copy = earlier(choices);
-                Event { score: (copy.score + choices.index(2, 20)) % SCORES.len(), ..copy }
+                SimEvent { score: (copy.score + choices.index(2, 20)) % SCORES.len(), ..copy }
             }
             2 => {
                 log.push(Rec::Poison);
@@ -124,15 +124,15 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
             }
             3 => {
                 let other = earlier(choices);
-                Event { at: other.at / PANE_MS * PANE_MS + (other.at + 3_000) % PANE_MS, ..other }
+                SimEvent { at: other.at / PANE_MS * PANE_MS + (other.at + 3_000) % PANE_MS, ..other }
             }
             4 => {
                 let other = earlier(choices);
                 let era = other.at / LEAP_MS * LEAP_MS;
-                Event { at: era + (other.at - era + PANE_MS) % (3 * PANE_MS), ..other }
+                SimEvent { at: era + (other.at - era + PANE_MS) % (3 * PANE_MS), ..other }
             }
             5 => {
-                log.push(Rec::TooFar(Event { at: FAR_MS, ..earlier(choices) }));
+                log.push(Rec::TooFar(SimEvent { at: FAR_MS, ..earlier(choices) }));
                 continue;
             }
             6 => {
@@ -146,7 +146,12 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
             _ => {
                 let pane = i64::from(choices.pick(5, 70) % 4);
                 let at = leap + pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
-                Event { at, id, kind: choices.index(KINDS.len(), 60), score: choices.index(SCORES.len(), 60) }
+                SimEvent {
+                    at,
+                    id,
+                    kind: choices.index(KINDS.len(), 60),
+                    score: choices.index(SCORES.len(), 60),
+                }
             }
         };
         seen.push(event);
@@ -181,7 +186,7 @@ pub struct Exact {
     /// Highest event time.
     pub seen_to: Option<i64>,
     /// (event time, id) → first offset and the event in its row.
-    pub rows: BTreeMap<(i64, String), (i64, Event)>,
+    pub rows: BTreeMap<(i64, String), (i64, SimEvent)>,
     /// Offsets of the dead letters.
     pub dead: Vec<i64>,
 }
@@ -235,7 +240,7 @@ pub fn id_of(id: u32) -> String {
 }
 
 /// Returns the CQL bytes of an event's declared columns. `None` means unset.
-pub fn columns_of(event: &Event) -> [Option<Vec<u8>>; 2] {
+pub fn columns_of(event: &SimEvent) -> [Option<Vec<u8>>; 2] {
     [
         KINDS[event.kind].map(|kind| kind.as_bytes().to_vec()),
         SCORES[event.score].map(|score| score.to_be_bytes().to_vec()),

@@ -103,8 +103,8 @@ impl Sim {
         while let Some(at) = self.zombies.iter().position(|zombie| zombie.machine == machine) {
             self.zombies.remove(at).kill();
         }
-        let disk = (machine, Arc::clone(&self.machines[machine]));
-        self.owner = Some(Life::start(&self.environment, self.lives, disk, self.start_options));
+        let disk = Arc::clone(&self.machines[machine]);
+        self.owner = Some(Life::start(&self.environment, self.lives, machine, disk, self.start_options));
         self.lives += 1;
         self.start_options.replay = false;
     }
@@ -221,7 +221,7 @@ impl Sim {
 }
 
 /// The result of running a schedule.
-pub struct Run {
+pub struct SimulatedRun {
     /// The violated guarantee, if any.
     pub violation: Option<String>,
     /// All choices of the schedule.
@@ -235,7 +235,7 @@ pub struct Run {
 }
 
 /// Runs the schedule determined by `choices`.
-pub fn run(mut choices: Choices, case: Case) -> Run {
+pub fn run(mut choices: Choices, case: Case) -> SimulatedRun {
     let records = random(&mut choices);
     let mut sim = Sim::new(records, choices, case);
     {
@@ -254,7 +254,7 @@ pub fn run(mut choices: Choices, case: Case) -> Run {
         sim.world().check_end(totals);
     }
     let mut world = sim.world();
-    Run {
+    SimulatedRun {
         violation: world.violation.clone(),
         made: std::mem::take(&mut world.choices.made),
         trace: world.trace.take().unwrap_or_default(),

@@ -5,8 +5,9 @@
 use super::choices::Choices;
 use super::log::{BASE_MS, LEAP_MS, Log, PaneRow, columns_of};
 use super::mutations::Mutation;
-use crate::count::partition::{LastRecord, Position, Totals};
-use crate::pipeline::start::Progress;
+use crate::count::partition::{LogPosition, Totals};
+use crate::pipeline::start::ProgressFacts;
+use crate::record::chunk::LastRecord;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -444,9 +445,9 @@ pub fn pane_row(cells: &Cells) -> (PaneRow, i64) {
 }
 
 /// Reads the position from the cells of the progress row.
-pub fn position_of(cells: &Cells) -> Position {
+pub fn position_of(cells: &Cells) -> LogPosition {
     let of = |name| number(cells, name).unwrap_or(-1);
-    Position {
+    LogPosition {
         next_offset: of("next_offset"),
         totals: Totals {
             events: of("events"),
@@ -459,14 +460,14 @@ pub fn position_of(cells: &Cells) -> Position {
         last_record: number(cells, "last_offset")
             .zip(number(cells, "fingerprint"))
             .map(|(offset, fingerprint)| LastRecord { offset, fingerprint }),
-        ..Position::default()
+        ..LogPosition::default()
     }
 }
 
 /// Returns the progress row as the store reads it. `None` before the first publication.
-pub fn progress_of(cells: &Cells) -> Option<Progress> {
+pub fn progress_of(cells: &Cells) -> Option<ProgressFacts> {
     number(cells, "next_offset")?;
-    Some(Progress { position: position_of(cells), written_to: number(cells, "written_to") })
+    Some(ProgressFacts { position: position_of(cells), written_to: number(cells, "written_to") })
 }
 
 fn describe(op: &Op) -> String {

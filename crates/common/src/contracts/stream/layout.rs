@@ -94,29 +94,32 @@ impl Display for Layout {
     }
 }
 
-impl Layout {
-    pub(super) fn of(d: &Definition) -> Layout {
+impl Definition {
+    /// The part of the definition that stored data depends on.
+    pub fn layout(&self) -> Layout {
         let column = |c: &super::Column| {
             let reading = Reading { time: c.reading.clone(), on_misfit: c.on_misfit };
             LayoutColumn(c.name.clone(), c.cql_type, c.pointer.clone(), c.required, reading)
         };
-        let id = (!d.event.id.is_empty()).then(|| d.event.id.join(" + "));
+        let id = (!self.event.id.is_empty()).then(|| self.event.id.join(" + "));
         Layout {
             form: FORM,
-            stream: d.stream.name.clone(),
-            bucket: d.store.bucket.name().to_owned(),
-            shards: d.store.shards,
-            ttl_seconds: d.store.ttl_seconds,
-            shortest_ttl_seconds: d.store.least_ttl_seconds(),
-            pane_ms: d.windows.pane_ms,
-            lateness_ms: d.windows.lateness_ms,
-            group_by: d.windows.group_by.clone(),
-            measures: d.windows.measures.clone(),
-            columns: d.columns.iter().map(column).collect(),
-            event: Identity(id, d.event.time.clone(), d.event.key.clone()),
+            stream: self.stream.name.clone(),
+            bucket: self.store.bucket.name().to_owned(),
+            shards: self.store.shards,
+            ttl_seconds: self.store.ttl_seconds,
+            shortest_ttl_seconds: self.store.least_ttl_seconds(),
+            pane_ms: self.windows.pane_ms,
+            lateness_ms: self.windows.lateness_ms,
+            group_by: self.windows.group_by.clone(),
+            measures: self.windows.measures.clone(),
+            columns: self.columns.iter().map(column).collect(),
+            event: Identity(id, self.event.time.clone(), self.event.key.clone()),
         }
     }
+}
 
+impl Layout {
     /// Parses a stored layout of the current format version or an earlier one.
     pub fn parse(text: &str) -> Result<Layout, LayoutError> {
         let unreadable = |cause: serde_json::Error| LayoutError::Unreadable {

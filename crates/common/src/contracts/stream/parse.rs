@@ -4,23 +4,30 @@
 mod section;
 mod source;
 
+use super::duration::parse_duration;
 use super::{
-    Column, CqlType, Definition, EventMapping, EventTime, GroupBy, Groups, MAX_GROUP_BY, MAX_GROUPS,
-    OnMisfit, RetryPolicy, Schedule, Store, StreamSettings, Windows, rules,
+    Column, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups, MAX_GROUP_BY,
+    MAX_GROUPS, OnMisfit, RetryPolicy, Schedule, StoreSettings, StreamSettings, Windows, rules,
 };
-use crate::contracts::event::Bucket;
+use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::time::{TimeReading, TimeUnit, is_format};
-pub(super) use section::format_ms;
-use section::{Section, parse_duration, read_section};
+use section::{Section, read_section};
 use std::collections::BTreeSet;
 use toml::Table;
 
 const SECOND: i64 = 1000;
 const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
-const DAY: i64 = 24 * HOUR;
+const DAY: i64 = DAY_MS;
 
-pub(super) fn parse(text: &str) -> Result<Definition, Vec<String>> {
+impl Definition {
+    /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
+    pub fn parse(file: &str, text: &str) -> Result<Definition, DefinitionError> {
+        parse(text).map_err(|problems| DefinitionError { file: file.to_owned(), problems })
+    }
+}
+
+fn parse(text: &str) -> Result<Definition, Vec<String>> {
     let table: Table =
         text.parse().map_err(|e: toml::de::Error| vec![format!("not TOML: {}", e.to_string().trim())])?;
     let mut problems = Vec::new();
@@ -154,7 +161,7 @@ fn column(s: &mut Section<'_>) -> Column {
     }
 }
 
-fn store(s: &mut Section<'_>) -> Store {
+fn store(s: &mut Section<'_>) -> StoreSettings {
     let name = s.text("bucket").unwrap_or_else(|| Bucket::Hour.name().to_owned());
     let bucket = Bucket::ALL.into_iter().find(|b| b.name() == name);
     if bucket.is_none() {
@@ -169,7 +176,7 @@ fn store(s: &mut Section<'_>) -> Store {
             0
         }),
     };
-    Store {
+    StoreSettings {
         bucket: bucket.unwrap_or(Bucket::Hour),
         shards: s.small("shards", 4, 1..=64),
         ttl_seconds: ttl_ms / SECOND,

@@ -1,25 +1,25 @@
 //! Rules of a stream file that involve several keys: valid names and placeholders, panes that divide buckets, rows that
 //! outlive the log. Each message names a remedy.
 
-use super::parse::format_ms;
+use super::duration::format_ms;
 use super::secrets::{has_literal, has_user, looks_secret, redacted, secret_parameters};
 use super::template::{Part, Placeholder, Template};
 use super::{
     Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder, Pagination,
-    Schedule,
+    Schedule, TTL_MARGIN_MS,
 };
-use crate::contracts::schema::{RESERVED_COLUMNS, TOPIC_RETENTION_MS};
+use crate::contracts::event::DAY_MS;
+use crate::contracts::topics::TOPIC_RETENTION_MS;
 use std::collections::BTreeSet;
 
 /// Default of `windows.lateness`: ten minutes.
 const DEFAULT_LATENESS_MS: i64 = 600_000;
 /// Default of `stream.catch_up_limit`: a week, so that an outage over a weekend loses nothing.
-const DEFAULT_CATCH_UP_LIMIT_MS: i64 = 7 * 86_400_000;
+const DEFAULT_CATCH_UP_LIMIT_MS: i64 = 7 * DAY_MS;
 /// The allowed lateness must cover at least this many schedule intervals.
 const LATENESS_INTERVALS: i64 = 3;
-/// Rows must outlive the log by at least this time (two days), so that every duplicate that can still be read is
-/// recognized.
-pub const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
+/// Columns of the event table that the pipeline adds. A stream definition must not declare them.
+const RESERVED_COLUMNS: [&str; 6] = ["bucket", "shard", "event_time", "event_id", "kafka_offset", "run_id"];
 const MAX_COLUMNS: usize = 128;
 
 /// The nominal length of an interval. Only the planner can evaluate a cron expression, so its intervals count as one

@@ -8,7 +8,7 @@ pub const MAX_FOR_EACH: u32 = 10_000;
 
 /// `[source]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Source {
+pub struct SourceSettings {
     /// URL template. `template.rs` lists the placeholders.
     pub url: String,
     /// Query parameters that are added to the URL: names and templates.

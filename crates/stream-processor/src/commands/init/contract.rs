@@ -1,7 +1,7 @@
 //! The requirements for topics and keyspace. `init` creates them from this description, and `init` and `run` compare
 //! existing ones with it. Pure.
 
-use common::contracts::schema::{
+use common::contracts::topics::{
     CONTROL_RETENTION_MS, DEAD_LETTER_RETENTION_MS, SEGMENT_MS, TOPIC_RETENTION_MS, dead_letter_topic,
 };
 use common::runtime::kafka::MAX_MESSAGE_BYTES;

@@ -3,7 +3,7 @@
 
 use super::contract::FoundKeyspace;
 use crate::error::ProcessorError;
-use common::contracts::schema::{self, Existing, TABLES_COMPONENT, TABLES_VERSION};
+use common::contracts::schema::{self, ExistingTable, TABLES_COMPONENT, TABLES_VERSION};
 use common::contracts::stream::Definition;
 use common::contracts::stream::layout::{Changes, Layout};
 use common::readers::registry::{Registered, RegistryError, registered, tables_version};
@@ -103,13 +103,13 @@ impl Keyspace<'_> {
         Ok(altered)
     }
 
-    async fn existing(&self) -> Result<BTreeMap<String, Existing>, ProcessorError> {
+    async fn existing(&self) -> Result<BTreeMap<String, ExistingTable>, ProcessorError> {
         let what = "reading the tables";
         let columns =
             "SELECT table_name, column_name, type FROM system_schema.columns WHERE keyspace_name = ?";
         let ttls =
             "SELECT table_name, default_time_to_live FROM system_schema.tables WHERE keyspace_name = ?";
-        let mut found: BTreeMap<String, Existing> = BTreeMap::new();
+        let mut found: BTreeMap<String, ExistingTable> = BTreeMap::new();
         for (table, column, cql_type) in self.rows::<(String, String, String)>(columns, what).await? {
             found.entry(table).or_default().columns.insert(column, cql_type);
         }

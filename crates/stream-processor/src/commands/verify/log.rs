@@ -3,7 +3,7 @@
 
 use super::compare::may_have_expired;
 use super::{Differences, Outcome, Scope, Sources, Verifier, now_ms, rfc3339, start_progress};
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::error::ProcessorError;
 use crate::io::log_reader::LogReader;
 use crate::io::store::Store;
@@ -158,7 +158,7 @@ impl<'a> Pass<'a> {
 }
 
 /// Compares the counts of a complete log with the totals of the progress row.
-fn compare_totals(partition: i32, found: Tally, position: &Position, differences: &mut Differences) {
+fn compare_totals(partition: i32, found: Tally, position: &LogPosition, differences: &mut Differences) {
     let totals = position.totals;
     let counted =
         Tally { events: totals.events, duplicates: totals.duplicates, dead_letters: totals.dead_letters };
@@ -328,7 +328,7 @@ mod tests {
         let check = |rows: &[(&str, i64)], totals, parts: &[&str]| {
             let log = [Some("a"), Some("b"), Some("a"), None];
             let (tally, mut found) = compare(&log, rows, 0, usize::MAX);
-            let position = Position { next_offset: NEXT_OFFSET, totals, ..Position::default() };
+            let position = LogPosition { next_offset: NEXT_OFFSET, totals, ..LogPosition::default() };
             compare_totals(0, tally, &position, &mut found);
             assert_eq!((found.count, found.shown.len()), (parts.len() as u64, parts.len()), "{found:?}");
             for part in parts {

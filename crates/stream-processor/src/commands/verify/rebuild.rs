@@ -4,7 +4,7 @@
 
 use super::compare::{EventRow, fold};
 use super::{Outcome, Scope, Span, Verifier, now_ms, rfc3339, start_progress};
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::Pane;
 use crate::count::write_plan::group_panes;
@@ -12,8 +12,8 @@ use crate::error::ProcessorError;
 use crate::io::state::{self, StateFile};
 use crate::io::store::Store;
 use crate::pipeline::start::{StateFacts, survives};
-use common::contracts::schema::TOPIC_RETENTION_MS;
 use common::contracts::stream::layout::Layout;
+use common::contracts::topics::TOPIC_RETENTION_MS;
 use indicatif::ProgressBar;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -83,7 +83,7 @@ impl Verifier {
 
     fn no_panes(&self) -> Panes {
         let pane_ms = self.sources.definition.windows.pane_ms;
-        Panes::new(self.shape.clone(), (pane_ms, 0), usize::MAX, i64::MAX)
+        Panes::new(self.shape.clone(), pane_ms, 0, usize::MAX, i64::MAX)
     }
 
     async fn write(
@@ -105,7 +105,7 @@ impl Verifier {
     async fn check_complete(
         &self,
         scope: &Scope,
-        position: &Position,
+        position: &LogPosition,
         progress: &ProgressBar,
     ) -> Result<(), ProcessorError> {
         let mut rows = 0;
@@ -145,10 +145,10 @@ impl Verifier {
 /// processor was killed between writing the two.
 fn resume_position(
     partition: i32,
-    progress: Position,
+    progress: LogPosition,
     state: Option<StateFacts>,
     layout: &Layout,
-) -> Result<Position, ProcessorError> {
+) -> Result<LogPosition, ProcessorError> {
     if let Some(state) = &state
         && let Err(differences) = survives(&state.layout, layout)
     {
@@ -171,10 +171,10 @@ mod tests {
 
     #[test]
     fn a_rebuild_includes_the_position_of_the_state_file_and_refuses_another_layout() {
-        let at = |next_offset: i64| Position {
+        let at = |next_offset: i64| LogPosition {
             next_offset,
             totals: Totals { events: next_offset, ..Totals::default() },
-            ..Position::default()
+            ..LogPosition::default()
         };
         let text = include_str!("../../../../../streams/user_created.toml");
         let layout = Definition::parse("user_created.toml", text).unwrap().layout();

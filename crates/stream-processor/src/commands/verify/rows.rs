@@ -26,7 +26,7 @@ use std::sync::Arc;
 const PAGE_ROWS: i32 = 2000;
 
 /// The prepared reads of one stream.
-pub struct Reader {
+pub struct RowReader {
     session: Arc<Session>,
     events: PreparedStatement,
     keys: PreparedStatement,
@@ -44,13 +44,13 @@ pub struct Reader {
     shape: PaneShape,
 }
 
-impl Reader {
+impl RowReader {
     /// Prepares the statements.
     pub async fn new(
         session: Arc<Session>,
         keyspace: &str,
         definition: &Definition,
-    ) -> Result<Reader, ProcessorError> {
+    ) -> Result<RowReader, ProcessorError> {
         let (stream, windows) = (&definition.stream.name, &definition.windows);
         let panes = panes_table(definition);
         let grouped = windows.group_by.iter().map(|g| &g.column);
@@ -67,7 +67,7 @@ impl Reader {
         let cql_type = |name: &String| {
             definition.column_index(name).map_or(CqlType::Text, |index| definition.columns[index].cql_type)
         };
-        Ok(Reader {
+        Ok(RowReader {
             events: prepare(format!("SELECT kafka_offset, event_time{columns} {of_shard}")).await?,
             keys: prepare(format!("SELECT event_time, event_id, kafka_offset {of_shard}")).await?,
             panes: prepare(format!(
@@ -143,9 +143,9 @@ impl Reader {
     }
 
     /// Reads the stored panes of a span.
-    pub async fn panes(&self, span: &Span) -> Result<Panes<'_>, ProcessorError> {
+    pub async fn panes(&self, span: &Span) -> Result<StoredPanes<'_>, ProcessorError> {
         let rows = self.read(&self.panes, span, span.partition).await?;
-        let mut panes = Panes { reader: self, rows, head: None };
+        let mut panes = StoredPanes { reader: self, rows, head: None };
         panes.advance().await?;
         Ok(panes)
     }
@@ -182,7 +182,7 @@ impl Reader {
 
 /// Streams the event rows of one Kafka partition, one pane at a time.
 pub struct Events<'a> {
-    reader: &'a Reader,
+    reader: &'a RowReader,
     shards: Vec<Shard>,
 }
 
@@ -193,7 +193,7 @@ struct Shard {
 }
 
 impl Shard {
-    async fn advance(&mut self, reader: &Reader) -> Result<(), ProcessorError> {
+    async fn advance(&mut self, reader: &RowReader) -> Result<(), ProcessorError> {
         self.head = match self.rows.try_next().await.map_err(failed)? {
             Some(cells) => Some(
                 reader
@@ -231,13 +231,13 @@ impl Events<'_> {
 type PaneValues = (usize, i64, i64, Vec<Measure>);
 
 /// Streams the stored panes of one Kafka partition.
-pub struct Panes<'a> {
-    reader: &'a Reader,
+pub struct StoredPanes<'a> {
+    reader: &'a RowReader,
     rows: TypedRowStream<Row>,
     head: Option<(i64, PaneValues)>,
 }
 
-impl Panes<'_> {
+impl StoredPanes<'_> {
     async fn advance(&mut self) -> Result<(), ProcessorError> {
         self.head = match self.rows.try_next().await.map_err(failed)? {
             Some(row) => {

@@ -1,6 +1,6 @@
 //! Schedules of the protocol that need no I/O: copies in one batch, a moving hot/cold boundary, and offset fences.
 
-use super::{Partition, Position};
+use super::{LogPosition, Partition};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::record::chunk::Chunk;
@@ -16,8 +16,8 @@ fn definition() -> Definition {
 }
 
 fn partition(hot_from: i64) -> Partition {
-    let panes = Panes::new(PaneShape::new(&definition()), (MINUTE, 10 * MINUTE), usize::MAX, hot_from);
-    Partition::new(Position::default(), panes, 10 * MINUTE)
+    let panes = Panes::new(PaneShape::new(&definition()), MINUTE, 10 * MINUTE, usize::MAX, hot_from);
+    Partition::new(LogPosition::default(), panes, 10 * MINUTE)
 }
 
 /// Builds a chunk of events `(minute, id)` that starts at offset `first`. An event with an empty id is undecodable.

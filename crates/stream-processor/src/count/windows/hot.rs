@@ -44,7 +44,8 @@ impl Panes {
     /// between batches take at most half as much in addition.
     pub fn new(
         shape: PaneShape,
-        (pane_ms, lateness_ms): (i64, i64),
+        pane_ms: i64,
+        lateness_ms: i64,
         max_memory_bytes: usize,
         hot_from: i64,
     ) -> Panes {
@@ -145,7 +146,7 @@ mod tests {
     fn panes(max_memory_bytes: usize) -> Panes {
         let text = include_str!("../../../../../streams/user_created.toml");
         let shape = PaneShape::new(&Definition::parse("user_created.toml", text).unwrap());
-        Panes::new(shape, (60_000, 600_000), max_memory_bytes, i64::MIN)
+        Panes::new(shape, 60_000, 600_000, max_memory_bytes, i64::MIN)
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Tests of the state file on a real disk: commit and restore, locking, and files that cannot be used.
 
 use super::{Commit, FORMAT, Head, StateError, StateFile};
-use crate::count::partition::{Partition, Position};
+use crate::count::partition::{LogPosition, Partition};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use common::contracts::stream::Definition;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 fn panes() -> Panes {
     let text = include_str!("../../../../../streams/user_created.toml");
     let shape = PaneShape::new(&Definition::parse("user_created.toml", text).unwrap());
-    Panes::new(shape, (60_000, 600_000), usize::MAX, i64::MIN)
+    Panes::new(shape, 60_000, 600_000, usize::MAX, i64::MIN)
 }
 
 fn head(format: u32) -> Head {
@@ -20,7 +20,7 @@ fn head(format: u32) -> Head {
         cluster_id: "C".into(),
         partition: 0,
         hot_from: i64::MIN,
-        position: Position::default(),
+        position: LogPosition::default(),
     }
 }
 
@@ -28,7 +28,7 @@ fn head(format: u32) -> Head {
 fn committed_batches_are_restored_completely_after_reopening() {
     let folder = tempfile::tempdir().unwrap();
     let path = super::path_of(folder.path(), "s", 0);
-    let mut partition = Partition::new(Position::default(), panes(), 600_000);
+    let mut partition = Partition::new(LogPosition::default(), panes(), 600_000);
     {
         let mut state = StateFile::open(&path, "me").unwrap();
         state.reset(head(FORMAT)).unwrap();

@@ -6,15 +6,15 @@ use super::requests::{Requests, StoreContext, backoff};
 use super::rows::{EventRow, PaneRowValues};
 use super::statements::Statements;
 use super::{Assumed, BatchRecord, Store};
-use crate::count::partition::Position;
+use crate::count::partition::LogPosition;
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::count::write_plan::{EventGroup, PaneGroup};
 use crate::error::ProcessorError;
-use crate::pipeline::start::Progress;
+use crate::pipeline::start::ProgressFacts;
 use crate::record::chunk::Chunk;
 use common::contracts::event::{Bucket, floor_to};
-use common::contracts::schema::{MAX_BATCH_ROWS, THROUGHPUT_RESOLUTIONS};
+use common::contracts::schema::{MAX_BATCH_ROWS, Resolution};
 use common::contracts::stream::Definition;
 use common::runtime::cassandra::Failure;
 use common::runtime::shutdown::Shutdown;
@@ -216,27 +216,27 @@ impl CassandraStore {
         }
     }
 
-    async fn put_throughput(&self, partition: i32, position: &Position) -> Result<(), ProcessorError> {
+    async fn put_throughput(&self, partition: i32, position: &LogPosition) -> Result<(), ProcessorError> {
         let now = now_ms();
         let session = self.requests.session();
-        let writes = THROUGHPUT_RESOLUTIONS.map(async |(seconds, slot_seconds, ttl)| {
-            let at = floor_to(now, i64::from(seconds) * 1000);
-            let slot = CqlTimestamp(floor_to(at, slot_seconds * 1000));
-            let total = position.totals.records();
-            let ttl = ttl as i32;
-            let values =
-                (&self.stream, seconds, slot, CqlTimestamp(at), partition, total, position.next_offset, ttl);
-            self.requests
-                .until_acknowledged(|| session.execute_unpaged(&self.statements.put_throughput, &values))
-                .await
-        });
+        let writes =
+            [Resolution::SECONDS, Resolution::MINUTES].map(async |Resolution { step, slot, ttl }| {
+                let at = floor_to(now, i64::from(step) * 1000);
+                let slot = CqlTimestamp(floor_to(at, slot * 1000));
+                let total = position.totals.records();
+                let values =
+                    (&self.stream, step, slot, CqlTimestamp(at), partition, total, position.next_offset, ttl);
+                self.requests
+                    .until_acknowledged(|| session.execute_unpaged(&self.statements.put_throughput, &values))
+                    .await
+            });
         try_join_all(writes).await.map(drop)
     }
 
     async fn put_batch(
         &self,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         batch: &BatchRecord,
     ) -> Result<(), ProcessorError> {
         if !self.recorded_at.is_due(partition) {
@@ -367,7 +367,7 @@ impl Store for CassandraStore {
         try_join_all(writes).await.map(drop)
     }
 
-    async fn progress(&self, partition: i32) -> Result<Option<Progress>, ProcessorError> {
+    async fn progress(&self, partition: i32) -> Result<Option<ProgressFacts>, ProcessorError> {
         let values = (&self.stream, partition);
         let session = self.requests.session();
         let result = self
@@ -425,7 +425,7 @@ impl Store for CassandraStore {
     async fn publish(
         &self,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         assumed: Assumed,
         batch: Option<&BatchRecord>,
     ) -> Result<(), ProcessorError> {

@@ -1,7 +1,8 @@
 //! Encodes and decodes the progress row.
 
-use crate::count::partition::{LastRecord, Position, Totals};
-use crate::pipeline::start::Progress;
+use crate::count::partition::{LogPosition, Totals};
+use crate::pipeline::start::ProgressFacts;
+use crate::record::chunk::LastRecord;
 use scylla::value::{CqlTimestamp, MaybeUnset};
 use scylla::{DeserializeRow, SerializeRow};
 
@@ -47,7 +48,7 @@ impl ProgressRow<'_> {
     pub(super) fn new<'a>(
         stream: &'a str,
         partition: i32,
-        position: &Position,
+        position: &LogPosition,
         now_ms: i64,
     ) -> ProgressRow<'a> {
         let (totals, last_record) = (position.totals, position.last_record);
@@ -73,7 +74,7 @@ impl ProgressRow<'_> {
 
 impl StoredProgress {
     /// `None` if the row has only `written_to`, because nothing was published yet.
-    pub(super) fn progress(self) -> Option<Progress> {
+    pub(super) fn progress(self) -> Option<ProgressFacts> {
         let next_offset = self.next_offset?;
         let last_record = self.fingerprint.map(|fingerprint| LastRecord {
             offset: self.last_offset.unwrap_or(next_offset - 1),
@@ -87,15 +88,15 @@ impl StoredProgress {
             skipped: self.skipped.unwrap_or(0),
         };
         let first_offset = self.first_offset.unwrap_or(0);
-        let position = Position {
+        let position = LogPosition {
             next_offset,
             first_offset,
             last_record,
             totals,
             seen_to: self.seen_to,
-            ..Position::default()
+            ..LogPosition::default()
         };
-        Some(Progress { position, written_to: self.written_to })
+        Some(ProgressFacts { position, written_to: self.written_to })
     }
 }
 

@@ -2,8 +2,8 @@
 //! A partition is given up only after its worker has ended and its state file is closed.
 
 use super::client::{self, Change, GroupContext, offset_list};
+use super::parts::{Lost, Parts};
 use super::slot::{HaltRetry, Running, Slot};
-use super::{Lost, Parts};
 use crate::error::{Halt, ProcessorError};
 use crate::io::store::{DeadLetters, Store};
 use common::readers::registry::RegistryError;
@@ -276,7 +276,7 @@ impl<S: Store + 'static, D: DeadLetters + 'static> Membership<S, D> {
         })?;
         // The queue may still hold errors of an earlier assignment: librdkafka does not remove them.
         let _discarded = std::iter::from_fn(|| queue.poll(Duration::ZERO)).take(MAX_STALE_ERRORS).count();
-        let mut running = Running::start(&self.parts, (queue, &self.consumer), opened, &self.runtime)?;
+        let mut running = Running::start(&self.parts, queue, &self.consumer, opened, &self.runtime)?;
         self.parts.metrics.halted(partition, retry.is_some());
         running.retry = retry;
         self.consumer.incremental_assign(&list).map_err(|e| {

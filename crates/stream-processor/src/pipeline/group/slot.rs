@@ -1,13 +1,13 @@
 //! The state of one assigned partition: opening, running, halted or unregistered.
 
-use super::Parts;
 use super::client::GroupContext;
+use super::parts::Parts;
 use crate::error::{Halt, ProcessorError};
 use crate::io::store::{DeadLetters, Store};
 use crate::metrics;
 use crate::pipeline::fetch::{self, AssignedPartition};
 use crate::pipeline::open::Opened;
-use crate::pipeline::worker::Worker;
+use crate::pipeline::worker::PartitionWorker;
 use crate::record::decode::Decoder;
 use common::runtime::presence::partition_dependency;
 use rdkafka::consumer::BaseConsumer;
@@ -161,14 +161,14 @@ impl Running {
     /// Starts the fetch thread and the worker of an opened partition.
     pub(super) fn start<S: Store + 'static, D: DeadLetters + 'static>(
         parts: &Parts<S, D>,
-        (queue, consumer): (PartitionQueue<GroupContext>, &Arc<BaseConsumer<GroupContext>>),
+        queue: PartitionQueue<GroupContext>,
+        consumer: &Arc<BaseConsumer<GroupContext>>,
         opened: Opened,
         runtime: &Handle,
     ) -> Result<Running, ProcessorError> {
         let id = opened.partition_id;
         let stop = CancellationToken::new();
         let opener = &parts.opener;
-        let decoder = Decoder::new(&opener.definition, id);
         let clock = opener.metrics.stage(id, metrics::FETCH);
         let source = AssignedPartition {
             queue,
@@ -176,17 +176,17 @@ impl Running {
             brokers: opener.brokers.clone(),
             topic: opener.topic.clone(),
             id,
+            decoder: Decoder::new(&opener.definition, id),
         };
         let limits = parts.settings.limits;
-        let (chunks, fetcher) =
-            fetch::spawn(source, decoder, &opened.start, limits, (stop.clone(), clock))
-                .map_err(|e| ProcessorError::Fatal(format!("cannot start a fetch thread: {e}")))?;
+        let (chunks, fetcher) = fetch::spawn(source, &opened.start, limits, stop.clone(), clock)
+            .map_err(|e| ProcessorError::Fatal(format!("cannot start a fetch thread: {e}")))?;
         let position = opened.start.position;
         opener.metrics.started(id, opened.start.how.name(), &position.totals, position.next_offset);
         let started = (Instant::now(), opened.start.position.next_offset);
         let committed = Arc::new(AtomicI64::new(started.1));
         parts.holdings.runs(id, Arc::clone(&committed));
-        let worker = Worker {
+        let worker = PartitionWorker {
             id,
             bucket: opener.definition.store.bucket,
             state: opened.state,

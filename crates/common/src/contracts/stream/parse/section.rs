@@ -1,5 +1,6 @@
 //! Reads the keys of one table of a stream file and collects all mistakes instead of stopping at the first.
 
+use super::super::duration::{format_ms, parse_duration};
 use super::super::{Flag, Place, Secret};
 use chrono_tz::Tz;
 use std::collections::BTreeSet;
@@ -281,15 +282,4 @@ pub(super) fn read_section<T>(
         section.problem(&key, format!("unknown key; use one of {known}"));
     }
     read
-}
-
-pub(super) fn parse_duration(text: &str) -> Result<i64, String> {
-    let invalid =
-        || format!("`{text}` is not a duration; write for example \"90s\", \"10m\", \"1h 30m\" or \"365d\"");
-    let duration = humantime::parse_duration(text).map_err(|_| invalid())?;
-    i64::try_from(duration.as_millis()).map_err(|_| invalid())
-}
-
-pub(in super::super) fn format_ms(ms: i64) -> String {
-    humantime::format_duration(std::time::Duration::from_millis(ms.unsigned_abs())).to_string()
 }

@@ -1,8 +1,8 @@
 //! Parses `[source]`.
 
 use super::super::{
-    Auth, BodyFormat, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, RecordShape, Source,
-    Statuses, TokenRequest,
+    Auth, BodyFormat, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, RecordShape,
+    SourceSettings, Statuses, TokenRequest,
 };
 use super::section::Section;
 use super::{HOUR, MINUTE, SECOND};
@@ -15,7 +15,7 @@ const MAX_PAGE_BYTES: i64 = 256 << 20;
 /// Default of `source.page_size`.
 const DEFAULT_PAGE_SIZE: u32 = 1000;
 
-pub(super) fn source(s: &mut Section<'_>) -> Source {
+pub(super) fn source(s: &mut Section<'_>) -> SourceSettings {
     let method = s.choice("method", &[("GET", "GET"), ("POST", "POST")]).to_owned();
     let body = s.typed("body", "a table", |v| v.as_table().map(|_| json(v)));
     if body.is_some() && method == "GET" {
@@ -25,7 +25,7 @@ pub(super) fn source(s: &mut Section<'_>) -> Source {
     if requests_per_second.is_some_and(|r| !(r > 0.0 && r <= 1e6)) {
         s.problem("requests_per_second", "must be greater than 0 and at most 1000000");
     }
-    Source {
+    SourceSettings {
         url: s.required_text("url"),
         query: query(s),
         method,
