@@ -72,7 +72,7 @@ pub async fn corrupt(fault: Fault, faults: &Faults, answer: Response<Body>) -> R
 /// that overflows every number type.
 fn broken_records(page: &str) -> String {
     // Each person has two `age` fields: the age of the person, and the age of the registration.
-    let page = replace_nth(page, "\"age\":", 0, "\"age\":NaN,\"was\":");
+    let page = replace_nth(page, "\"age\":", 0, "\"age\":unknown,\"was\":");
     let page = replace_nth(&page, "\"first\":\"", 1, "\"first\":\"\\ud83d");
     replace_nth(&page, "\"age\":", 4, "\"age\":1e400,\"was\":")
 }

@@ -205,9 +205,14 @@ impl Pipeline {
         service
     }
 
+    /// A listener at the address of the source, for tests that replace the simulator.
+    pub async fn source_listener(&self) -> tokio::net::TcpListener {
+        tokio::net::TcpListener::bind(("127.0.0.1", self.source_port)).await.unwrap()
+    }
+
     /// Starts a source that answers every request with `page` until the test ends. It replaces the simulator.
     pub async fn source_serving(&self, page: String) {
-        let listener = tokio::net::TcpListener::bind(("127.0.0.1", self.source_port)).await.unwrap();
+        let listener = self.source_listener().await;
         let router = axum::Router::new().fallback(move || std::future::ready(page.clone()));
         tokio::spawn(async move { axum::serve(listener, router).await });
     }

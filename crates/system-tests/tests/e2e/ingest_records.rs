@@ -87,7 +87,7 @@ async fn broken_records_become_dead_letters_and_the_rest_of_their_page_becomes_e
         })
         .collect();
     let mut expected = [
-        ("the record is not valid JSON: expected value", "RefusedByProducer", "\"age\":NaN"),
+        ("the record is not valid JSON: expected value", "RefusedByProducer", "\"age\":unknown"),
         ("column `first_name`: ", "InvalidColumn", "\"first_name\":\"\\ud83d"),
         ("column `age`: `1e400` is not a valid int", "InvalidColumn", "\"age\":1e400"),
     ]

@@ -27,7 +27,8 @@ async fn source_check_shows_the_events_of_every_shipped_stream() {
         };
         let table = check(&[]).await;
         assert!(!table.contains("warning:"), "{file}: {table}");
-        let events: Vec<Value> = serde_json::from_str(&check(&["--json", "--events", "1000"]).await).unwrap();
+        let report: Value = serde_json::from_str(&check(&["--json", "--events", "1000"]).await).unwrap();
+        let events = report["events"].as_array().unwrap();
         assert!(events.len() >= 100, "{file}: expected a full page, got {} events", events.len());
         assert!(events.iter().all(|e| e["id"].is_string() && e["time"].is_string()), "{file}");
         checked += 1;
