@@ -26,6 +26,12 @@ const E2E_THREADS: &str = "2";
 /// The same features as in `bootstrap.sh`. Other features would cause a rebuild of the programs.
 const FEATURES: &str = "--features=stream-processor/failpoints";
 
+/// The targets of the end-to-end tests.
+const E2E_TARGETS: &str = "--test e2e --test ledger";
+const PAUSES_TARGET: &str = "--test pauses";
+/// The target of the tests with Prometheus.
+const METRICS_TARGET: &str = "--test metrics";
+
 /// One test runner to execute.
 struct Step {
     title: &'static str,
@@ -83,38 +89,30 @@ fn print_summary(results: &[StepResult], since: Instant, terminal: Terminal) -> 
     passed
 }
 
-fn unit(settings: &Settings) -> Vec<Step> {
-    let cargo = |title, arguments: &[&str]| Step {
+/// A call of cargo in the checkout. `arguments` are separated by spaces.
+fn cargo(settings: &Settings, title: &'static str, arguments: &str) -> Step {
+    Step {
         title,
         program: settings.cargo.clone(),
-        arguments: arguments.iter().map(Into::into).collect(),
+        arguments: arguments.split_whitespace().map(OsString::from).collect(),
         folder: settings.checkout.clone(),
         environment: Vec::new(),
+    }
+}
+
+fn unit(settings: &Settings) -> Vec<Step> {
+    let clippy = |title, targets: &str| {
+        cargo(settings, title, &format!("clippy --workspace {FEATURES} {targets} -- -D warnings"))
     };
     let mut steps = vec![
-        cargo("cargo fmt", &["fmt", "--all", "--check"]),
-        cargo("cargo clippy", &["clippy", "--workspace", FEATURES, "--all-targets", "--", "-D", "warnings"]),
+        cargo(settings, "cargo fmt", "fmt --all --check"),
+        clippy("cargo clippy", "--all-targets"),
         // `--all-targets` skips the targets that need servers, as `cargo test` does.
-        cargo(
+        clippy(
             "cargo clippy of the tests that need servers",
-            &[
-                "clippy",
-                "--workspace",
-                FEATURES,
-                "--test",
-                "e2e",
-                "--test",
-                "ledger",
-                "--test",
-                "pauses",
-                "--test",
-                "metrics",
-                "--",
-                "-D",
-                "warnings",
-            ],
+            &format!("{E2E_TARGETS} {PAUSES_TARGET} {METRICS_TARGET}"),
         ),
-        cargo("cargo test", &["test", "--workspace", FEATURES]),
+        cargo(settings, "cargo test", &format!("test --workspace {FEATURES}")),
     ];
     steps.extend(npm(settings, "page: npm test", "test"));
     steps
@@ -190,69 +188,43 @@ async fn soak(settings: &Settings, long: bool, terminal: Terminal) -> Result<Ste
 }
 
 fn e2e_build(private: &Settings) -> Step {
-    Step {
-        title: "end to end: build",
-        program: private.cargo.clone(),
-        arguments: [
-            "test",
-            "--workspace",
-            FEATURES,
-            "--test",
-            "e2e",
-            "--test",
-            "ledger",
-            "--test",
-            "pauses",
-            "--no-run",
-        ]
-        .map(OsString::from)
-        .into(),
-        folder: private.checkout.clone(),
-        environment: Vec::new(),
-    }
+    let targets = format!("{E2E_TARGETS} {PAUSES_TARGET}");
+    cargo(private, "end to end: build", &format!("test --workspace {FEATURES} {targets} --no-run"))
 }
 
 fn e2e_step(private: &Settings, args: &TestArgs) -> Step {
-    let title = "end to end: cargo test --test e2e";
-    server_step(private, args, title, &["e2e", "ledger"], E2E_THREADS)
+    server_step(private, args, "end to end: cargo test --test e2e", E2E_TARGETS, E2E_THREADS)
 }
 
 /// This target runs last, because it pauses the servers.
 fn pauses_step(private: &Settings, args: &TestArgs) -> Step {
-    server_step(private, args, "end to end: cargo test --test e2e, --test pauses", &["pauses"], "1")
+    server_step(private, args, "end to end: cargo test --test e2e, --test pauses", PAUSES_TARGET, "1")
 }
 
 fn server_step(
     private: &Settings,
     args: &TestArgs,
     title: &'static str,
-    targets: &[&str],
+    targets: &str,
     threads: &str,
 ) -> Step {
-    let mut arguments: Vec<OsString> = ["test", "--workspace", FEATURES].map(OsString::from).into();
-    arguments.extend(targets.iter().flat_map(|target| ["--test", target]).map(OsString::from));
-    arguments.push("--".into());
-    arguments.extend(args.only.iter().map(OsString::from));
-    arguments.push(format!("--test-threads={threads}").into());
+    let arguments = format!("test --workspace {FEATURES} {targets} -- --test-threads={threads}");
+    let mut step = cargo(private, title, &arguments);
+    step.arguments.extend(args.only.iter().map(OsString::from));
     let pid = |server: &str| {
         let record = Record::read(&private.folders.run().join(format!("{server}.json")));
         record.map(|record| record.pid.to_string()).unwrap_or_default()
     };
-    Step {
-        title,
-        program: private.cargo.clone(),
-        arguments,
-        folder: private.checkout.clone(),
-        environment: vec![
-            ("PIPELINE_TEST_KAFKA", loopback(private.ports.kafka)),
-            ("PIPELINE_TEST_CASSANDRA", loopback(private.ports.cassandra)),
-            ("PIPELINE_TEST_KAFKA_PID", pid("kafka")),
-            ("PIPELINE_TEST_CASSANDRA_PID", pid("cassandra")),
-            ("PIPELINE_TEST_BIN", private.binaries.display().to_string()),
-            ("PIPELINE_TEST_FOLDER", private.folders.root.display().to_string()),
-            ("PIPELINE_TEST_LONG", u8::from(args.part == TestPart::Long).to_string()),
-        ],
-    }
+    step.environment = vec![
+        ("PIPELINE_TEST_KAFKA", loopback(private.ports.kafka)),
+        ("PIPELINE_TEST_CASSANDRA", loopback(private.ports.cassandra)),
+        ("PIPELINE_TEST_KAFKA_PID", pid("kafka")),
+        ("PIPELINE_TEST_CASSANDRA_PID", pid("cassandra")),
+        ("PIPELINE_TEST_BIN", private.binaries.display().to_string()),
+        ("PIPELINE_TEST_FOLDER", private.folders.root.display().to_string()),
+        ("PIPELINE_TEST_LONG", u8::from(args.part == TestPart::Long).to_string()),
+    ];
+    step
 }
 
 /// Executes a test runner, forwards its output, and keeps its summary lines.

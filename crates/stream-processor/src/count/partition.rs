@@ -72,8 +72,6 @@ pub struct Applied {
     pub panes: BTreeMap<i64, Vec<usize>>,
     /// Start of a hot pane → hashes of the keys first seen in this chunk.
     pub seen: BTreeMap<i64, Vec<u64>>,
-    /// Number of events whose key was looked up.
-    pub looked_up: usize,
     /// Number of first copies counted in cold panes.
     pub cold: usize,
 }
@@ -146,29 +144,23 @@ impl Partition {
         questions
     }
 
-    /// Applies `chunk` to the state in memory and writes nothing. `lookups` holds the event indexes that were looked
-    /// up, and `found` the offset in each row, or `None` if there was no row.
-    pub fn apply(
-        &mut self,
-        chunk: &Chunk,
-        lookups: &[u32],
-        found: &[Option<i64>],
-    ) -> Result<Applied, LaterOffset> {
-        let mut applied = Applied { looked_up: lookups.len(), ..Applied::default() };
+    /// Applies `chunk` to the state in memory and writes nothing. `stored` holds the offset in the row of each event that
+    /// was looked up and has one, by the index of the event.
+    pub fn apply(&mut self, chunk: &Chunk, stored: &BTreeMap<u32, i64>) -> Result<Applied, LaterOffset> {
+        let mut applied = Applied::default();
         let mut first_in_chunk = FirstInChunk::default();
-        let mut answers = lookups.iter().zip(found).peekable();
         for (index, event) in (0u32..).zip(&chunk.events) {
             let counts = event.offset >= self.position.count_from;
-            let answer = answers.next_if(|(lookup, _)| **lookup == index).and_then(|(_, found)| *found);
-            if let Some(found) = answer.filter(|f| *f > event.offset) {
+            let found = stored.get(&index).copied();
+            if let Some(found) = found.filter(|found| *found > event.offset) {
                 return Err(LaterOffset { offset: event.offset, found });
             }
-            let stored_before = answer.is_some_and(|f| f < event.offset);
+            let stored_before = found.is_some_and(|found| found < event.offset);
             let is_first = !stored_before && first_in_chunk.insert(chunk, index);
             let adds_to_pane = is_first;
             #[cfg(test)]
             let adds_to_pane =
-                adds_to_pane && !crate::simulation::mutations::omits_from_pane(answer, event.offset);
+                adds_to_pane && !crate::simulation::mutations::omits_from_pane(found, event.offset);
             if adds_to_pane {
                 self.count_first(chunk, index, &mut applied);
             }
@@ -229,4 +221,114 @@ impl Partition {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::{LogPosition, Partition};
+    use crate::count::windows::hot::Panes;
+    use crate::count::windows::pane::PaneShape;
+    use crate::record::chunk::Chunk;
+    use crate::record::decode::{Decoder, Record};
+    use common::contracts::stream::Definition;
+    use std::collections::BTreeMap;
+
+    const MINUTE: i64 = 60_000;
+    const BASE: i64 = 1_800_000_000_000;
+
+    fn definition() -> Definition {
+        let text = include_str!("../../../../streams/user_created.toml");
+        Definition::parse("user_created.toml", text).unwrap()
+    }
+
+    fn partition(hot_from: i64) -> Partition {
+        let panes = Panes::new(PaneShape::new(&definition()), MINUTE, 10 * MINUTE, usize::MAX, hot_from);
+        Partition::new(LogPosition::default(), panes, 10 * MINUTE)
+    }
+
+    /// Builds a chunk of events `(minute, id)` that starts at offset `first`. An event with an empty id is undecodable.
+    fn chunk(first: i64, events: &[(i64, &str)]) -> Chunk {
+        let decoder = Decoder::new(&definition(), 0);
+        let mut chunk = decoder.chunk();
+        for (offset, (minute, id)) in (first..).zip(events) {
+            let time = chrono::DateTime::from_timestamp_millis(BASE + minute * MINUTE).unwrap().to_rfc3339();
+            let headers = [("ce_id", Some(id.as_bytes())), ("ce_time", Some(time.as_bytes()))];
+            let value = Some(br#"{"first_name":"A","last_name":"B","age":30}"#.as_slice());
+            let record =
+                Record { offset, timestamp_ms: BASE + 30 * MINUTE, key: None, value, headers: &headers };
+            decoder.decode(&record, &mut chunk);
+        }
+        chunk
+    }
+
+    fn totals(p: &Partition) -> [i64; 4] {
+        let t = p.position.totals;
+        [t.events, t.duplicates, t.late, t.dead_letters]
+    }
+
+    #[test]
+    fn copies_in_one_batch_count_once_in_hot_and_cold_panes() {
+        for hot_from in [i64::MIN, i64::MAX] {
+            let mut p = partition(hot_from);
+            let chunk = chunk(0, &[(0, "a"), (0, "a"), (1, "a"), (0, "")]);
+            let lookups = p.questions(&chunk).keys;
+            assert_eq!(lookups.len(), if hot_from == i64::MAX { 3 } else { 0 });
+            let applied = p.apply(&chunk, &BTreeMap::new()).unwrap();
+            assert_eq!(applied.rows, [0, 2], "the same id at a different time is a different event");
+            assert_eq!(totals(&p), [2, 1, 0, 1]);
+        }
+    }
+
+    #[test]
+    fn a_seen_key_is_looked_up_and_the_stored_offset_decides_whether_it_is_a_copy() {
+        let mut p = partition(i64::MIN);
+        p.apply(&chunk(0, &[(0, "a")]), &BTreeMap::new()).unwrap();
+        let copy = chunk(1, &[(0, "a"), (0, "b")]);
+        assert_eq!(p.questions(&copy).keys, [0]);
+        p.apply(&copy, &[(0, 0)].into()).unwrap();
+        assert_eq!(totals(&p), [2, 1, 0, 0]);
+        let false_hit = chunk(3, &[(0, "a")]);
+        p.apply(&false_hit, &BTreeMap::new()).unwrap();
+        assert_eq!(
+            totals(&p),
+            [3, 1, 0, 0],
+            "without a row it is a first copy, even if the filter reports a hit"
+        );
+    }
+
+    #[test]
+    fn a_row_with_the_same_offset_is_written_and_counted_again() {
+        let mut p = partition(i64::MAX);
+        let applied = p.apply(&chunk(0, &[(0, "a")]), &[(0, 0)].into()).unwrap();
+        assert_eq!((applied.rows, totals(&p)), (vec![0], [1, 0, 0, 0]));
+    }
+
+    #[test]
+    fn a_later_stored_offset_is_rejected_as_a_different_log() {
+        let mut p = partition(i64::MAX);
+        let error = p.apply(&chunk(4, &[(0, "a")]), &[(0, 9)].into()).unwrap_err();
+        assert_eq!((error.offset, error.found), (4, 9));
+    }
+
+    #[test]
+    fn hot_from_moves_only_between_batches() {
+        let mut p = partition(i64::MIN);
+        let chunk = chunk(0, &[(0, "a"), (25, "b"), (0, "a")]);
+        p.apply(&chunk, &BTreeMap::new()).unwrap();
+        assert_eq!(totals(&p), [2, 1, 0, 0]);
+        assert_eq!(p.advance(), [BASE], "the pane of minute 0 becomes cold after the batch");
+    }
+
+    #[test]
+    fn a_replay_adds_only_records_at_or_after_count_from_to_the_totals() {
+        let mut p = partition(i64::MAX);
+        p.position.count_from = 2;
+        p.position.totals.events = 2;
+        p.apply(&chunk(0, &[(0, "a"), (0, "b"), (0, "c")]), &[(0, 0), (1, 1)].into()).unwrap();
+        assert_eq!(totals(&p), [3, 0, 0, 0]);
+    }
+
+    #[test]
+    fn whether_an_event_is_late_depends_on_the_log_before_it() {
+        let mut p = partition(i64::MIN);
+        p.apply(&chunk(0, &[(0, "a"), (20, "b"), (9, "c"), (10, "d")]), &BTreeMap::new()).unwrap();
+        assert_eq!(totals(&p), [4, 0, 1, 0]);
+    }
+}

@@ -58,13 +58,12 @@ pub struct Assumed {
 /// Cassandra, or a fake of it. A call is retried until Cassandra acknowledges it, rejects it permanently, or the call
 /// is aborted by shutdown.
 pub trait Store: Send + Sync {
-    /// Returns the stored offset of each event in `groups`, as `(event number, offset)`. Events without a row are
-    /// absent.
+    /// Returns the stored offset of each event in `groups` by the index of the event. Events without a row are absent.
     fn look_up(
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
-    ) -> impl Future<Output = Result<Vec<(u32, i64)>, ProcessorError>> + Send;
+    ) -> impl Future<Output = Result<BTreeMap<u32, i64>, ProcessorError>> + Send;
 
     /// Loads the panes of one Kafka partition with these starts. A pane that is not stored is returned empty.
     fn load_panes(

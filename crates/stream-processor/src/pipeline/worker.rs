@@ -19,6 +19,7 @@ use common::contracts::event::Bucket;
 use common::runtime::admin::Health;
 use common::runtime::presence::{Hold, Holdings, partition_dependency};
 use fail::fail_point;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -140,11 +141,11 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C>
     async fn batch(&mut self, chunk: &Chunk) -> Result<BatchRecord, ProcessorError> {
         let mut times = StepTimes { decode: chunk.decode_us as f64 / 1e6, ..StepTimes::default() };
         fail_point!("before_look_up");
-        let (looked_up, found) = timed(&mut times.lookup, self.look_up(chunk)).await?;
+        let stored = timed(&mut times.lookup, self.look_up(chunk)).await?;
         fail_point!("before_apply");
         let before = self.partition.position;
         let started = Instant::now();
-        let applied = self.partition.apply(chunk, &looked_up, &found)?;
+        let applied = self.partition.apply(chunk, &stored)?;
         times.apply = started.elapsed().as_secs_f64();
         timed(&mut times.write, self.write(chunk, &applied)).await?;
         let dropped = self.partition.advance();
@@ -160,12 +161,12 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C>
         Ok(BatchRecord { first_offset: chunk.first_offset, rows: applied.rows.len(), times })
     }
 
-    /// Reads what must be known before the chunk is applied: the numbers of the events that were looked up, and their
-    /// stored offsets. All earlier writes are acknowledged at this point.
-    async fn look_up(&mut self, chunk: &Chunk) -> Result<(Vec<u32>, Vec<Option<i64>>), ProcessorError> {
+    /// Reads what must be known before the chunk is applied, and returns the stored offsets by the index of the event.
+    /// All earlier writes are acknowledged at this point.
+    async fn look_up(&mut self, chunk: &Chunk) -> Result<BTreeMap<u32, i64>, ProcessorError> {
         let questions = self.partition.questions(chunk);
         if questions.keys.is_empty() {
-            return Ok((Vec::new(), Vec::new()));
+            return Ok(BTreeMap::new());
         }
         let groups = group_events(chunk, &questions.keys, self.bucket);
         let (stored, panes) = futures::try_join!(
@@ -177,13 +178,8 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C>
         for (start, pane) in panes {
             self.partition.panes.put_cold(start, pane);
         }
-        let mut found = vec![None; questions.keys.len()];
-        for (number, offset) in stored {
-            if let Ok(at) = questions.keys.binary_search(&number) {
-                found[at] = Some(offset);
-            }
-        }
-        Ok((questions.keys, found))
+        self.metrics.looked_up.inc_by(questions.keys.len() as u64);
+        Ok(stored)
     }
 
     /// Writes rows and dead letters, then panes, then `written_to`. All writes are acknowledged when this returns.
@@ -215,7 +211,6 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C>
         self.committed.store(position.next_offset, Ordering::Release);
         self.metrics.committed(self.id, &before.totals, &position.totals, position.next_offset);
         self.metrics.batch(times, applied.rows.len());
-        self.metrics.looked_up.inc_by(applied.looked_up as u64);
         self.metrics.cold_events.inc_by(applied.cold as u64);
         self.metrics.partition(self.id, &self.partition);
         for column in &chunk.misfits {

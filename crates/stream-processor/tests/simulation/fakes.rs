@@ -224,8 +224,12 @@ fn id_text(id: &[u8]) -> String {
 }
 
 impl Store for FakeServers {
-    async fn look_up(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<Vec<(u32, i64)>, ProcessorError> {
-        let mut found = Vec::new();
+    async fn look_up(
+        &self,
+        chunk: &Chunk,
+        groups: &[EventGroup],
+    ) -> Result<BTreeMap<u32, i64>, ProcessorError> {
+        let mut found = BTreeMap::new();
         for group in groups {
             self.step().await?;
             for number in &group.events {

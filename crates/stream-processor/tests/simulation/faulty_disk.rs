@@ -90,9 +90,9 @@ impl Writer {
             }
             let chunk = self.log.chunk(&decoder, next..end);
             let lookups = partition.questions(&chunk).keys;
-            let found: Vec<Option<i64>> =
-                lookups.iter().map(|index| self.stored(&chunk, *index, next)).collect();
-            let applied = partition.apply(&chunk, &lookups, &found).unwrap();
+            let stored =
+                lookups.iter().filter_map(|index| Some((*index, self.stored(&chunk, *index, next)?)));
+            let applied = partition.apply(&chunk, &stored.collect()).unwrap();
             let dropped = partition.advance();
             let touched: Vec<i64> = applied.panes.keys().copied().collect();
             let contents = Contents {

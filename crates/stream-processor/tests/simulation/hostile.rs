@@ -9,6 +9,7 @@ use crate::count::write_plan::{group_events, group_panes};
 use crate::record::chunk::Chunk;
 use crate::record::decode::{Decoder, MAX_VALUE_BYTES, Record};
 use common::contracts::stream::Definition;
+use std::collections::BTreeMap;
 
 const NOW: i64 = 1_800_000_000_000;
 /// Number of generated records.
@@ -222,8 +223,7 @@ fn process(definition: &Definition, corpus: impl Iterator<Item = Hostile>) {
 }
 
 fn apply_batch(definition: &Definition, partition: &mut Partition, chunk: &Chunk) {
-    let lookups = partition.questions(chunk).keys;
-    let applied = partition.apply(chunk, &lookups, &vec![None; lookups.len()]).unwrap();
+    let applied = partition.apply(chunk, &BTreeMap::new()).unwrap();
     let rows: usize =
         group_events(chunk, &applied.rows, definition.store.bucket).iter().map(|g| g.events.len()).sum();
     assert_eq!(rows, applied.rows.len());

@@ -9,7 +9,7 @@ use local_stack::error::{Error, Result};
 use local_stack::stack::{Extent, Stack};
 use local_stack::terminal::Terminal;
 
-use super::{FEATURES, Step, StepResult, run_step};
+use super::{FEATURES, METRICS_TARGET, Step, StepResult, cargo, run_step};
 use crate::cli::{TestArgs, TestPart};
 use crate::private::{self, PrivateServers};
 
@@ -42,13 +42,13 @@ async fn checks(
         let line = "Prometheus is missing; check that `apt-get download prometheus` works";
         return Ok(vec![StepResult { title: "metrics", passed: false, lines: vec![line.to_owned()] }]);
     };
-    let cargo = |title, arguments: &[&str]| cargo(&own.settings, &promtool, title, arguments);
+    let cargo = |title, arguments: &str| metrics_step(&own.settings, &promtool, title, arguments);
     let mut results = Vec::new();
     for step in promtool_steps(&own.settings, &promtool)? {
         results.push(run_step(step, terminal).await?);
     }
     // The tests are built before the servers start, because the compiler would compete for memory and CPU.
-    let built = run_step(cargo("metrics: build", &["--no-run"]), terminal).await?;
+    let built = run_step(cargo("metrics: build", "--no-run"), terminal).await?;
     if !built.passed {
         results.push(built);
         return Ok(results);
@@ -57,11 +57,11 @@ async fn checks(
     let title = "metrics: every expression on the real stack";
     let mut steps = Vec::new();
     match &args.only {
-        Some(name) => steps.push(cargo(title, &["--", "--nocapture", name])),
-        None => steps.push(cargo(title, &["--", "--test-threads=1", "--skip", PROVOKED_ALERTS])),
+        Some(name) => steps.push(cargo(title, &format!("-- --nocapture {name}"))),
+        None => steps.push(cargo(title, &format!("-- --test-threads=1 --skip {PROVOKED_ALERTS}"))),
     }
     if args.part == TestPart::Long {
-        steps.push(cargo("metrics: alerts provoked", &["--", "--nocapture", PROVOKED_ALERTS]));
+        steps.push(cargo("metrics: alerts provoked", &format!("-- --nocapture {PROVOKED_ALERTS}")));
     }
     for step in steps {
         results.push(run_step(step, terminal).await?);
@@ -97,29 +97,21 @@ fn promtool_steps(settings: &Settings, promtool: &Path) -> Result<Vec<Step>> {
     ])
 }
 
-fn cargo(own: &Settings, promtool: &Path, title: &'static str, arguments: &[&str]) -> Step {
+fn metrics_step(own: &Settings, promtool: &Path, title: &'static str, arguments: &str) -> Step {
     let http = |port| format!("http://{}", loopback(port));
     let ports = own.ports;
-    Step {
-        title,
-        program: own.cargo.clone(),
-        arguments: ["test", "--workspace", FEATURES, "--test", "metrics"]
-            .iter()
-            .chain(arguments)
-            .map(OsString::from)
-            .collect(),
-        folder: own.checkout.clone(),
-        environment: vec![
-            ("PIPELINE_TEST_PROMETHEUS", http(ports.prometheus)),
-            ("PIPELINE_TEST_PROMTOOL", promtool.display().to_string()),
-            ("PIPELINE_TEST_KAFKA_AGENT", http(ports.kafka_agent)),
-            ("PIPELINE_TEST_CASSANDRA_AGENT", http(ports.cassandra_agent)),
-            ("PIPELINE_TEST_PROCESSOR", http(ports.processor)),
-            ("PIPELINE_TEST_SOURCE", http(ports.source)),
-            ("PIPELINE_TEST_KAFKA", loopback(ports.kafka)),
-            ("PIPELINE_TEST_CASSANDRA", loopback(ports.cassandra)),
-            ("PIPELINE_TEST_BIN", own.binaries.display().to_string()),
-            ("PIPELINE_TEST_FOLDER", own.folders.root.display().to_string()),
-        ],
-    }
+    let mut step = cargo(own, title, &format!("test --workspace {FEATURES} {METRICS_TARGET} {arguments}"));
+    step.environment = vec![
+        ("PIPELINE_TEST_PROMETHEUS", http(ports.prometheus)),
+        ("PIPELINE_TEST_PROMTOOL", promtool.display().to_string()),
+        ("PIPELINE_TEST_KAFKA_AGENT", http(ports.kafka_agent)),
+        ("PIPELINE_TEST_CASSANDRA_AGENT", http(ports.cassandra_agent)),
+        ("PIPELINE_TEST_PROCESSOR", http(ports.processor)),
+        ("PIPELINE_TEST_SOURCE", http(ports.source)),
+        ("PIPELINE_TEST_KAFKA", loopback(ports.kafka)),
+        ("PIPELINE_TEST_CASSANDRA", loopback(ports.cassandra)),
+        ("PIPELINE_TEST_BIN", own.binaries.display().to_string()),
+        ("PIPELINE_TEST_FOLDER", own.folders.root.display().to_string()),
+    ];
+    step
 }

@@ -293,7 +293,11 @@ pub(crate) fn pane_row(
 }
 
 impl Store for CassandraStore {
-    async fn look_up(&self, chunk: &Chunk, groups: &[EventGroup]) -> Result<Vec<(u32, i64)>, ProcessorError> {
+    async fn look_up(
+        &self,
+        chunk: &Chunk,
+        groups: &[EventGroup],
+    ) -> Result<BTreeMap<u32, i64>, ProcessorError> {
         let found = try_join_all(groups.iter().map(|group| self.look_up_group(chunk, group))).await?;
         Ok(found.into_iter().flatten().collect())
     }
