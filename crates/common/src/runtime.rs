@@ -1,6 +1,7 @@
-//! What every service runs on: settings, logs, metrics, health, signals, and the clients of Kafka and Cassandra.
+//! What every service runs on: settings, logs, metrics, health, signals, alarms, and the clients of Kafka and Cassandra.
 
 pub mod admin;
+pub mod alarm;
 pub mod cassandra;
 pub mod config;
 pub mod kafka;

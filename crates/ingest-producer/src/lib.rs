@@ -38,6 +38,7 @@ use common::contracts::stream::Definition;
 use common::readers::registry::{check_layout, check_tables};
 use common::runtime::admin::hosts::Hosts;
 use common::runtime::admin::{self, Health};
+use common::runtime::alarm::JobAlarm;
 use common::runtime::presence::{self, Holdings, Instance};
 use common::runtime::shutdown::Shutdown;
 use config::{Command, Config, ControlArgs, RunArgs, RunsCommand, SourceCommand, StressArgs};
@@ -55,6 +56,7 @@ use source::extract::Extractor;
 use source::request::Requests;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// How long to wait for Kafka and Cassandra at startup.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -160,6 +162,8 @@ struct Connections {
     session: Arc<Session>,
     publisher: Arc<KafkaPublisher>,
     health: Arc<Health>,
+    /// Notified after each command of the control topic.
+    commands: Arc<Notify>,
 }
 
 impl Connections {
@@ -207,7 +211,7 @@ impl Connections {
             lease_ms: i64::from(config.lease_seconds) * 1000,
             clock: Arc::new(now_ms),
         });
-        Ok(Connections { runner, session, publisher, health })
+        Ok(Connections { runner, session, publisher, health, commands: Arc::default() })
     }
 
     /// Returns a future that executes commands of the control topic until shutdown.
@@ -220,7 +224,8 @@ impl Connections {
         let stream = runner.definition.stream.name.clone();
         let log = CassandraControlLog::new(self.session.clone(), &common.keyspace, &stream).await?;
         let (brokers, topic) = (common.kafka_brokers.clone(), common.topic_of(&runner.definition));
-        let work = Worker { runner: runner.clone(), brokers: brokers.clone(), topic };
+        let executed = self.commands.clone();
+        let work = Worker { runner: runner.clone(), brokers: brokers.clone(), topic, executed };
         let process_id = uuid::Uuid::new_v4().simple().to_string();
         let control = Control::new(CommandContext {
             stream: stream.clone(),
@@ -276,7 +281,10 @@ async fn produce(
     let commands_running = shutdown.running("commands");
     let commands = tokio::spawn(connections.command_listener(config, shutdown).await?);
     let runs_running = shutdown.running("runs");
-    let served = Service::new(connections.runner.clone(), connections.health.clone()).run(shutdown).await;
+    let Connections { runner, health, commands: executed, .. } = &connections;
+    let alarm = Arc::new(JobAlarm::start());
+    let service = Service::new(runner.clone(), health.clone(), alarm, executed.clone());
+    let served = service.run(shutdown).await;
     drop(runs_running);
     shutdown.begin();
     if let Err(e) = commands.await.context("commands")? {

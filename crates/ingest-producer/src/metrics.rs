@@ -1,7 +1,7 @@
 //! The metrics of the producer. Only this module names them. Series start at 0, except for timestamps and lengths:
 //! these have no series until their first value is set.
 
-use crate::planner::Run;
+use crate::planner::{Run, Trigger};
 use crate::unresolved::Count;
 use common::contracts::control::CommandState;
 use common::contracts::run_ledger::RunState;
@@ -35,6 +35,8 @@ pub struct Metrics {
     pub pages: IntCounter,
     /// Page bytes received over the network, before decompression.
     pub bytes: IntCounter,
+    /// Plannings by [`Trigger`]. Each reads the ledger.
+    plannings: IntCounterVec,
     /// Finished attempts by outcome, one of [`OUTCOMES`].
     pub attempts: IntCounterVec,
     /// Finished commands of the control topic by [`CommandState`].
@@ -102,6 +104,7 @@ impl Metrics {
                 "Finished attempts by outcome.",
                 &["outcome"],
             )?,
+            plannings: make.counters("ingest_plannings_total", "Plannings by trigger.", &["trigger"])?,
             commands: make.counters("ingest_commands_total", "Finished commands by state.", &["state"])?,
             runs: make.gauges("ingest_runs", runs, &["state"])?,
             unresolved: make.gauges("ingest_unresolved_intervals", unresolved, &["state"])?,
@@ -124,6 +127,9 @@ impl Metrics {
             queue_full: counter("ingest_queue_full_total", "Pauses because the queue was full.")?,
             registry: make.registry,
         };
+        for trigger in Trigger::ALL {
+            metrics.plannings.with_label_values(&[trigger.name()]);
+        }
         for outcome in OUTCOMES {
             metrics.attempts.with_label_values(&[outcome]);
         }
@@ -165,6 +171,11 @@ impl Metrics {
         }
     }
 
+    /// Counts a planning.
+    pub fn planned(&self, trigger: Trigger) {
+        self.plannings.with_label_values(&[trigger.name()]).inc();
+    }
+
     /// Counts a finished command.
     pub fn command_ended(&self, state: CommandState) {
         self.commands.with_label_values(&[state.name()]).inc();
@@ -192,7 +203,7 @@ mod tests {
         let gathered = metrics.registry.gather();
         let names: Vec<&str> =
             gathered.iter().map(|f| f.name()).filter(|n| n.starts_with("ingest_")).collect();
-        assert_eq!(names.len(), 18, "all except two timestamps and one length: {names:?}");
+        assert_eq!(names.len(), 19, "all except two timestamps and one length: {names:?}");
         let attempts = gathered.iter().find(|f| f.name() == "ingest_attempts_total").unwrap();
         assert_eq!(attempts.get_metric().len(), OUTCOMES.len());
     }

@@ -76,23 +76,73 @@ impl Run {
         self.state == RunState::Running && self.lease_until_ms > now_ms
     }
 
+    /// When another attempt may start, if the row stays as it is. `None` if no attempt may start.
+    fn due_at_ms(&self, facts: &Facts<'_>) -> Option<i64> {
+        match self.state {
+            RunState::Scheduled => Some(i64::MIN),
+            RunState::Retrying => Some(self.retry_at_ms),
+            RunState::Running => Some(self.lease_until_ms),
+            RunState::Failed => {
+                (self.interval.start_ms >= facts.catch_up_from_ms).then_some(self.retry_at_ms)
+            }
+            RunState::Succeeded | RunState::GivenUp => None,
+        }
+    }
+
     /// Whether another attempt may start now.
     fn is_due(&self, facts: &Facts<'_>) -> bool {
-        match self.state {
-            RunState::Scheduled => true,
-            RunState::Retrying => self.retry_at_ms <= facts.now_ms,
-            RunState::Running => self.lease_until_ms <= facts.now_ms,
-            RunState::Failed => {
-                self.retry_at_ms <= facts.now_ms && self.interval.start_ms >= facts.catch_up_from_ms
-            }
-            RunState::Succeeded | RunState::GivenUp => false,
-        }
+        self.due_at_ms(facts).is_some_and(|at_ms| at_ms <= facts.now_ms)
     }
 
     /// When the latest attempt ended, if it failed.
     fn failed_at_ms(&self) -> Option<i64> {
         let failed = matches!(self.state, RunState::Retrying | RunState::Failed) && self.attempt > 0;
         failed.then_some(self.lease_until_ms)
+    }
+}
+
+/// What triggered a planning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trigger {
+    /// The producer has started.
+    Start,
+    /// The alarm rang: an interval has ended.
+    Interval,
+    /// A run of this producer has ended.
+    RunEnded,
+    /// A retry is due, a lease has expired, or the previous planning asked for another one.
+    Due,
+    /// A command was executed, which may have changed the ledger.
+    Command,
+    /// Kafka is available again, or the ledger may be.
+    Recovery,
+    /// Nothing else has triggered a planning for a while.
+    Poll,
+}
+
+impl Trigger {
+    /// All triggers.
+    pub const ALL: [Trigger; 7] = [
+        Trigger::Start,
+        Trigger::Interval,
+        Trigger::RunEnded,
+        Trigger::Due,
+        Trigger::Command,
+        Trigger::Recovery,
+        Trigger::Poll,
+    ];
+
+    /// Value of the metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Trigger::Start => "start",
+            Trigger::Interval => "interval",
+            Trigger::RunEnded => "run_ended",
+            Trigger::Due => "due",
+            Trigger::Command => "command",
+            Trigger::Recovery => "recovery",
+            Trigger::Poll => "poll",
+        }
     }
 }
 
@@ -157,6 +207,11 @@ pub struct Plan {
     pub decisions: Vec<Decision>,
     /// Every interval that started before this time is over.
     pub settled_to_ms: i64,
+    /// When the next interval becomes due.
+    pub next_interval_ms: i64,
+    /// When the ledger's present rows give a reason to plan again, apart from the next interval. `None` if only a change
+    /// of the ledger can. Not later than now if intervals were recorded, because one planning records a limited number.
+    pub plan_again_ms: Option<i64>,
 }
 
 /// Start of the catch-up range. It covers the catch-up limit, but at least `catch_up` intervals.
@@ -168,8 +223,9 @@ pub fn catch_up_from(timeline: &Timeline, settings: &StreamSettings, now_ms: i64
 /// Decides what to do now.
 pub fn plan(facts: &Facts<'_>) -> Plan {
     let settled_to_ms = settled_to(facts);
+    let next_interval_ms = facts.timeline.containing(facts.now_ms).end_ms;
     if facts.paused {
-        return Plan { decisions: vec![], settled_to_ms };
+        return Plan { decisions: vec![], settled_to_ms, next_interval_ms, plan_again_ms: None };
     }
     let mut due = due(facts, settled_to_ms);
     let slots = free_slots(facts, &mut due);
@@ -187,7 +243,17 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.now_ms), MAX_NOTED);
     let missed = beyond_limit.into_iter().filter(|i| is_unknown(facts.runs, i));
     decisions.extend(missed.map(|interval| Decision::Miss { interval }));
-    Plan { decisions, settled_to_ms }
+    let records = |d: &Decision| matches!(d, Decision::Schedule { .. } | Decision::Miss { .. });
+    let plan_again_ms =
+        if decisions.iter().any(records) { Some(facts.now_ms) } else { next_known_change(facts) };
+    Plan { decisions, settled_to_ms, next_interval_ms, plan_again_ms }
+}
+
+/// The earliest time after now at which a retry is due, a lease expires, or an unavailable source is probed.
+fn next_known_change(facts: &Facts<'_>) -> Option<i64> {
+    let known = facts.runs.values().chain(facts.unfinished);
+    let due = known.filter_map(|run| run.due_at_ms(facts));
+    due.chain(probe_at(facts)).filter(|at_ms| *at_ms > facts.now_ms).min()
 }
 
 /// An interval that may run now.
@@ -601,6 +667,34 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_plan_tells_when_to_plan_again() {
+        let mut world = World::new(2);
+        let again = |world: &World, now_ms: i64| {
+            let found = world.plan(now_ms);
+            assert_eq!(found.next_interval_ms, now_ms - now_ms.rem_euclid(MINUTE) + MINUTE);
+            found.plan_again_ms.map(|at_ms| at_ms - T0)
+        };
+        let (first, second) = (T0 - 2 * MINUTE, T0 - MINUTE);
+        assert_eq!(
+            again(&world, T0),
+            None,
+            "both intervals start, and the end of their runs triggers a planning"
+        );
+        world.add(Run { retry_at_ms: T0 + 9, ..run(first, RunState::Retrying) });
+        world.add(Run { lease_until_ms: T0 + 7, ..run(second, RunState::Running) });
+        assert_eq!(again(&world, T0), Some(7), "a lease expires");
+        assert_eq!(again(&world, T0 + 7), Some(9), "a retry is due");
+        assert_eq!(again(&world, T0 + 9), None);
+        assert_eq!(world.plan_with(T0, true).plan_again_ms, None, "a paused stream waits for a command");
+        world.add(Run { lease_until_ms: T0 - 1, retry_at_ms: T0 + 9, ..run(first, RunState::Retrying) });
+        world.add(Run { lease_until_ms: T0, retry_at_ms: T0 + 9, ..run(second, RunState::Failed) });
+        assert_eq!(again(&world, T0 + 10), Some(1000), "an unavailable source is probed");
+        world.max_active_runs = 0;
+        world.runs.clear();
+        assert_eq!(again(&world, T0), Some(0), "a waiting interval was recorded, and there may be more");
+    }
+
+    #[test]
     fn the_pause_between_probes_grows_with_the_outage_up_to_the_maximum() {
         let pause_after = |outage_ms: i64| {
             let mut world = World::new(1000);
@@ -661,6 +755,34 @@ pub(crate) mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn nothing_becomes_due_before_the_time_to_plan_again_unless_the_ledger_changes(
+            states in prop::collection::vec((0usize..6, -MINUTE..MINUTE, -MINUTE..MINUTE), 0..8),
+            room in 0u32..4,
+            now in T0..T0 + MINUTE,
+            later in 0.0f64..1.0,
+        ) {
+            let mut world = World { max_active_runs: room, ..World::new(6) };
+            for (minute, (state, lease, retry)) in (-6..).zip(states) {
+                let state = RunState::ALL[state];
+                let (lease_until_ms, retry_at_ms) = (T0 + lease, T0 + retry);
+                let finished_at_ms = if state == RunState::Succeeded { lease_until_ms } else { 0 };
+                let run = run(T0 + minute * MINUTE, state);
+                world.add(Run { lease_until_ms, retry_at_ms, finished_at_ms, ..run });
+            }
+            let started = |plan: &Plan| {
+                let starts = |d: &&Decision| matches!(d, Decision::Start { .. } | Decision::Resume { .. });
+                plan.decisions.iter().filter(starts).count()
+            };
+            let found = world.plan(now);
+            let again = found.plan_again_ms.unwrap_or(i64::MAX).min(found.next_interval_ms);
+            prop_assert!(again >= now);
+            if started(&found) == 0 && again > now {
+                let before = now + ((again - 1 - now) as f64 * later) as i64;
+                prop_assert_eq!(started(&world.plan(before)), 0, "at {} of {}", before, again);
+            }
+        }
 
         /// Plans and executes at random times, with attempts that succeed, fail or never end, clocks that step back,
         /// restarts that know only the ledger, and an outage longer than the look back.

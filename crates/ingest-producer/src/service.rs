@@ -1,9 +1,13 @@
 //! `run`: calls the planner, executes its decisions through [`Runner`] and shuts down in order. All durable state is
 //! in the ledger. The service only caches up to where every interval is finished, and which runs before that are
 //! unfinished.
+//!
+//! The service plans when something may have changed: an alarm rings at the end of the current interval, a run ends, a
+//! retry or a lease is due, or a command was executed. It also plans every [`SAFETY_POLL`], which finds the changes of
+//! other producers and bounds the delay if the alarm does not ring.
 
 use crate::ledger::{LedgerError, Note};
-use crate::planner::{self, Decision, Facts, Run};
+use crate::planner::{self, Decision, Facts, Run, Trigger};
 use crate::run::{Ended, Runner};
 use crate::schedule::{ScheduleError, Timeline};
 use crate::unresolved::{Span, Unresolved};
@@ -11,21 +15,28 @@ use common::contracts::event::floor_to;
 use common::contracts::run_ledger::{Interval, RunState, RunType};
 use common::contracts::stream::MAX_CATCH_UP_INTERVALS;
 use common::runtime::admin::Health;
+use common::runtime::alarm::Alarm;
 use common::runtime::shutdown::Shutdown;
 use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// Name of Cassandra among the dependencies of `/readyz`.
 pub const DEPENDENCY: &str = "cassandra";
-/// Interval between plannings. The ledger determines what is due, so a missed tick changes nothing.
-const TICK: Duration = Duration::from_millis(500);
-/// For every this many ledger rows of a planning, the pause after it grows by one [`TICK`], because reading them takes
-/// time.
-const ROWS_PER_TICK: u32 = 1000;
+/// Longest time between two plannings.
+const SAFETY_POLL: Duration = Duration::from_secs(20);
+/// Shortest pause before a planning that the previous one asked for.
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+/// This pause grows by so much for each ledger row of the previous planning, because reading them takes time.
+const PAUSE_PER_ROW: Duration = Duration::from_micros(500);
+/// Pause after a planning that failed because the ledger is unavailable.
+const LEDGER_PAUSE: Duration = Duration::from_millis(500);
+/// Interval of heartbeats while waiting. Each also checks whether Kafka is available again.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How many intervals before now the planner considers after a start. It bounds the memory of a planning.
 const LOOK_BACK_INTERVALS: u32 = MAX_CATCH_UP_INTERVALS as u32;
 /// Length of the ledger ranges that are read while searching for the end of a gap.
@@ -50,6 +61,13 @@ pub enum ServiceError {
 pub struct Service {
     runner: Arc<Runner>,
     health: Arc<Health>,
+    alarm: Arc<dyn Alarm>,
+    /// Notified after each command, because it may have changed the ledger.
+    commands: Arc<Notify>,
+    /// The pause before the next planning unless another trigger comes first, and its trigger.
+    pause: (Duration, Trigger),
+    /// Whether the latest planning started no run because Kafka was unavailable.
+    waits_for_kafka: bool,
     timeline: Option<Timeline>,
     /// Every interval that started before this time is finished.
     settled_to_ms: i64,
@@ -66,11 +84,20 @@ pub struct Service {
 }
 
 impl Service {
-    /// Creates the service without calling the ledger.
-    pub fn new(runner: Arc<Runner>, health: Arc<Health>) -> Service {
+    /// Creates the service without calling the ledger. `commands` is notified after each command.
+    pub fn new(
+        runner: Arc<Runner>,
+        health: Arc<Health>,
+        alarm: Arc<dyn Alarm>,
+        commands: Arc<Notify>,
+    ) -> Service {
         Service {
             runner,
             health,
+            alarm,
+            commands,
+            pause: (SAFETY_POLL, Trigger::Poll),
+            waits_for_kafka: false,
             timeline: None,
             settled_to_ms: 0,
             unresolved: Unresolved::default(),
@@ -84,33 +111,70 @@ impl Service {
 
     /// Runs until shutdown, then waits for active runs to end.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), ServiceError> {
-        while !shutdown.has_begun() {
+        let mut trigger = (!shutdown.has_begun()).then_some(Trigger::Start);
+        while let Some(planned) = trigger {
             self.health.beat();
+            self.runner.metrics.planned(planned);
             match self.tick().await {
                 Ok(()) => self.health.set(DEPENDENCY, Ok(())),
                 Err(ServiceError::Ledger(LedgerError::Unavailable(cause))) => {
                     self.runner.metrics.ledger_unavailable();
                     self.health.set(DEPENDENCY, Err(cause));
+                    self.pause = (LEDGER_PAUSE, Trigger::Recovery);
                 }
                 Err(e) => {
                     self.drain().await;
                     return Err(e);
                 }
             }
-            let pause = TICK * (1 + u32::try_from(self.rows).unwrap_or(u32::MAX) / ROWS_PER_TICK);
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                Some(ended) = self.active.join_next() => {
-                    if let Err(e) = ended {
-                        tracing::error!(error = %e, "an attempt was aborted; it is retried when its lease expires");
-                    }
-                }
-                () = shutdown.begun() => {}
-            }
+            trigger = self.wait(shutdown).await;
         }
         self.health.stopping();
         self.drain().await;
         Ok(())
+    }
+
+    /// Waits until something triggers a planning, without reading the ledger. Returns `None` on shutdown.
+    async fn wait(&mut self, shutdown: &Shutdown) -> Option<Trigger> {
+        let (pause, at_its_end) = self.pause;
+        let paused = tokio::time::sleep(pause);
+        tokio::pin!(paused);
+        let mut heartbeats = tokio::time::interval(HEARTBEAT);
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.begun() => return None,
+                Some(ended) = self.active.join_next() => {
+                    if let Err(e) = ended {
+                        tracing::error!(error = %e, "an attempt was aborted; it is retried when its lease expires");
+                    }
+                    return Some(Trigger::RunEnded);
+                }
+                () = self.alarm.rung() => return Some(Trigger::Interval),
+                () = self.commands.notified() => return Some(Trigger::Command),
+                () = &mut paused => return Some(at_its_end),
+                _ = heartbeats.tick() => {
+                    self.health.beat();
+                    if self.waits_for_kafka && self.health.is_ready() {
+                        return Some(Trigger::Recovery);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The shortest pause after a planning.
+    fn shortest_pause(&self) -> Duration {
+        MIN_PAUSE.max(PAUSE_PER_ROW.saturating_mul(u32::try_from(self.rows).unwrap_or(u32::MAX)))
+    }
+
+    /// The pause after a planning: until `plan_again_ms`, but within the shortest pause and [`SAFETY_POLL`].
+    fn pause_until(&self, plan_again_ms: Option<i64>, now_ms: i64) -> (Duration, Trigger) {
+        let shortest = self.shortest_pause();
+        match plan_again_ms.map(|at_ms| Duration::from_millis((at_ms - now_ms).max(0).unsigned_abs())) {
+            Some(pause) if pause < SAFETY_POLL => (pause.max(shortest), Trigger::Due),
+            _ => (SAFETY_POLL.max(shortest), Trigger::Poll),
+        }
     }
 
     /// Plans once and executes the decisions.
@@ -144,6 +208,7 @@ impl Service {
         let latest_ms = succeeded.map(|run| run.finished_at_ms).max().unwrap_or(0);
         self.last_success_ms = self.last_success_ms.max(latest_ms);
         let runs: BTreeMap<i64, Run> = found.into_iter().map(|run| (run.interval.start_ms, run)).collect();
+        self.waits_for_kafka = self.kafka_is_unavailable();
         let plan = planner::plan(&Facts {
             now_ms,
             timeline: &timeline,
@@ -154,8 +219,8 @@ impl Service {
             last_success_ms: self.last_success_ms,
             retry: &settings.retry,
             max_active_runs: settings.max_active_runs,
-            // The ledger has just responded. If the service is not ready, Kafka is unavailable and runs would fail.
-            paused: state.paused || self.kafka_is_unavailable(),
+            // Without Kafka, runs would fail.
+            paused: state.paused || self.waits_for_kafka,
         });
         if runs.range(..plan.settled_to_ms).any(|(_, run)| run.state == RunState::Failed) {
             self.unresolved.invalidate_recent();
@@ -163,9 +228,12 @@ impl Service {
         self.settled_to_ms = plan.settled_to_ms;
         self.timeline = Some(timeline);
         runner.metrics.settled.raise(plan.settled_to_ms / 1000);
+        self.alarm.set(plan.next_interval_ms);
+        self.pause = self.pause_until(plan.plan_again_ms, now_ms);
         self.carry_out(plan.decisions, now_ms).await
     }
 
+    /// Whether the service is not ready although the ledger has just responded.
     fn kafka_is_unavailable(&self) -> bool {
         self.health.set(DEPENDENCY, Ok(()));
         !self.health.is_ready()
@@ -255,9 +323,9 @@ impl Service {
             self.runner.metrics.attempts.with_label_values(&["missed"]).inc_by(count as u64);
         }
         let ledger = &self.runner.ledger;
-        let written = notes.iter().map(|note| ledger.note(note, now_ms));
-        let written: Vec<Result<(), LedgerError>> =
-            futures::stream::iter(written).buffer_unordered(NOTES_IN_FLIGHT).collect().await;
+        let written =
+            futures::stream::iter(notes).map(|note| async move { ledger.note(&note, now_ms).await });
+        let written: Vec<Result<(), LedgerError>> = written.buffer_unordered(NOTES_IN_FLIGHT).collect().await;
         Ok(written.into_iter().collect::<Result<(), LedgerError>>()?)
     }
 
@@ -271,8 +339,10 @@ impl Service {
         if seen.is_some() {
             self.unresolved.invalidate_recent();
         }
-        if let Some(claim) = claim {
-            self.active.spawn(self.runner.clone().attempt(claim, self.stop.clone()));
+        match claim {
+            Some(claim) => _ = self.active.spawn(self.runner.clone().attempt(claim, self.stop.clone())),
+            // The row has changed since it was read.
+            None => self.pause = (self.shortest_pause(), Trigger::Due),
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The processor's command line and settings.
 
 use crate::pipeline::start::RecoverPolicy;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, NaiveTime, Timelike, Utc};
 use clap::{Args, Parser, Subcommand};
 use common::contracts::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
 use common::runtime::config::CommonArgs;
@@ -9,6 +9,7 @@ use serde::Serialize;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Writes events from Kafka to Cassandra and counts each exactly once, with windows, totals and checkpoints.
 #[derive(Debug, Parser)]
@@ -122,11 +123,39 @@ pub struct RunArgs {
     /// How long to wait for Kafka and Cassandra at startup, in seconds
     #[arg(long, env = "PIPELINE_START_SECONDS", default_value_t = 20)]
     pub start_seconds: u64,
+    /// When to verify the day before, as a UTC time such as `02:30` or `02:30:15`; `off` never does
+    #[arg(long, env = "PIPELINE_VERIFY_AT", default_value = "02:30")]
+    pub verify_at: VerifyAt,
     /// For tests: send SIGKILL to this process when it reaches a step for the N-th time, as STEP=N
     #[cfg(feature = "failpoints")]
     #[arg(long, hide = true)]
     #[serde(skip)]
     pub kill_at: Option<crate::pipeline::kill_at::KillAt>,
+}
+
+/// When the daily verification starts: a time of day in UTC, or `None` for never.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct VerifyAt(Option<NaiveTime>);
+
+impl VerifyAt {
+    /// Milliseconds since midnight UTC. `None` for never.
+    pub fn millis(self) -> Option<i64> {
+        self.0.map(|at| i64::from(at.num_seconds_from_midnight()) * 1000)
+    }
+}
+
+impl FromStr for VerifyAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VerifyAt, String> {
+        if text == "off" {
+            return Ok(VerifyAt(None));
+        }
+        let parsed =
+            NaiveTime::parse_from_str(text, "%H:%M").or_else(|_| NaiveTime::parse_from_str(text, "%H:%M:%S"));
+        let at = parsed.map_err(|_| "use a UTC time such as 02:30 or 02:30:15, or `off`".to_owned())?;
+        Ok(VerifyAt(Some(at)))
+    }
 }
 
 /// Settings of `verify`.
@@ -251,10 +280,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_daily_verification_has_a_time_of_day_or_is_off() {
+        let millis = |text: &str| text.parse::<VerifyAt>().map(VerifyAt::millis);
+        assert_eq!(millis("off"), Ok(None));
+        assert_eq!(millis("00:00"), Ok(Some(0)));
+        assert_eq!(millis("02:30"), Ok(Some(9_000_000)));
+        assert_eq!(millis("23:59:59"), Ok(Some(86_399_000)));
+        for wrong in ["", "2", "24:00", "12:60", "02:30 ", "0 2 * * *", "never"] {
+            assert!(millis(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn command_options_do_not_conflict_with_common_options() {
         let lines = [
             "stream-processor init --partitions 12",
-            "stream-processor run --replay --recover refuse",
+            "stream-processor run --replay --recover refuse --verify-at 03:00",
             "stream-processor verify --kafka --partition 2 --memory-mib 64 --json --log debug",
             "stream-processor verify --from 2026-11-01T00:00:00Z --to 2026-11-02T00:00:00Z",
             "stream-processor windows --size 5m --slide 1m --by age --last 2h --json",

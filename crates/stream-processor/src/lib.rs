@@ -4,12 +4,14 @@
 //! (`fetch`) and a `worker` for each assigned partition; `open` reads what is stored about a partition, and `start` decides
 //! at which offset it starts. [`record`] turns Kafka records into chunks of events. The worker is the only file that orders
 //! effects: [`count`] applies a chunk and splits the result into statements, and [`io`] writes it and commits the state.
+//! [`housekeeping`] verifies the day before, beside the workers.
 //! [`commands`] implements `init` and the operator commands.
 
 pub mod commands;
 pub mod config;
 pub mod count;
 pub mod error;
+pub mod housekeeping;
 pub mod io;
 pub mod metrics;
 pub mod pipeline;

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub unregistered_partitions: IntGauge,
     /// Partitions that no live instance holds, as observed by this instance.
     pub unowned_partitions: IntGauge,
+    /// The daily verification.
+    pub verification: VerificationMetrics,
     starts: IntCounterVec,
     client_rebuilds: IntCounterVec,
 }
@@ -134,6 +136,7 @@ impl Metrics {
             )?,
             unowned_partitions: make
                 .gauge("processor_unowned_partitions", "Partitions that no live instance holds")?,
+            verification: VerificationMetrics::new(&make)?,
             starts: make.counters(
                 "processor_partition_starts_total",
                 "Partition starts by kind",
@@ -277,6 +280,58 @@ impl Metrics {
             let _absent = gauge.remove_label_values(&[&label]);
         }
         self.stages.remove(partition);
+    }
+}
+
+/// The metrics of the daily verification. A partition has series once it is verified.
+#[derive(Debug)]
+pub struct VerificationMetrics {
+    /// 1 if each day is verified, 0 if this is switched off.
+    pub enabled: IntGauge,
+    /// Partitions of this instance whose last day is not verified yet.
+    pub unverified_partitions: IntGauge,
+    rows: IntGaugeVec,
+    differences: IntGaugeVec,
+    finished_at: GaugeVec,
+}
+
+impl VerificationMetrics {
+    fn new(make: &Maker) -> Result<VerificationMetrics, prometheus::Error> {
+        let gauge = |name: &str, help: &str| make.gauges(name, help, &["partition"]);
+        Ok(VerificationMetrics {
+            enabled: make.gauge("processor_verification_enabled", "1 if each day is verified")?,
+            unverified_partitions: make.gauge(
+                "processor_unverified_partitions",
+                "Held partitions whose last day is not verified yet",
+            )?,
+            rows: gauge("processor_verified_rows", "Event rows that the last verification read")?,
+            differences: gauge(
+                "processor_verification_differences",
+                "Differences that the last verification found",
+            )?,
+            finished_at: make.levels(
+                "processor_last_verification_timestamp_seconds",
+                "Last verification",
+                &["partition"],
+            )?,
+        })
+    }
+
+    /// Records the outcome of a partition's verification that finished at `finished_at_ms`.
+    pub fn finished(&self, partition: i32, rows: i64, differences: i64, finished_at_ms: i64) {
+        let label = [partition.to_string()];
+        self.rows.with_label_values(&label).set(rows);
+        self.differences.with_label_values(&label).set(differences);
+        self.finished_at.with_label_values(&label).set(finished_at_ms as f64 / 1e3);
+    }
+
+    /// Removes the outcome of a partition that this instance no longer holds.
+    pub fn forget(&self, partition: i32) {
+        let label = [partition.to_string()];
+        // Removing a series fails if it was never created.
+        let _absent = self.rows.remove_label_values(&label);
+        let _absent = self.differences.remove_label_values(&label);
+        let _absent = self.finished_at.remove_label_values(&label);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::config::RunArgs;
 use crate::count::poison_gate::{PoisonLimits, WINDOW_RECORDS};
 use crate::count::windows::pane::{Pane, PaneShape};
 use crate::error::ProcessorError;
+use crate::housekeeping;
 use crate::io::dead_letters::DeadLetterTopic;
 use crate::io::store::cassandra::CassandraStore;
 use crate::io::store::requests::StoreContext;
@@ -89,6 +90,7 @@ pub async fn run(
     let _name_lock = checkpoint::lock_instance(&args.checkpoints, &service.instance)?;
     let parts = Arc::new(service.connect().await?);
     service.abandon_after_deadline();
+    service.start_housekeeping(&parts)?;
     let registration = tokio::spawn(service.watch_registration(&parts));
     let runtime = tokio::runtime::Handle::current();
     let running = service.shutdown.running("consumer group");
@@ -125,6 +127,27 @@ impl Service<'_> {
             tokio::time::sleep(deadline).await;
             abandon.cancel();
         });
+    }
+
+    /// Starts the daily verification, unless it is switched off.
+    fn start_housekeeping(
+        &self,
+        parts: &Parts<CassandraStore, DeadLetterTopic>,
+    ) -> Result<(), ProcessorError> {
+        let Some(verify_at_ms) = self.args.verify_at.millis() else { return Ok(()) };
+        self.metrics.verification.enabled.set(1);
+        let context = housekeeping::Context {
+            session: Arc::clone(&parts.session),
+            keyspace: self.common.keyspace.clone(),
+            definition: Arc::clone(&parts.opener.definition),
+            brokers: self.common.kafka_brokers.clone(),
+            topic: self.topic.clone(),
+            instance: self.instance.clone(),
+            holdings: parts.holdings.clone(),
+            metrics: Arc::clone(&self.metrics),
+            shutdown: self.shutdown.clone(),
+        };
+        housekeeping::start(context, verify_at_ms).map_err(|e| fatal("cannot start the housekeeping")(&e))
     }
 
     /// Starts shutdown once `init` has registered another layout. The supervisor restarts the process, which then reads

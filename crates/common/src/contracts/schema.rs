@@ -14,6 +14,8 @@ pub const MAX_BATCH_BYTES: usize = 512 << 10;
 pub const SERVICE_TTL_SECONDS: i64 = 60;
 /// TTL of a row of `refusals`: 7 days. The instance clears the row earlier if it starts again.
 pub const REFUSAL_TTL_SECONDS: i64 = 7 * 86_400;
+/// TTL of a row of `verifications`: 90 days.
+const VERIFICATIONS_TTL_SECONDS: i64 = 90 * 86_400;
 /// TTL of a row of `batches`: 1 day.
 const BATCHES_TTL_SECONDS: i64 = 86_400;
 /// A resolution of table `throughput`, in seconds.
@@ -36,7 +38,7 @@ impl Resolution {
 
 /// Version of the tables that this program needs. Every change of the tables increments it. `tests/golden` contains the
 /// tables of each earlier version, and `init` must be able to migrate all of them.
-pub const TABLES_VERSION: i32 = 2;
+pub const TABLES_VERSION: i32 = 3;
 /// Key of the row of table `schema_versions` that holds the version of the tables.
 pub const TABLES_COMPONENT: &str = "tables";
 
@@ -219,6 +221,14 @@ fn processing_tables() -> Vec<Table> {
             "(stream, hour), finished_at, kafka_partition",
         )
         .expiring(BATCHES_TTL_SECONDS),
+        Table::new(
+            "verifications",
+            "stream text, day timestamp, kafka_partition int, rows bigint, pane_rows bigint, \
+             differences bigint, first_differences text, verified_by text, started_at timestamp, \
+             finished_at timestamp",
+            "(stream), day, kafka_partition",
+        )
+        .expiring(VERIFICATIONS_TTL_SECONDS),
     ]
 }
 
@@ -371,9 +381,9 @@ mod tests {
     }
 
     #[test]
-    fn create_statements_of_version_2() {
+    fn create_statements_of_version_3() {
         assert_eq!(
-            TABLES_VERSION, 2,
+            TABLES_VERSION, 3,
             "put the new version into the name of this test and its snapshot, and keep the old snapshot in tests/golden"
         );
         let text: String =
@@ -389,9 +399,9 @@ mod tests {
         tables(d).iter().map(|table| found[&table.name].clone()).collect()
     }
 
-    #[test]
-    fn tables_of_version_1_are_migrated_by_adding_columns() {
-        let found = existing(include_str!("../../tests/golden/tables_1.cql"));
+    /// The statements that migrate the tables in `cql`.
+    fn migration(cql: &str) -> String {
+        let found = existing(cql);
         let mut statements = Vec::new();
         for table in tables(&definition()) {
             match found.get(&table.name) {
@@ -399,7 +409,17 @@ mod tests {
                 None => statements.push(format!("CREATE {}", table.name)),
             }
         }
-        insta::assert_snapshot!(statements.join("\n"));
+        statements.join("\n")
+    }
+
+    #[test]
+    fn tables_of_version_1_are_migrated_by_adding_columns() {
+        insta::assert_snapshot!(migration(include_str!("../../tests/golden/tables_1.cql")));
+    }
+
+    #[test]
+    fn tables_of_version_2_are_migrated_by_adding_a_table() {
+        assert_eq!(migration(include_str!("../../tests/golden/tables_2.cql")), "CREATE verifications");
     }
 
     #[test]

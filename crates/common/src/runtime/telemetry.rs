@@ -6,8 +6,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::UtcTime;
 
 /// Directives that silence noisy targets unless the filter names them: librdkafka and the Cassandra driver log the same
-/// error over and over while a server is down.
-const QUIET: [&str; 2] = ["scylla=off", "librdkafka=error"];
+/// error over and over while a server is down, and the job scheduler logs each job.
+const QUIET: [&str; 3] = ["scylla=off", "librdkafka=error", "tokio_cron_scheduler=error"];
 
 /// Initializes logging for `service`. Fails if the configured log filter is invalid.
 pub fn init(service: &'static str, settings: &CommonArgs) -> Result<(), String> {

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use common::contracts::control::Action;
 use common::runtime::shutdown::Shutdown;
 use std::sync::Arc;
+use tokio::sync::Notify;
 
 /// Executes the actions of commands. Tests use a fake.
 #[async_trait]
@@ -24,11 +25,21 @@ pub struct Worker {
     pub brokers: String,
     /// Topic for loads.
     pub topic: String,
+    /// Notified after each command, because it may have changed the ledger.
+    pub executed: Arc<Notify>,
 }
 
 #[async_trait]
 impl Work for Worker {
     async fn carry_out(&self, action: &Action, stop: &Shutdown) -> Result<String, String> {
+        let outcome = self.execute(action, stop).await;
+        self.executed.notify_one();
+        outcome
+    }
+}
+
+impl Worker {
+    async fn execute(&self, action: &Action, stop: &Shutdown) -> Result<String, String> {
         match action {
             Action::Produce { messages } => self.load(Some(*messages), 0, None, stop).await,
             Action::Spike { rate, seconds } => self.load(None, *rate, Some(*seconds), stop).await,
@@ -54,9 +65,7 @@ impl Work for Worker {
             Action::Cancel { .. } => Err("cancel is handled by the control listener".to_owned()),
         }
     }
-}
 
-impl Worker {
     async fn load(
         &self,
         messages: Option<u64>,

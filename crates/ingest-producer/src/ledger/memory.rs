@@ -20,11 +20,17 @@ struct Inner {
     attempts: BTreeMap<(i64, i32), Attempt>,
     /// Number of next calls that fail.
     outage: u32,
+    /// Number of calls so far.
+    calls: u64,
 }
 
 impl MemoryLedger {
     pub(crate) fn fail_next(&self, calls: u32) {
         self.inner.lock().unwrap().outage = calls;
+    }
+
+    pub(crate) fn calls(&self) -> u64 {
+        self.inner.lock().unwrap().calls
     }
 
     pub(crate) fn all(&self) -> Vec<Run> {
@@ -33,6 +39,7 @@ impl MemoryLedger {
 
     fn with<T>(&self, act: impl FnOnce(&mut Inner) -> T) -> Result<T, LedgerError> {
         let mut inner = self.inner.lock().unwrap();
+        inner.calls += 1;
         if inner.outage > 0 {
             inner.outage -= 1;
             return Err(LedgerError::Unavailable("outage".to_owned()));

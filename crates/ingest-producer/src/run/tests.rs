@@ -2,6 +2,7 @@
 
 mod outages;
 mod records;
+mod triggers;
 
 use super::*;
 use crate::ledger::memory::MemoryLedger;
@@ -15,6 +16,7 @@ use async_trait::async_trait;
 use common::contracts::stream::BodyFormat;
 use common::contracts::stream::Schedule;
 use common::runtime::admin::Health;
+use common::runtime::alarm::Alarm;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -183,7 +185,7 @@ impl World {
     }
 
     fn service(&self, owner: &str) -> Service {
-        Service::new(self.runner(owner), Health::new(Duration::from_secs(60), &[]))
+        service(self.runner(owner))
     }
 
     fn pass(&self, ms: i64) {
@@ -204,6 +206,23 @@ impl World {
         }
         assert!(at >= self.now.load(Ordering::SeqCst) - MINUTE, "seed {seed}: the ledger ends early");
         assert_eq!(delivered.len(), runs.len() * 2 * PAGE, "seed {seed}: a record is missing or changed");
+    }
+}
+
+/// A service for tests that call [`Service::tick`] themselves.
+fn service(runner: Arc<Runner>) -> Service {
+    Service::new(runner, Health::new(Duration::from_secs(60), &[]), Arc::new(SilentAlarm), Arc::default())
+}
+
+/// An alarm that never rings.
+struct SilentAlarm;
+
+#[async_trait]
+impl Alarm for SilentAlarm {
+    fn set(&self, _: i64) {}
+
+    async fn rung(&self) {
+        std::future::pending().await
     }
 }
 

@@ -3,11 +3,13 @@
 //! Verification can run beside a processor, because each pane row is compared only with the event rows below its
 //! `upto`.
 //!
-//! [`Verifier`] works one partition at a time, and [`command`] is `stream-processor verify`. `compare` defines the
-//! differences, `rows` reads Cassandra, `log` compares with the Kafka log, and `rebuild` rewrites panes.
+//! [`Verifier`] works one partition at a time. [`command`] is `stream-processor verify`, and [`daily`] verifies one day.
+//! `compare` defines the differences, `rows` reads Cassandra, `log` compares with the Kafka log, and `rebuild` rewrites
+//! panes.
 
 pub mod command;
 mod compare;
+pub mod daily;
 mod log;
 mod rebuild;
 mod rows;

@@ -98,7 +98,7 @@ async fn two_concurrent_inits_migrate_a_keyspace_of_version_1_and_processing_con
     pipeline.create_version_1_keyspace(&current).await;
     pipeline.lose_checkpoints();
 
-    let expected = ["have version 1, this program needs 2", "run its `stream-processor init` first"];
+    let expected = ["have version 1, this program needs 3", "run its `stream-processor init` first"];
     pipeline.assert_exits("stream-processor", "run", 1, &expected).await;
     tokio::join!(pipeline.init(), pipeline.init());
     pipeline.init().await;

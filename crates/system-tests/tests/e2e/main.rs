@@ -21,6 +21,7 @@ mod outages;
 mod path;
 mod refusals;
 mod restored;
+mod schedule;
 mod streams;
 mod stress;
 mod supervision;

@@ -46,8 +46,7 @@ async fn failed_intervals_are_counted_and_retried_until_they_succeed_or_are_give
     let source = Arc::new(source);
     let runner = Runner { source: source.clone(), ..Arc::into_inner(world.runner("a")).unwrap() };
     let runner = Arc::new(runner);
-    let service = || Service::new(runner.clone(), Health::new(Duration::from_secs(60), &[]));
-    let mut first = service();
+    let mut first = service(runner.clone());
     an_hour(&world, &mut first).await;
     let runs = world.ledger.all();
     let tried: usize = runs.iter().filter(|run| run.state == RunState::Failed).count();
@@ -62,7 +61,7 @@ async fn failed_intervals_are_counted_and_retried_until_they_succeed_or_are_give
         state: None,
     };
     crate::runs::give_up(&*world.ledger, &span, world.now.load(Ordering::SeqCst)).await.unwrap();
-    let mut second = service();
+    let mut second = service(runner.clone());
     second.tick().await.unwrap();
     second.wait_for_active().await;
     assert!(unresolved(&runner).0 >= tried as f64 - 1.0, "{tried} {:?}", unresolved(&runner));
@@ -80,7 +79,7 @@ async fn missed_intervals_are_counted_until_they_are_given_up() {
     settle(&world).await;
     world.pass(2 * DAY);
     let runner = world.runner("d");
-    let mut service = Service::new(runner.clone(), Health::new(Duration::from_secs(60), &[]));
+    let mut service = service(runner.clone());
     an_hour(&world, &mut service).await;
     let missed = 2 * 1440 - 30;
     assert_eq!(unresolved(&runner), (0.0, missed as f64));
