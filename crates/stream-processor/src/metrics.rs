@@ -296,7 +296,7 @@ pub struct VerificationMetrics {
 }
 
 impl VerificationMetrics {
-    fn new(make: &Maker) -> Result<VerificationMetrics, prometheus::Error> {
+    fn new(make: &MetricFactory) -> Result<VerificationMetrics, prometheus::Error> {
         let gauge = |name: &str, help: &str| make.gauges(name, help, &["partition"]);
         Ok(VerificationMetrics {
             enabled: make.gauge("processor_verification_enabled", "1 if each day is verified")?,
