@@ -2,6 +2,8 @@
 //! succeeded. Only the ledger determines what is due; a tick just runs the planner. If an attempt stops at any point,
 //! for example in a crash, its lease expires and another attempt completes the interval with the same event ids.
 
+mod batch;
+
 use crate::error::{AttemptError, Kind};
 use crate::ledger::{
     Attempt, Claim, Counts, Ending, Lease, Ledger, LedgerError, OUTCOME_CLEARED, OUTCOME_FAILED,
@@ -16,6 +18,7 @@ use crate::source::extract::{Each, Extractor, Outgoing};
 use crate::source::request::Requests;
 use crate::source::walk::{Walk, Walker};
 use backon::{ExponentialBuilder, Retryable};
+use batch::Batch;
 use common::contracts::run_ledger::{Interval, RunState, RunType};
 use common::contracts::stream::Definition;
 use futures::FutureExt;
@@ -31,9 +34,6 @@ use uuid::Uuid;
 /// Returns the current time in Unix milliseconds. It is injected so that tests can control it.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
-/// Limits of a batch, in records and in bytes of their values. A page is handed to the Kafka client batch by batch.
-const BATCH_RECORDS: usize = 500;
-const BATCH_BYTES: usize = 1 << 20;
 /// Pause before a ledger call is retried.
 const LEDGER_PAUSE: Duration = Duration::from_millis(500);
 /// Maximum retries of a claim whose result is unknown. They take much less time than a lease of default length.
@@ -446,24 +446,6 @@ impl Runner {
             }
             tokio::time::sleep(LEDGER_PAUSE).await;
         }
-    }
-}
-
-/// Records that are handed to the Kafka client together.
-#[derive(Default)]
-struct Batch {
-    outgoing: Vec<Outgoing>,
-    bytes: usize,
-}
-
-impl Batch {
-    fn add(&mut self, record: Outgoing) {
-        self.bytes += record.value().len();
-        self.outgoing.push(record);
-    }
-
-    fn is_full(&self) -> bool {
-        self.outgoing.len() >= BATCH_RECORDS || self.bytes >= BATCH_BYTES
     }
 }
 

@@ -117,7 +117,8 @@ impl Pipeline {
 
     /// Ids of the people that the default stream's source returns for an interval.
     pub fn people_of(&self, start_ms: i64) -> BTreeSet<String> {
-        let (size, seed) = (u64::from(self.definition.source.page_size), format!("user_created-{start_ms}"));
+        let (size, seed) =
+            (u64::from(self.definition.source.page_size.unwrap()), format!("user_created-{start_ms}"));
         let people = (1..=2).flat_map(|page| (0..size).map(move |index| (page, index)));
         people
             .map(|(page, index)| {

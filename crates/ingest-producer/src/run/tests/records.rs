@@ -1,6 +1,7 @@
 //! Tests of the records of unusual pages, and of how much of a page is in memory.
 
 use super::*;
+use crate::run::batch::{BATCH_BYTES, BATCH_RECORDS};
 
 /// Returns the same page for every request.
 struct FixedSource(String);
