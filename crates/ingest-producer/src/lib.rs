@@ -253,7 +253,8 @@ async fn produce(
     definition: Definition,
     shutdown: &Shutdown,
 ) -> anyhow::Result<CommandOutput> {
-    tracing::info!(settings = %serde_json::to_string(config)?, "configuration");
+    let settings = serde_json::to_string(config)?;
+    tracing::info!(settings, version = env!("CARGO_PKG_VERSION"), "settings in force");
     if definition.event.id.is_empty() {
         tracing::warn!(stream = definition.stream.name, "{}", check::NO_ID);
     }

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     if config.common.print_config {
         return print(&serde_json::to_string_pretty(&config).unwrap_or_default(), 0);
     }
-    if let Err(mistake) = common::runtime::telemetry::init("ingest-producer", &config.common) {
+    if let Err(mistake) = common::runtime::telemetry::init(&config.common) {
         return fail(&mistake, 2);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build() {

@@ -40,7 +40,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// is not an error.
 pub async fn run(config: &config::Config) -> anyhow::Result<u8> {
     let settings = serde_json::to_string(config).context("settings")?;
-    tracing::info!(settings, page_built = api::page::is_built(), "settings in force");
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(settings, version, page_built = api::page::is_built(), "settings in force");
     let definition = config.common.definition()?;
     let shutdown = Shutdown::on_signals(GRACE).context("signals")?;
     let health = Health::new(STALL_LIMIT, &[Origin::Kafka, Origin::Cassandra].map(Origin::name));

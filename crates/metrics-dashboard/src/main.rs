@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     if config.common.print_config {
         return print_settings(&config);
     }
-    if let Err(error) = common::runtime::telemetry::init("metrics-dashboard", &config.common) {
+    if let Err(error) = common::runtime::telemetry::init(&config.common) {
         return fail(&error, 2);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build() {

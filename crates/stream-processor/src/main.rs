@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         println!("{:#}", serde_json::json!({"common": cli.common, "command": command}));
         return ExitCode::SUCCESS;
     }
-    if let Err(e) = common::runtime::telemetry::init("stream-processor", &cli.common) {
+    if let Err(e) = common::runtime::telemetry::init(&cli.common) {
         eprintln!("{e}");
         return ExitCode::from(2);
     }

@@ -74,7 +74,7 @@ pub async fn run(
         .map_err(ProcessorError::Fatal)?;
     // Safe to log: secrets are kept in files, and the settings hold only their paths.
     let settings = serde_json::json!({"common": common, "run": args});
-    tracing::info!(%settings, "settings in force");
+    tracing::info!(%settings, version = env!("CARGO_PKG_VERSION"), "settings in force");
     let service = Service {
         common,
         args,

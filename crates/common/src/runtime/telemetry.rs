@@ -9,8 +9,8 @@ use tracing_subscriber::fmt::time::UtcTime;
 /// error over and over while a server is down, and the job scheduler logs each job.
 const QUIET: [&str; 3] = ["scylla=off", "librdkafka=error", "tokio_cron_scheduler=error"];
 
-/// Initializes logging for `service`. Fails if the configured log filter is invalid.
-pub fn init(service: &'static str, settings: &CommonArgs) -> Result<(), String> {
+/// Initializes logging. Fails if the configured log filter is invalid.
+pub fn init(settings: &CommonArgs) -> Result<(), String> {
     let mut filter = EnvFilter::try_new(&settings.log).map_err(|e| {
         format!("log filter `{}`: {e}; use for example `info` or `info,stream_processor=debug`", settings.log)
     })?;
@@ -31,7 +31,5 @@ pub fn init(service: &'static str, settings: &CommonArgs) -> Result<(), String> 
     } else {
         builder.with_timer(UtcTime::rfc_3339()).json().flatten_event(true).with_current_span(false).try_init()
     };
-    started.map_err(|e| format!("logging: {e}"))?;
-    tracing::info!(service, version = env!("CARGO_PKG_VERSION"), "starting");
-    Ok(())
+    started.map_err(|e| format!("logging: {e}"))
 }

@@ -6,13 +6,13 @@ use crate::error::ProcessorError;
 use common::runtime::kafka::client_config;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use std::time::Duration;
 
 /// Maximum duration of one administrative request.
 pub(super) const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
 /// Maximum attempts to fetch the metadata of a topic. Metadata of a new topic reaches the brokers with a delay.
-const METADATA_TRIES: u32 = 50;
+const METADATA_TRIES: u32 = 300;
 /// Pause between two attempts to fetch metadata.
 const METADATA_PAUSE: Duration = Duration::from_millis(100);
 
@@ -52,25 +52,30 @@ impl Admin {
         Ok(())
     }
 
-    /// Returns the number of partitions of a topic, and the smallest number of replicas of any of them.
+    /// Returns the number of partitions of a topic, and the smallest number of replicas of any of them. Waits until the
+    /// broker lists the topic.
     pub(super) async fn partitions(&self, topic: &str) -> Result<(i32, i32), ProcessorError> {
         let mut last = "the broker does not list it".to_owned();
         for _ in 0..METADATA_TRIES {
-            let response =
-                tokio::task::block_in_place(|| self.0.inner().fetch_metadata(Some(topic), ADMIN_DEADLINE));
-            match response {
-                Ok(metadata) => {
-                    let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
-                    if let Some(found) = found.filter(|t| !t.partitions().is_empty()) {
-                        let copies = found.partitions().iter().map(|p| p.replicas().len()).min();
-                        return Ok((found.partitions().len() as i32, copies.unwrap_or(0) as i32));
-                    }
-                }
+            match self.listed(topic) {
+                Ok(Some(found)) => return Ok(found),
+                Ok(None) => {}
                 Err(e) => last = e.to_string(),
             }
             tokio::time::sleep(METADATA_PAUSE).await;
         }
         Err(ProcessorError::Retryable(format!("kafka: no metadata for topic {topic}: {last}")))
+    }
+
+    /// Like [`Admin::partitions`], without waiting. `None` if the broker does not list the topic.
+    fn listed(&self, topic: &str) -> Result<Option<(i32, i32)>, KafkaError> {
+        let metadata =
+            tokio::task::block_in_place(|| self.0.inner().fetch_metadata(Some(topic), ADMIN_DEADLINE))?;
+        let found = metadata.topics().iter().find(|t| t.name() == topic && t.error().is_none());
+        Ok(found.filter(|t| !t.partitions().is_empty()).map(|found| {
+            let copies = found.partitions().iter().map(|p| p.replicas().len()).min();
+            (found.partitions().len() as i32, copies.unwrap_or(0) as i32)
+        }))
     }
 
     /// Reads the settings of a topic. `None` if the topic does not exist or this user may not read its settings.
@@ -92,7 +97,8 @@ impl Admin {
         };
         let settings = resource.entries.into_iter().filter_map(|entry| Some((entry.name, entry.value?)));
         let settings = settings.collect();
-        let (_, factor) = self.partitions(topic).await?;
-        Ok(Some(FoundTopic { factor, settings }))
+        // The topic may have been deleted since its settings were read.
+        let listed = self.listed(topic).map_err(|e| failed(&e))?;
+        Ok(listed.map(|(_, factor)| FoundTopic { factor, settings }))
     }
 }
