@@ -22,10 +22,10 @@ type = "text"
 
 /// The examples, each as a complete definition.
 fn examples() -> Vec<Table> {
-    let blocks = DOCUMENT.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let blocks = DOCUMENT.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
     blocks
         .map(|block| {
-            let mut table: Table = BASE.parse().unwrap();
+            let mut table: Table = BASE.parse().unwrap_or_else(|e| panic!("{e}"));
             merge(&mut table, block.parse().unwrap_or_else(|e| panic!("{e} in {block}")));
             table
         })

@@ -42,7 +42,7 @@ pub async fn check(
     let walker = Walker { source, requests, definition, interval };
     let checker = Checker { definition, extractor: Extractor::new(definition), interval, now_ms };
     let mut report = Report::new(interval);
-    let mut totals = Totals::default();
+    let mut totals = Totals { most_shown: args.events as usize, ..Totals::default() };
     let values = walker.each().await.context("source.for_each")?;
     report.values = definition.source.for_each.as_ref().map(|_| values.len());
     'values: for each in &values {
@@ -56,7 +56,7 @@ pub async fn check(
             let page = walk.fetch().await.with_context(|| url.clone())?;
             if let Some(page) = page {
                 let before = totals.records;
-                let last = checker.add(&walk, &page, each, args.events as usize, &mut totals)?;
+                let last = checker.add(&walk, &page, &mut totals)?;
                 let records = totals.records - before;
                 report.pages.push(PageView { url: url.clone(), records, bytes: page.bytes });
                 walk.advance(&page, records, last.as_deref())?;
@@ -104,26 +104,21 @@ struct Totals {
     identities: u64,
     values: u64,
     shown: Vec<Event>,
+    /// Most events to keep in `shown`.
+    most_shown: usize,
 }
 
 impl Checker<'_> {
     /// Adds the records of a page. Returns the text of the last one.
-    fn add(
-        &self,
-        walk: &Walk<'_>,
-        page: &Page,
-        each: &Each,
-        events: usize,
-        totals: &mut Totals,
-    ) -> anyhow::Result<Option<Vec<u8>>> {
+    fn add(&self, walk: &Walk<'_>, page: &Page, totals: &mut Totals) -> anyhow::Result<Option<Vec<u8>>> {
         let mut last = None;
         let records = walk.records(page)?;
         totals.without_list += u64::from(records.is_none() && !page.text.is_empty());
-        let around = self.extractor.surroundings(self.interval, each, page.json())?;
+        let around = self.extractor.surroundings(self.interval, walk.each(), page.json())?;
         for record in records.into_iter().flatten() {
             let record = record?;
             match self.extractor.outgoing(&around, totals.records, &record) {
-                Outgoing::Event(event) => self.add_event(event, events, totals),
+                Outgoing::Event(event) => self.add_event(event, totals),
                 Outgoing::Refused(refused) => {
                     if totals.refused == 0 {
                         totals.first_refusal = refused.reason;
@@ -139,7 +134,7 @@ impl Checker<'_> {
         Ok(last)
     }
 
-    fn add_event(&self, event: Event, events: usize, totals: &mut Totals) {
+    fn add_event(&self, event: Event, totals: &mut Totals) {
         let present = columns(&event);
         let mut is_dead = false;
         for column in &self.definition.columns {
@@ -167,7 +162,7 @@ impl Checker<'_> {
         let chained = |hash: u64, bytes: &[u8]| event::seen_hash(hash.cast_signed(), bytes);
         totals.identities = chained(totals.identities ^ event.time_ms.cast_unsigned(), event.id.as_bytes());
         totals.values = chained(totals.values, &event.value);
-        if totals.shown.len() < events {
+        if totals.shown.len() < totals.most_shown {
             totals.shown.push(event);
         }
     }
@@ -178,7 +173,7 @@ impl Checker<'_> {
         if let Some(each) = values.first() {
             let mut walk = walker.pages(each)?;
             if let Some(page) = walk.fetch().await.context("second request for the first page")? {
-                self.add(&walk, &page, each, 0, &mut totals)?;
+                self.add(&walk, &page, &mut totals)?;
             }
         }
         Ok(totals)

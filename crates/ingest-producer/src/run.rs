@@ -14,7 +14,7 @@ use crate::planner::{AfterFailure, FailedAttempt, Run, after_failure};
 use crate::publish::{Acks, Publish, RunHeaders};
 use crate::registration::CheckTopic;
 use crate::source::client::{FetchPage, Page};
-use crate::source::extract::{Each, Extractor, Outgoing};
+use crate::source::extract::{Extractor, Outgoing};
 use crate::source::request::Requests;
 use crate::source::walk::{Walk, Walker};
 use backon::{ExponentialBuilder, Retryable};
@@ -231,7 +231,7 @@ impl Runner {
                 let page = walk.fetch().await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
                 timer.observe_duration();
                 let Some(page) = page else { break };
-                let (records, last) = self.publish_page(&walk, &headers, &page, each, progress).await?;
+                let (records, last) = self.publish_page(&walk, &headers, &page, progress).await?;
                 walk.advance(&page, records, last.as_deref())?;
             }
         }
@@ -251,7 +251,6 @@ impl Runner {
         walk: &Walk<'_>,
         headers: &RunHeaders,
         page: &'p Page,
-        each: &Each,
         progress: &Progress,
     ) -> Result<(u64, Option<Cow<'p, [u8]>>), AttemptError> {
         let broken = |e: &dyn std::fmt::Display| AttemptError::retryable(e.to_string());
@@ -261,7 +260,7 @@ impl Runner {
         self.metrics.bytes.inc_by(page.bytes);
         let Some(mut records) = walk.records(page)? else { return Ok((0, None)) };
         let around =
-            self.extractor.surroundings(walk.interval(), each, page.json()).map_err(|e| broken(&e))?;
+            self.extractor.surroundings(walk.interval(), walk.each(), page.json()).map_err(|e| broken(&e))?;
         let (mut count, mut last) = (0, None);
         loop {
             let first = progress.records.load(Ordering::Relaxed).unsigned_abs();

@@ -50,7 +50,10 @@ pub fn encode(raw: &str, column: &Column, out: &mut Vec<u8>) -> Result<bool, Str
             put(out, &unscaled.to_signed_bytes_be());
         }),
         CqlType::Timestamp => match column.reading.read(text) {
-            Ok(ms) => Some(put(out, &ms.to_be_bytes())),
+            Ok(ms) => {
+                put(out, &ms.to_be_bytes());
+                Some(())
+            }
             Err(e) => return Err(format!("{} {e}", quoted(raw))),
         },
         CqlType::Uuid if first == b'"' => Uuid::parse_str(text).ok().map(|uuid| put(out, uuid.as_bytes())),

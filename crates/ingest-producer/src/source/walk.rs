@@ -13,6 +13,9 @@ use common::contracts::stream::{
 };
 use serde_json::Value;
 
+/// The values of a request that does not belong to `source.for_each`.
+static NO_VALUES: Each = Each::new();
+
 /// Top-level members that report an error if a page has no records at all and the definition names no sign of an error.
 const USUAL_ERROR_MEMBERS: [&str; 5] = ["/error", "/errors", "/fault", "/message", "/detail"];
 
@@ -174,6 +177,11 @@ impl<'a> Walk<'a> {
         };
         self.state = State::Next(request.map_err(|e| AttemptError::fatal(e.to_string()))?);
         Ok(())
+    }
+
+    /// The value of `source.for_each` that the pages belong to; empty without one.
+    pub fn each(&self) -> &'a Each {
+        self.each.unwrap_or(&NO_VALUES)
     }
 
     /// The interval.

@@ -1,6 +1,6 @@
 //! Tests of the rules, by mistakes in a shipped stream file.
 
-use super::super::{Auth, Definition, OffsetStep, PageOrder, Place, Schedule, Secret};
+use super::super::{Auth, Definition, OffsetStep, PageOrder, Place, Schedule, Secret, SourceSettings};
 
 const GOOD: &str = include_str!("../../../../../../streams/user_created.toml");
 
@@ -73,12 +73,14 @@ fn every_mistake_is_reported_with_its_key_and_a_remedy() {
     check(("measures = [\"age\"]", "measures = [\"email\"]"), "a measure must be int, bigint or double");
 }
 
+/// The source of the shipped definition with this change.
+fn source(change: (&str, &str)) -> SourceSettings {
+    assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
+    Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().source
+}
+
 #[test]
-fn every_kind_of_pagination_and_authentication_is_parsed() {
-    let source = |change: (&str, &str)| {
-        assert!(GOOD.contains(change.0), "`{}` is not in the file", change.0);
-        Definition::parse("test.toml", &GOOD.replace(change.0, change.1)).unwrap().source
-    };
+fn every_kind_of_pagination_is_parsed() {
     let paged = "&page={page}\"\nallow_private = true\nrecords = \"/results\"\npage_size = 500\npagination = { kind = \"page\", first = 1, pages = 2 }";
     let by = |place: &str, pagination: &str| {
         let to = format!(
@@ -86,8 +88,7 @@ fn every_kind_of_pagination_and_authentication_is_parsed() {
         );
         source((paged, &to)).pagination.order
     };
-    let (text, pointer) = (str::to_owned, "/next".to_owned());
-    let place = || Place::Pointer(pointer.clone());
+    let place = || Place::Pointer("/next".to_owned());
     assert_eq!(by("", "kind = \"none\""), PageOrder::None);
     assert_eq!(
         by("&skip={offset}", "kind = \"offset\""),
@@ -106,6 +107,11 @@ fn every_kind_of_pagination_and_authentication_is_parsed() {
     );
     assert_eq!(by("", "kind = \"link_header\""), PageOrder::LinkHeader);
     assert_eq!(by("", "kind = \"next_url\", pointer = \"/next\""), PageOrder::NextUrl { next: place() });
+}
+
+#[test]
+fn every_kind_of_authentication_is_parsed() {
+    let text = str::to_owned;
     let auth = |line: &str| {
         source(("allow_private = true", &format!("allow_private = true\nauth = {{ {line} }}"))).auth
     };
