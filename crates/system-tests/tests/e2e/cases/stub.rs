@@ -60,6 +60,7 @@ async fn answer(
     let host = headers.get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
     let request = Request { query: &query, body: &body, earlier, origin: format!("http://{host}") };
     let (status, more, body) = pages(&case, &request)
+        .or_else(|| parameters(&case, &request))
         .or_else(|| shapes(&case))
         .or_else(|| failures(&case, &request))
         .unwrap_or_else(|| (404, vec![], format!("no case {case}").into_bytes()));
@@ -152,6 +153,13 @@ fn pages(case: &str, request: &Request<'_>) -> Option<Answer> {
             let page = json!({"hasNextPage": after < 40, "endCursor": (after + 20).to_string()});
             ok(&json!({"data": {"items": {"nodes": rows(after, after + 20), "pageInfo": page}}}))
         }
+        _ => None,
+    }
+}
+
+/// Cases whose requests need certain parameters.
+fn parameters(case: &str, request: &Request<'_>) -> Option<Answer> {
+    match case {
         "per-symbol" => {
             let prices = [("BTCUSDT", "91234.5"), ("ETHUSDT", "3123.25"), ("SOLUSDT", "201.75")];
             let (symbol, price) = prices.iter().find(|(symbol, _)| *symbol == request.text("symbol"))?;
