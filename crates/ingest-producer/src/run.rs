@@ -258,7 +258,13 @@ impl Runner {
         progress.bytes.fetch_add(i64::try_from(page.bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
         self.metrics.pages.inc();
         self.metrics.bytes.inc_by(page.bytes);
-        let Some(mut records) = walk.records(page)? else { return Ok((0, None)) };
+        let Some(mut records) = walk.records(page)? else {
+            if !page.text.is_empty() {
+                let pointer = &self.definition.source.records;
+                tracing::info!(pointer, "the page has no list of records, which counts as no records");
+            }
+            return Ok((0, None));
+        };
         let around =
             self.extractor.surroundings(walk.interval(), walk.each(), page.json()).map_err(|e| broken(&e))?;
         let (mut count, mut last) = (0, None);

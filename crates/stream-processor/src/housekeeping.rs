@@ -1,5 +1,5 @@
 //! Work besides processing: verifies the previous UTC day for the partitions of this instance, once a day. It runs on a
-//! thread of the lowest priority with a runtime of its own, so that it cannot delay the workers.
+//! low-priority thread with its own runtime, so that it cannot delay the workers.
 //!
 //! An alarm starts the verification. Whether a day is verified is decided by table `verifications`, so a second alarm or
 //! a restart verifies nothing again, and another instance that takes over a partition continues where this one stopped.
@@ -93,7 +93,7 @@ async fn verify_days(context: Context, verify_at_ms: i64) {
 
 impl Context {
     async fn verifier(&self) -> Result<DayVerifier, ProcessorError> {
-        // Metrics of its own, which nobody reads: those of the processor describe the requests of its workers.
+        // Separate metrics that are not exported: the exported ones describe the requests of the workers.
         let metrics = Metrics::new().map_err(|e| ProcessorError::Fatal(e.to_string()))?;
         let store = StoreContext {
             session: Arc::clone(&self.session),

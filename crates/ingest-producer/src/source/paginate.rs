@@ -110,7 +110,7 @@ pub enum EndReason {
     EmptyPage,
     /// The page has fewer records than `page_size`.
     ShortPage,
-    /// The page names no next page.
+    /// The page does not name a next page.
     NoNext,
     /// The status of the next page is listed in `end_on`.
     Status,
@@ -126,7 +126,7 @@ impl EndReason {
             EndReason::Total => "the total that the source states is reached",
             EndReason::EmptyPage => "the last page has no records",
             EndReason::ShortPage => "the last page has fewer records than page_size",
-            EndReason::NoNext => "the last page names no next page",
+            EndReason::NoNext => "the last page does not name a next page",
             EndReason::Status => "the source answered the next page with a status listed in end_on",
         }
     }

@@ -16,7 +16,8 @@ use serde_json::Value;
 /// The values of a request that does not belong to `source.for_each`.
 static NO_VALUES: Each = Each::new();
 
-/// Top-level members that report an error if a page has no records at all and the definition names no sign of an error.
+/// Members that usually report an error. They are checked if a page has no list of records and the definition does not
+/// set `error`.
 const USUAL_ERROR_MEMBERS: [&str; 5] = ["/error", "/errors", "/fault", "/message", "/detail"];
 
 /// What all requests of an interval share.

@@ -142,7 +142,7 @@ fn a_replay_counts_only_records_that_the_progress_row_does_not_include() {
     let last = LastRecord { offset: 49, fingerprint: 9 };
     assert_eq!((start.expected, start.compare_first), (None, Some(last)));
     let trimmed = decide(&StartFacts { low: 50, ..facts }).unwrap();
-    assert_eq!(trimmed.compare_first, None, "the last record is no longer in the log");
+    assert_eq!(trimmed.compare_first, None, "retention has removed the last record");
 }
 
 #[test]

@@ -105,15 +105,28 @@ impl Section<'_> {
         })
     }
 
-    /// A table of strings, or of numbers and booleans that are written as strings.
+    /// A table of strings. Numbers and booleans count as their text.
     pub(super) fn texts(&mut self, key: &'static str) -> Vec<(String, String)> {
-        let scalar = |value: &Value| match value {
-            Value::String(text) => Some(text.clone()),
-            Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => Some(value.to_string()),
-            _ => None,
-        };
         let pairs = self.typed(key, "a table of strings", |v| {
-            v.as_table()?.iter().map(|(k, v)| Some((k.clone(), scalar(v)?))).collect::<Option<Vec<_>>>()
+            v.as_table()?
+                .iter()
+                .map(|(name, value)| Some((name.clone(), scalar(value)?)))
+                .collect::<Option<_>>()
+        });
+        pairs.unwrap_or_default()
+    }
+
+    /// Like [`Section::texts`], with lists. A list repeats its name.
+    pub(super) fn parameters(&mut self, key: &'static str) -> Vec<(String, String)> {
+        let pairs = self.typed(key, "a table of strings, numbers, booleans and lists of them", |v| {
+            let mut pairs = Vec::new();
+            for (name, value) in v.as_table()? {
+                let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+                for value in values {
+                    pairs.push((name.clone(), scalar(value)?));
+                }
+            }
+            Some(pairs)
         });
         pairs.unwrap_or_default()
     }
@@ -266,6 +279,15 @@ impl Section<'_> {
         let path = self.key(key);
         let tables = tables.unwrap_or_default().into_iter().enumerate();
         tables.map(|(i, t)| read_section(format!("{path}[{i}]"), t, self.problems, &read)).collect()
+    }
+}
+
+/// The text of a string, number or boolean.
+fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => Some(value.to_string()),
+        _ => None,
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) fn source(s: &mut Section<'_>) -> SourceSettings {
     }
     SourceSettings {
         url: s.required_text("url"),
-        query: query(s),
+        query: s.parameters("query"),
         method,
         body,
         headers: s.texts("headers"),
@@ -61,26 +61,6 @@ pub(super) fn source(s: &mut Section<'_>) -> SourceSettings {
         }),
         requests_per_second,
     }
-}
-
-/// Query parameters. A list repeats its parameter.
-fn query(s: &mut Section<'_>) -> Vec<(String, String)> {
-    let scalar = |value: &Value| match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => Some(value.to_string()),
-        _ => None,
-    };
-    let found = s.typed("query", "a table of strings, numbers, booleans and lists of them", |v| {
-        let mut pairs = Vec::new();
-        for (name, value) in v.as_table()? {
-            let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-            for value in values {
-                pairs.push((name.clone(), scalar(value)?));
-            }
-        }
-        Some(pairs)
-    });
-    found.unwrap_or_default()
 }
 
 /// A TOML value as JSON. Dates become their text.
@@ -189,7 +169,7 @@ fn for_each(s: &mut Section<'_>) -> ForEach {
         }
         return ForEach::Listing(Box::new(Listing {
             url: s.required_text("url"),
-            query: query(s),
+            query: s.parameters("query"),
             records: s.pointer("records").unwrap_or_default(),
             pagination: s.section("pagination", pagination),
             fields,
