@@ -11,11 +11,13 @@ use scylla::client::session::Session;
 use scylla::errors::PagerExecutionError;
 use scylla::value::CqlTimestamp;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a silent instance checks whether it may write heartbeats again.
+const SILENCE_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Consecutive failures after which Cassandra counts as down: a single lost packet is not an outage.
 const FAILURES_TO_UNREADY: u32 = 2;
 /// An instance counts as dead if its row has not changed for this long.
@@ -41,6 +43,9 @@ pub struct Instance {
     pub life: String,
     /// When the process started, in Unix milliseconds.
     pub started_at_ms: i64,
+    /// Suspends the heartbeats while set. A process with the same instance name writes the same row of `services`, so it
+    /// can be seen reliably only while this process does not write. Clones share the flag.
+    pub silent: Arc<AtomicBool>,
 }
 
 impl Instance {
@@ -53,6 +58,7 @@ impl Instance {
             instance: settings.instance_name(),
             life: uuid::Uuid::new_v4().to_string(),
             started_at_ms: chrono::Utc::now().timestamp_millis(),
+            silent: Arc::default(),
         }
     }
 
@@ -165,6 +171,10 @@ pub async fn announce(
     let started_at = CqlTimestamp(who.started_at_ms);
     let (mut failures, mut refusal_is_empty) = (0, false);
     while !shutdown.has_begun() {
+        if who.silent.load(Ordering::Acquire) {
+            tokio::time::sleep(SILENCE_CHECK_INTERVAL).await;
+            continue;
+        }
         let version = env!("CARGO_PKG_VERSION");
         let partitions: BTreeMap<i32, String> = holdings
             .all()

@@ -14,6 +14,7 @@ use common::runtime::presence::{Announced, announced};
 use membership::{End, Membership};
 use parts::{Lost, Parts};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
@@ -42,7 +43,10 @@ pub fn run<S: Store + 'static, D: DeadLetters + 'static>(
         tracing::warn!(reason = %lost, "rejoining the group with a new client");
         parts.metrics.client_rebuilt(lost.label());
         if matches!(lost, Lost::Fenced) {
-            runtime.block_on(parts.check_for_duplicate())?;
+            parts.who.silent.store(true, Ordering::Release);
+            let checked = runtime.block_on(parts.check_for_duplicate());
+            parts.who.silent.store(false, Ordering::Release);
+            checked?;
         }
         failures = if joined.elapsed() >= STABLE_AFTER { 0 } else { failures.saturating_add(1) };
         let backoff = INITIAL_REJOIN_BACKOFF.saturating_mul(1 << failures.min(10)).min(MAX_REJOIN_BACKOFF);
@@ -61,7 +65,8 @@ pub fn run<S: Store + 'static, D: DeadLetters + 'static>(
 impl<S, D> Parts<S, D> {
     /// Checks whether another process with this instance name is alive. Of two live processes, the one that started
     /// later fails and the other continues. An earlier process of this instance no longer announces itself, so it is
-    /// never mistaken for a live one.
+    /// never mistaken for a live one. The heartbeats of this process must be suspended meanwhile: both processes write
+    /// the same row.
     async fn check_for_duplicate(&self) -> Result<(), ProcessorError> {
         let (mut first, started) = (None, Instant::now());
         while started.elapsed() < NAME_CHECK_DURATION && !self.shutdown.has_begun() {
