@@ -79,9 +79,10 @@ pub async fn run(settings: &Settings, args: &SoakArgs, terminal: Terminal) -> Re
     let mut own = PrivateServers::prepare(settings, private::folder(settings, "soak-")?, terminal).await?;
     own.settings.stream = with_short_intervals(&own.settings)?;
     let mut fleet = Fleet::new(&own.settings, &own.installed, args, terminal);
+    let ending = CancellationToken::new();
     let report = tokio::select! {
-        report = soak(&own.settings, &mut fleet, args, terminal) => report,
-        error = private::interrupted() => Err(error),
+        report = soak(&own.settings, &mut fleet, args, &ending, terminal) => report,
+        error = interrupted_twice(&ending, terminal) => Err(error),
     };
     fleet.stop().await;
     if let Ok(report) = &report {
@@ -93,6 +94,14 @@ pub async fn run(settings: &Settings, args: &SoakArgs, terminal: Terminal) -> Re
     report
 }
 
+/// Ends the faults at the first interrupt, so that the report covers those injected until then. Returns at the second.
+async fn interrupted_twice(ending: &CancellationToken, terminal: Terminal) -> Error {
+    private::interrupted().await;
+    terminal.warning("no further faults: comparing what was stored; interrupt again to end at once");
+    ending.cancel();
+    private::interrupted().await
+}
+
 /// Writes a copy of the stream definition with [`SOAK_SCHEDULE`] in place of the shipped schedule. Returns its path.
 fn with_short_intervals(settings: &Settings) -> Result<std::path::PathBuf> {
     let text = fs::read_to_string(&settings.stream).map_err(Error::io(&settings.stream))?;
@@ -101,7 +110,13 @@ fn with_short_intervals(settings: &Settings) -> Result<std::path::PathBuf> {
     Ok(copy)
 }
 
-async fn soak(settings: &Settings, fleet: &mut Fleet, args: &SoakArgs, terminal: Terminal) -> Result<Report> {
+async fn soak(
+    settings: &Settings,
+    fleet: &mut Fleet,
+    args: &SoakArgs,
+    ending: &CancellationToken,
+    terminal: Terminal,
+) -> Result<Report> {
     let seed = args.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0 >> 32);
     let minutes = plan::minutes(args);
     fleet.start_servers().await?;
@@ -110,8 +125,13 @@ async fn soak(settings: &Settings, fleet: &mut Fleet, args: &SoakArgs, terminal:
     let watch = Watch::start(settings, fleet.epoch()).await?;
     let injections = plan::plan(seed, args);
     terminal.started("soak", &format!("{minutes} minutes, {} faults, seed {seed}", injections.len()));
+    let stop = CancellationToken::new();
+    recovery::watch(settings, fleet.clock().clone(), partitions, stop.clone()).await?;
     let length = Duration::from_secs(60 * minutes);
-    let not_injected = inject_faults(fleet, settings, injections, length, partitions).await?;
+    let since = Instant::now();
+    let not_injected = inject_faults(fleet, injections, length, ending).await;
+    stop.cancel();
+    let (not_injected, injected_for) = (not_injected?, since.elapsed());
     end_load(fleet).await?;
     let added = match args.faults.contains(&FaultKind::Partitions) {
         true => Some(added::add(settings, fleet, partitions, terminal).await?),
@@ -128,7 +148,7 @@ async fn soak(settings: &Settings, fleet: &mut Fleet, args: &SoakArgs, terminal:
     print_findings(&comparison, &findings, fleet, terminal);
     Ok(Report {
         seed,
-        minutes,
+        minutes: injected_for.as_secs().div_ceil(60),
         processors: args.processors,
         own_checkpoints: args.own_checkpoints,
         events: comparison.events,
@@ -164,21 +184,19 @@ async fn run_to_end(
 }
 
 /// Starts the load and injects every fault at its time, or as soon as its part is up. Then continues the load until the
-/// pipeline has recovered from all faults. Returns the number of faults that could not be injected in time.
+/// pipeline has recovered from all faults. Returns the number of faults that were not injected: in time, or before `ending` was
+/// cancelled.
 async fn inject_faults(
     fleet: &mut Fleet,
-    settings: &Settings,
     injections: Vec<Injection>,
     length: Duration,
-    partitions: i32,
+    ending: &CancellationToken,
 ) -> Result<usize> {
-    let stop = CancellationToken::new();
-    let _stops = stop.clone().drop_guard();
-    recovery::watch(settings, fleet.clock().clone(), partitions, stop).await?;
     fleet.start_load();
     let since = Instant::now();
     let mut schedule = FaultSchedule::new(injections);
-    while schedule.is_active(length) && since.elapsed() < MAX_OVERRUN * length + INJECTIONS_TIMEOUT {
+    let is_over = || ending.is_cancelled() || since.elapsed() >= MAX_OVERRUN * length + INJECTIONS_TIMEOUT;
+    while schedule.is_active(length) && !is_over() {
         fleet.poll().await?;
         let recovered = fleet.clock().lock().all_recovered();
         if let Some(injection) = schedule.due(recovered, Instant::now(), |fault| fleet.can_inject(fault)) {

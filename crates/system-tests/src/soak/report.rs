@@ -11,7 +11,7 @@ use super::recovery::{Line, Recoveries};
 pub struct Report {
     /// Seed of the fault plan.
     pub seed: u64,
-    /// Planned duration of the fault injection in minutes.
+    /// Duration of the fault injection in minutes.
     pub minutes: u64,
     /// Number of stream processors.
     pub processors: u64,
