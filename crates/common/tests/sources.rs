@@ -73,7 +73,8 @@ fn every_key_of_a_source_an_event_and_a_column_is_documented() {
     for mut example in examples() {
         with_unknown_keys(&mut example);
         for problem in Definition::parse("example", &example.to_string()).unwrap_err().problems {
-            let is_ours = ["`source", "`event", "`column"].iter().any(|table| problem.starts_with(table));
+            let is_ours =
+                ["`stream", "`source", "`event", "`column"].iter().any(|table| problem.starts_with(table));
             if let Some((_, known)) = problem.split_once("unknown key; use one of ").filter(|_| is_ours) {
                 keys.extend(known.split(", ").map(str::to_owned));
             }

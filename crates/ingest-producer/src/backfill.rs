@@ -62,7 +62,7 @@ pub async fn backfill(
         Some(text) => Timeline::from_json(&text)?,
         None => Timeline::first(&settings.schedule, settings.start_ms, settings.catch_up, now_ms)?,
     };
-    let intervals = timeline.ended(args.from, args.to.min(now_ms), MAX_INTERVALS + 1);
+    let intervals = timeline.ended(args.from, args.to.min(now_ms - settings.delay_ms), MAX_INTERVALS + 1);
     if intervals.len() > MAX_INTERVALS {
         anyhow::bail!(
             "the time range has more than {MAX_INTERVALS} intervals; split it into several backfills"

@@ -57,9 +57,11 @@ pub struct Metrics {
     pub queue_limit: IntGauge,
     /// How often the producer paused because the queue was full.
     pub queue_full: IntCounter,
+    /// How far the clock of this machine is ahead of the clock of the source, in seconds.
+    pub clock_ahead_seconds: Eventual,
     /// Time of the last successful run, Unix seconds.
     pub last_success: Eventual,
-    /// Every interval that started before this time is finished, Unix seconds.
+    /// Every interval that started before this time was fetched or has failed, Unix seconds.
     pub settled: Eventual,
     /// 1 while the stream is paused.
     pub paused: IntGauge,
@@ -110,6 +112,10 @@ impl Metrics {
             unresolved: make.gauges("ingest_unresolved_intervals", unresolved, &["state"])?,
             runs_active: gauge("ingest_runs_active", "Runs active in this process.")?,
             interval_seconds: eventual("ingest_interval_seconds", "Length of the current interval.")?,
+            clock_ahead_seconds: eventual(
+                "ingest_clock_ahead_seconds",
+                "Own clock minus that of the source.",
+            )?,
             last_success: eventual(
                 "ingest_last_success_timestamp_seconds",
                 "Time of the last successful run.",

@@ -52,9 +52,22 @@ pub struct Run {
 }
 
 impl Run {
-    /// Whether the planner's range may move past this run. A failed run counts as over, although it is still retried.
-    pub fn is_over(&self) -> bool {
+    /// Whether the planner's range may move past this run. A failed run counts as over, although it is still retried. An
+    /// interval that will be fetched again, because the stream looks back, is not over.
+    fn is_over(&self, facts: &Facts<'_>) -> bool {
+        let last_refetch = || facts.refetches(self.interval).last();
+        match self.state {
+            RunState::Succeeded => last_refetch().is_none_or(|at_ms| at_ms <= self.started_at_ms),
+            RunState::Failed => last_refetch().is_none_or(|at_ms| at_ms <= facts.now_ms),
+            RunState::GivenUp => true,
+            RunState::Scheduled | RunState::Running | RunState::Retrying => false,
+        }
+    }
+
+    /// Whether the first fetch of the interval is over.
+    fn is_fetched(&self) -> bool {
         matches!(self.state, RunState::Succeeded | RunState::Failed | RunState::GivenUp)
+            || self.run_type == RunType::Lookback
     }
 
     /// Whether the interval exceeded the catch-up limit before the first attempt.
@@ -85,7 +98,8 @@ impl Run {
             RunState::Failed => {
                 (self.interval.start_ms >= facts.catch_up_from_ms).then_some(self.retry_at_ms)
             }
-            RunState::Succeeded | RunState::GivenUp => None,
+            RunState::Succeeded => facts.refetches(self.interval).find(|at_ms| *at_ms > self.started_at_ms),
+            RunState::GivenUp => None,
         }
     }
 
@@ -165,10 +179,31 @@ pub struct Facts<'a> {
     pub last_success_ms: i64,
     /// The retry policy of the stream.
     pub retry: &'a RetryPolicy,
+    /// How long after its end an interval is fetched, in milliseconds.
+    pub delay_ms: i64,
+    /// How many following intervals cause an interval to be fetched again.
+    pub lookback: u32,
     /// Maximum concurrent runs.
     pub max_active_runs: u32,
     /// If set, no run is started.
     pub paused: bool,
+}
+
+impl Facts<'_> {
+    /// An interval is due once it ended at or before this time.
+    fn closed_ms(&self) -> i64 {
+        self.now_ms.saturating_sub(self.delay_ms)
+    }
+
+    /// When an interval in the catch-up range becomes due again because the stream looks back, in ascending order.
+    fn refetches(&self, interval: Interval) -> impl Iterator<Item = i64> {
+        let mut end_ms = interval.end_ms;
+        let count = if interval.start_ms >= self.catch_up_from_ms { self.lookback } else { 0 };
+        (0..count).map(move |_| {
+            end_ms = self.timeline.containing(end_ms).end_ms;
+            end_ms.saturating_add(self.delay_ms)
+        })
+    }
 }
 
 /// What to do about one interval.
@@ -185,6 +220,8 @@ pub enum Decision {
     Resume {
         /// The row as read. Its epoch fences the claim.
         run: Run,
+        /// What starts the attempt.
+        run_type: RunType,
     },
     /// Record an interval as scheduled, because it might exceed the catch-up limit before a slot is free.
     Schedule {
@@ -207,6 +244,8 @@ pub struct Plan {
     pub decisions: Vec<Decision>,
     /// Every interval that started before this time is over.
     pub settled_to_ms: i64,
+    /// Every interval that started before this time was fetched at least once, or has failed.
+    pub fetched_to_ms: i64,
     /// When the next interval becomes due.
     pub next_interval_ms: i64,
     /// When the ledger's present rows give a reason to plan again, apart from the next interval. `None` if only a change
@@ -214,23 +253,37 @@ pub struct Plan {
     pub plan_again_ms: Option<i64>,
 }
 
-/// Start of the catch-up range. It covers the catch-up limit, but at least `catch_up` intervals.
+/// Start of the catch-up range. It covers the catch-up limit, but at least `catch_up` intervals and those that are fetched
+/// again.
 pub fn catch_up_from(timeline: &Timeline, settings: &StreamSettings, now_ms: i64) -> i64 {
     let by_age = timeline.containing(now_ms.saturating_sub(settings.catch_up_limit_ms)).start_ms;
-    by_age.max(timeline.start_ms()).min(timeline.back(now_ms, settings.catch_up))
+    let from_ms = by_age.max(timeline.start_ms()).min(timeline.back(now_ms, settings.catch_up));
+    from_ms.min(look_back_from(timeline, now_ms - settings.delay_ms, settings.lookback))
+}
+
+/// Start of the first interval that may still be fetched again, if intervals are due that ended at or before `closed_ms`.
+fn look_back_from(timeline: &Timeline, closed_ms: i64, lookback: u32) -> i64 {
+    if lookback == 0 { i64::MAX } else { timeline.back(closed_ms, lookback.saturating_add(1)) }
 }
 
 /// Decides what to do now.
 pub fn plan(facts: &Facts<'_>) -> Plan {
-    let settled_to_ms = settled_to(facts);
-    let next_interval_ms = facts.timeline.containing(facts.now_ms).end_ms;
+    let settled_to_ms = end_of_runs(facts, |run| run.is_over(facts));
+    let mut plan = Plan {
+        decisions: vec![],
+        settled_to_ms,
+        fetched_to_ms: end_of_runs(facts, Run::is_fetched),
+        next_interval_ms: facts.timeline.containing(facts.closed_ms()).end_ms.saturating_add(facts.delay_ms),
+        plan_again_ms: None,
+    };
     if facts.paused {
-        return Plan { decisions: vec![], settled_to_ms, next_interval_ms, plan_again_ms: None };
+        return plan;
     }
     let mut due = due(facts, settled_to_ms);
     let slots = free_slots(facts, &mut due);
     let waiting = due.split_off(slots);
-    let mut decisions: Vec<Decision> = due.into_iter().map(|due| due.decision).collect();
+    let decisions = &mut plan.decisions;
+    decisions.extend(due.into_iter().map(|due| due.decision));
     // Waiting intervals get a row at half the catch-up limit. Most backlogs are fetched before that and need no rows.
     let note_before_ms = facts.catch_up_from_ms.midpoint(facts.now_ms);
     decisions.extend(waiting.into_iter().filter_map(|due| match due.decision {
@@ -240,13 +293,13 @@ pub fn plan(facts: &Facts<'_>) -> Plan {
         _ => None,
     }));
     let beyond_limit =
-        facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.now_ms), MAX_NOTED);
+        facts.timeline.ended(settled_to_ms, facts.catch_up_from_ms.min(facts.closed_ms()), MAX_NOTED);
     let missed = beyond_limit.into_iter().filter(|i| is_unknown(facts.runs, i));
     decisions.extend(missed.map(|interval| Decision::Miss { interval }));
     let records = |d: &Decision| matches!(d, Decision::Schedule { .. } | Decision::Miss { .. });
-    let plan_again_ms =
+    plan.plan_again_ms =
         if decisions.iter().any(records) { Some(facts.now_ms) } else { next_known_change(facts) };
-    Plan { decisions, settled_to_ms, next_interval_ms, plan_again_ms }
+    plan
 }
 
 /// The earliest time after now at which a retry is due, a lease expires, or an unavailable source is probed.
@@ -258,30 +311,34 @@ fn next_known_change(facts: &Facts<'_>) -> Option<i64> {
 
 /// An interval that may run now.
 struct Due {
+    /// Whether the interval has been fetched and the stream looks back. Such intervals wait for all others.
+    refetch: bool,
     start_ms: i64,
     /// End of the latest attempt; 0 if there was none.
     tried_ms: i64,
     decision: Decision,
 }
 
-/// All intervals that may run now, oldest first.
+/// All intervals that may run now, oldest first, and after them those that are fetched again.
 fn due(facts: &Facts<'_>, settled_to_ms: i64) -> Vec<Due> {
     let known = facts.runs.values().chain(facts.unfinished).filter(|run| run.is_due(facts));
     let mut due: Vec<Due> = known
         .map(|run| Due {
+            refetch: run.state == RunState::Succeeded,
             start_ms: run.interval.start_ms,
             tried_ms: run.failed_at_ms().unwrap_or(0),
-            decision: Decision::Resume { run: run.clone() },
+            decision: Decision::Resume { run_type: resumed_type(run), run: run.clone() },
         })
         .collect();
     let from_ms = settled_to_ms.max(facts.catch_up_from_ms);
     // The list also contains intervals with rows. They must not reduce the number of new ones.
-    let candidates = facts.timeline.ended(from_ms, facts.now_ms, facts.runs.len() + MAX_NOTED);
+    let candidates = facts.timeline.ended(from_ms, facts.closed_ms(), facts.runs.len() + MAX_NOTED);
     due.extend(candidates.into_iter().filter(|i| is_unknown(facts.runs, i)).map(|interval| {
         let run_type = run_type(facts, &interval);
-        Due { start_ms: interval.start_ms, tried_ms: 0, decision: Decision::Start { interval, run_type } }
+        let decision = Decision::Start { interval, run_type };
+        Due { refetch: false, start_ms: interval.start_ms, tried_ms: 0, decision }
     }));
-    due.sort_by_key(|due| due.start_ms);
+    due.sort_by_key(|due| (due.refetch, due.start_ms));
     due
 }
 
@@ -294,7 +351,7 @@ fn free_slots(facts: &Facts<'_>, due: &mut [Due]) -> usize {
         None => facts.max_active_runs as usize,
         Some(at_ms) if facts.now_ms < at_ms => 0,
         Some(_) => {
-            due.sort_by_key(|due| (due.tried_ms, due.start_ms));
+            due.sort_by_key(|due| (due.refetch, due.tried_ms, due.start_ms));
             1
         }
     };
@@ -339,18 +396,28 @@ fn is_unknown(runs: &BTreeMap<i64, Run>, interval: &Interval) -> bool {
     before_its_end.is_none_or(|(_, run)| run.interval.end_ms <= interval.start_ms)
 }
 
-/// An interval that ended less than one interval length ago runs as scheduled, an older one as catch-up.
-fn run_type(facts: &Facts<'_>, interval: &Interval) -> RunType {
-    let length = interval.end_ms - interval.start_ms;
-    if facts.now_ms - interval.end_ms < length { RunType::Scheduled } else { RunType::CatchUp }
+/// The type of another attempt. A failed backfill is retried as a catch-up run, so that its earlier failures still count.
+fn resumed_type(run: &Run) -> RunType {
+    match run.state {
+        RunState::Failed => RunType::CatchUp,
+        RunState::Succeeded => RunType::Lookback,
+        _ => run.run_type,
+    }
 }
 
-fn settled_to(facts: &Facts<'_>) -> i64 {
-    let mut settled_to_ms = facts.settled_to_ms;
-    while let Some(run) = facts.runs.get(&settled_to_ms).filter(|run| run.is_over()) {
-        settled_to_ms = run.interval.end_ms;
+/// An interval that became due less than one interval length ago runs as scheduled, an older one as catch-up.
+fn run_type(facts: &Facts<'_>, interval: &Interval) -> RunType {
+    let length = interval.end_ms - interval.start_ms;
+    if facts.closed_ms() - interval.end_ms < length { RunType::Scheduled } else { RunType::CatchUp }
+}
+
+/// Where the first run starts that has no row or does not satisfy `is_done`.
+fn end_of_runs(facts: &Facts<'_>, is_done: impl Fn(&Run) -> bool) -> i64 {
+    let mut end_ms = facts.settled_to_ms;
+    while let Some(run) = facts.runs.get(&end_ms).filter(|run| is_done(run)) {
+        end_ms = run.interval.end_ms;
     }
-    settled_to_ms
+    end_ms
 }
 
 /// What to do after a failed attempt.
@@ -415,6 +482,7 @@ pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailu
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use chrono_tz::Tz;
     use common::contracts::stream::Schedule;
     use proptest::prelude::*;
 
@@ -459,6 +527,8 @@ pub(crate) mod tests {
         runs: BTreeMap<i64, Run>,
         settled_to_ms: i64,
         catch_up: u32,
+        delay_ms: i64,
+        lookback: u32,
         max_active_runs: u32,
     }
 
@@ -470,7 +540,15 @@ pub(crate) mod tests {
         fn of(schedule: &Schedule, catch_up: u32) -> World {
             let timeline = Timeline::first(schedule, None, catch_up, T0).unwrap();
             let settled_to_ms = timeline.start_ms();
-            World { timeline, runs: BTreeMap::new(), settled_to_ms, catch_up, max_active_runs: 100 }
+            World {
+                timeline,
+                runs: BTreeMap::new(),
+                settled_to_ms,
+                catch_up,
+                delay_ms: 0,
+                lookback: 0,
+                max_active_runs: 100,
+            }
         }
 
         fn add(&mut self, run: Run) {
@@ -509,6 +587,10 @@ pub(crate) mod tests {
         }
 
         fn plan_with(&self, now_ms: i64, paused: bool) -> Plan {
+            self.with_facts(now_ms, |facts| plan(&Facts { paused, ..facts }))
+        }
+
+        fn with_facts<T>(&self, now_ms: i64, f: impl FnOnce(Facts<'_>) -> T) -> T {
             let succeeded = self.runs.values().filter(|run| run.state == RunState::Succeeded);
             let unfinished: Vec<Run> = self
                 .runs
@@ -516,17 +598,23 @@ pub(crate) mod tests {
                 .map(|(_, run)| run.clone())
                 .filter(|run| run.state != RunState::Succeeded)
                 .collect();
-            plan(&Facts {
+            f(Facts {
                 now_ms,
                 timeline: &self.timeline,
                 settled_to_ms: self.settled_to_ms,
-                catch_up_from_ms: self.timeline.back(now_ms, self.catch_up),
+                catch_up_from_ms: self.timeline.back(now_ms, self.catch_up).min(look_back_from(
+                    &self.timeline,
+                    now_ms - self.delay_ms,
+                    self.lookback,
+                )),
                 runs: &self.runs.range(self.settled_to_ms..).map(|(at, run)| (*at, run.clone())).collect(),
                 unfinished: &unfinished,
                 last_success_ms: succeeded.map(|run| run.finished_at_ms).max().unwrap_or(0),
                 retry: &RETRY,
+                delay_ms: self.delay_ms,
+                lookback: self.lookback,
                 max_active_runs: self.max_active_runs,
-                paused,
+                paused: false,
             })
         }
     }
@@ -537,7 +625,7 @@ pub(crate) mod tests {
             .iter()
             .map(|d| match d {
                 Decision::Start { interval, .. } | Decision::Miss { interval } => minute(interval.start_ms),
-                Decision::Resume { run } => minute(run.interval.start_ms),
+                Decision::Resume { run, .. } => minute(run.interval.start_ms),
                 Decision::Schedule { .. } => panic!("{d:?}"),
             })
             .collect()
@@ -561,6 +649,51 @@ pub(crate) mod tests {
             .map(|d| if let Decision::Start { run_type, .. } = d { *run_type } else { panic!("{d:?}") })
             .collect();
         assert_eq!(types, [RunType::CatchUp, RunType::CatchUp, RunType::Scheduled]);
+    }
+
+    #[test]
+    fn an_interval_is_due_when_the_delay_after_its_end_is_over() {
+        let world = World { delay_ms: 5000, ..World::new(2) };
+        assert_eq!(starts(&world.plan(T0 + 4999)), [-2]);
+        assert_eq!(world.plan(T0 + 4999).next_interval_ms, T0 + 5000);
+        assert_eq!(starts(&world.plan(T0 + 5000)), [-2, -1]);
+        assert_eq!(world.plan(T0 + 5000).next_interval_ms, T0 + MINUTE + 5000);
+    }
+
+    #[test]
+    fn an_interval_is_fetched_again_when_each_of_the_following_intervals_is_due() {
+        let mut world = World { delay_ms: 5000, lookback: 2, ..World::new(0) };
+        let mut fetches = BTreeMap::new();
+        for second in 0..600 {
+            let now_ms = T0 + second * 1000;
+            let found = world.plan(now_ms);
+            world.settled_to_ms = found.settled_to_ms;
+            for decision in &found.decisions {
+                carry_out(&mut world, decision, 0, now_ms).unwrap();
+            }
+            starts(&found)
+                .into_iter()
+                .for_each(|minute| fetches.entry(minute).or_insert(vec![]).push(second - 5));
+        }
+        assert_eq!(fetches[&0], [60, 120, 180]);
+        assert_eq!(fetches[&4], [300, 360, 420]);
+        assert_eq!(fetches[&8], [540], "the last interval, whose successors have not ended");
+        assert_eq!(world.settled_to_ms, T0 + 7 * MINUTE);
+    }
+
+    #[test]
+    fn intervals_are_fetched_again_after_all_others_and_once_after_an_outage() {
+        let mut world = World { lookback: 2, max_active_runs: 2, ..World::new(5) };
+        world.add(Run { started_at_ms: T0 - 2 * MINUTE, ..run(T0 - 3 * MINUTE, RunState::Succeeded) });
+        world.settled_to_ms = T0 - 3 * MINUTE;
+        assert_eq!(starts(&world.plan(T0)), [-2, -1]);
+        for minute in [-2, -1] {
+            world.add(Run { started_at_ms: T0, ..run(T0 + minute * MINUTE, RunState::Succeeded) });
+        }
+        assert_eq!(starts(&world.plan(T0)), [-3]);
+        world.add(Run { started_at_ms: T0, ..run(T0 - 3 * MINUTE, RunState::Succeeded) });
+        let found = world.plan(T0);
+        assert_eq!((starts(&found), found.settled_to_ms), (vec![], T0 - 2 * MINUTE));
     }
 
     #[test]
@@ -589,7 +722,7 @@ pub(crate) mod tests {
         world.max_active_runs = 1;
         let found = world.plan(T0 + 9 * MINUTE);
         assert!(
-            matches!(&found.decisions[0], Decision::Resume { run } if run.interval.start_ms == T0 - 2 * MINUTE)
+            matches!(&found.decisions[0], Decision::Resume { run, .. } if run.interval.start_ms == T0 - 2 * MINUTE)
         );
     }
 
@@ -760,16 +893,18 @@ pub(crate) mod tests {
         fn nothing_becomes_due_before_the_time_to_plan_again_unless_the_ledger_changes(
             states in prop::collection::vec((0usize..6, -MINUTE..MINUTE, -MINUTE..MINUTE), 0..8),
             room in 0u32..4,
+            (delay_ms, lookback) in (0..MINUTE, 0u32..3),
             now in T0..T0 + MINUTE,
             later in 0.0f64..1.0,
         ) {
-            let mut world = World { max_active_runs: room, ..World::new(6) };
+            let mut world = World { max_active_runs: room, delay_ms, lookback, ..World::new(6) };
             for (minute, (state, lease, retry)) in (-6..).zip(states) {
                 let state = RunState::ALL[state];
                 let (lease_until_ms, retry_at_ms) = (T0 + lease, T0 + retry);
                 let finished_at_ms = if state == RunState::Succeeded { lease_until_ms } else { 0 };
                 let run = run(T0 + minute * MINUTE, state);
-                world.add(Run { lease_until_ms, retry_at_ms, finished_at_ms, ..run });
+                let started_at_ms = lease_until_ms;
+                world.add(Run { lease_until_ms, retry_at_ms, started_at_ms, finished_at_ms, ..run });
             }
             let started = |plan: &Plan| {
                 let starts = |d: &&Decision| matches!(d, Decision::Start { .. } | Decision::Resume { .. });
@@ -793,10 +928,12 @@ pub(crate) mod tests {
                 (-2000i64..7000, any::<bool>(), prop::collection::vec(0u8..5, 8)), 1..40),
             catch_up in 0u32..6,
             room in 1u32..4,
+            (delay, lookback) in (0i64..2000, 0u32..4),
             outage_at in 0usize..80,
         ) {
-            let mut world = World { max_active_runs: room, ..World::of(&schedule, catch_up) };
+            let mut world = World { max_active_runs: room, lookback, ..World::of(&schedule, catch_up) };
             let length = { let i = world.timeline.containing(T0); i.end_ms - i.start_ms };
+            world.delay_ms = delay * length / 1000;
             let (mut now, mut latest) = (T0, T0);
             for (step, (thousandths, restart, fates)) in steps.into_iter().enumerate() {
                 now += thousandths * length / 1000;
@@ -821,16 +958,21 @@ pub(crate) mod tests {
                     }
                 }
             }
-            // Finally, every attempt succeeds.
+            // Finally, every attempt succeeds. A restart finds intervals that were fetched again too early because the clock
+            // had stepped back.
             now = latest + 60 * length + 2 * RETRY.max_backoff_ms;
+            world.restart(now);
             world.settle(now)?;
             let mut at = world.timeline.start_ms();
             for run in world.runs.values() {
                 prop_assert_eq!(run.interval.start_ms, at, "the ledger has neither gaps nor overlaps");
-                prop_assert!(run.is_over());
+                prop_assert!(run.is_fetched());
+                let refetches = world.with_facts(now, |facts| facts.refetches(run.interval).collect::<Vec<_>>());
+                let is_complete = refetches.iter().all(|at_ms| *at_ms > now || *at_ms <= run.started_at_ms);
+                prop_assert!(run.state != RunState::Succeeded || is_complete, "{run:?} {refetches:?}");
                 at = run.interval.end_ms;
             }
-            prop_assert_eq!(at, world.timeline.containing(now).start_ms);
+            prop_assert_eq!(at, world.timeline.containing(now - world.delay_ms).start_ms);
         }
     }
 
@@ -840,7 +982,8 @@ pub(crate) mod tests {
         prop_oneof![
             Just(Schedule::Every(MINUTE)),
             (1000i64..100_000_000).prop_map(Schedule::Every),
-            prop::sample::select(crons.to_vec()).prop_map(|cron| Schedule::Cron(cron.to_owned())),
+            prop::sample::select(crons.to_vec())
+                .prop_map(|cron| Schedule::Cron { expression: cron.to_owned(), zone: Tz::Europe__Berlin }),
         ]
     }
 
@@ -850,21 +993,27 @@ pub(crate) mod tests {
             Decision::Schedule { interval, .. } => (*interval, RunState::Scheduled),
             Decision::Start { interval, .. } => {
                 prop_assert!(is_unknown(&world.runs, interval));
-                prop_assert!(interval.end_ms <= now, "an interval must not run before its end");
+                prop_assert!(
+                    interval.end_ms + world.delay_ms <= now,
+                    "an interval must not run before its delay is over"
+                );
                 (*interval, fate_of(fate))
             }
-            Decision::Resume { run } => {
+            Decision::Resume { run, .. } => {
                 prop_assert!(world.runs.contains_key(&run.interval.start_ms));
                 (run.interval, fate_of(fate))
             }
         };
         let finished_at_ms = if state == RunState::Succeeded { now } else { 0 };
+        let continued = world.runs.get(&interval.start_ms).filter(|run| run.state == RunState::Retrying);
+        let started_at_ms = continued.map_or(now, |run| run.started_at_ms);
         let attempted = matches!(decision, Decision::Start { .. } | Decision::Resume { .. });
         world.add(Run {
             interval,
             attempt: i32::from(attempted),
             lease_until_ms: now + 500,
             retry_at_ms: now + 100,
+            started_at_ms,
             finished_at_ms,
             ..run(0, state)
         });

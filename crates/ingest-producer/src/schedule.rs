@@ -1,7 +1,8 @@
-//! Divides time into half-open UTC intervals by a schedule, also across changes of the schedule. Pure. `planner.rs`
+//! Divides time into half-open intervals by a schedule, also across changes of the schedule. Pure. `planner.rs`
 //! decides what to do with an interval.
 
 use chrono::{DateTime, Utc};
+use chrono_tz::Tz;
 use common::contracts::run_ledger::Interval;
 use common::contracts::stream::Schedule;
 use croner::Cron;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
     /// The cron expression is invalid.
-    #[error("schedule.cron `{expression}`: {cause}; use five fields in UTC such as `*/5 * * * *`")]
+    #[error("schedule.cron `{expression}`: {cause}; use five fields such as `*/5 * * * *`")]
     Cron {
         /// The expression in the definition.
         expression: String,
@@ -28,29 +29,29 @@ pub enum ScheduleError {
 #[derive(Debug, Clone)]
 enum Tiling {
     Every(i64),
-    Cron(Box<Cron>),
+    Cron(Box<Cron>, Tz),
 }
 
 impl Tiling {
     fn new(schedule: &Schedule) -> Result<Tiling, ScheduleError> {
-        let expression = match schedule {
+        let (expression, zone) = match schedule {
             Schedule::Every(ms) => return Ok(Tiling::Every(*ms)),
-            Schedule::Cron(expression) => expression,
+            Schedule::Cron { expression, zone } => (expression, *zone),
         };
         let failed = |cause: String| ScheduleError::Cron { expression: expression.clone(), cause };
         let parser = CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).build();
         let cron = parser.parse(expression).map_err(|e| failed(e.to_string()))?;
         cron.find_next_occurrence(&DateTime::<Utc>::UNIX_EPOCH, false).map_err(|e| failed(e.to_string()))?;
-        Ok(Tiling::Cron(Box::new(cron)))
+        Ok(Tiling::Cron(Box::new(cron), zone))
     }
 
     /// The last boundary at or before `at_ms`, or `i64::MIN` if none exists.
     fn floor(&self, at_ms: i64) -> i64 {
         match self {
             Tiling::Every(length) => common::contracts::event::floor_to(at_ms, *length),
-            Tiling::Cron(cron) => {
+            Tiling::Cron(cron, zone) => {
                 // Boundaries are whole seconds. Without rounding, the search would skip the second that contains `at`.
-                let at = time(common::contracts::event::floor_to(at_ms, 1000));
+                let at = time(common::contracts::event::floor_to(at_ms, 1000), *zone);
                 cron.find_previous_occurrence(&at, true).map_or(i64::MIN, |found| found.timestamp_millis())
             }
         }
@@ -60,16 +61,16 @@ impl Tiling {
     fn next(&self, at_ms: i64) -> i64 {
         match self {
             Tiling::Every(length) => common::contracts::event::floor_to(at_ms, *length) + length,
-            Tiling::Cron(cron) => {
-                let at = time(common::contracts::event::floor_to(at_ms, 1000));
+            Tiling::Cron(cron, zone) => {
+                let at = time(common::contracts::event::floor_to(at_ms, 1000), *zone);
                 cron.find_next_occurrence(&at, false).map_or(i64::MAX, |found| found.timestamp_millis())
             }
         }
     }
 }
 
-fn time(ms: i64) -> DateTime<Utc> {
-    DateTime::from_timestamp_millis(ms).unwrap_or_default()
+fn time(ms: i64, zone: Tz) -> DateTime<Tz> {
+    DateTime::from_timestamp_millis(ms).unwrap_or_default().with_timezone(&zone)
 }
 
 /// A schedule and the time from which it applies.
@@ -96,6 +97,18 @@ struct StoredEra {
     every_ms: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cron: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    zone: Option<Tz>,
+}
+
+impl StoredEra {
+    fn schedule(self) -> Result<Schedule, ScheduleError> {
+        match (self.every_ms, self.cron) {
+            (Some(ms), None) if ms > 0 => Ok(Schedule::Every(ms)),
+            (None, Some(expression)) => Ok(Schedule::Cron { expression, zone: self.zone.unwrap_or(Tz::UTC) }),
+            _ => Err(ScheduleError::History("an era without a schedule".to_owned())),
+        }
+    }
 }
 
 impl Timeline {
@@ -123,12 +136,9 @@ impl Timeline {
         let eras: Result<Vec<Era>, ScheduleError> = stored
             .into_iter()
             .map(|era| {
-                let schedule = match (era.every_ms, era.cron) {
-                    (Some(ms), None) if ms > 0 => Schedule::Every(ms),
-                    (None, Some(cron)) => Schedule::Cron(cron),
-                    _ => return Err(ScheduleError::History("an era without a schedule".to_owned())),
-                };
-                Ok(Era { from_ms: era.from_ms, tiling: Tiling::new(&schedule)?, schedule })
+                let from_ms = era.from_ms;
+                let schedule = era.schedule()?;
+                Ok(Era { from_ms, tiling: Tiling::new(&schedule)?, schedule })
             })
             .collect();
         let eras = eras?;
@@ -140,11 +150,17 @@ impl Timeline {
 
     /// Serializes the timeline for `stream_state.schedules`.
     pub fn to_json(&self) -> String {
-        let eras = self.eras.iter().map(|era| match &era.schedule {
-            Schedule::Every(ms) => serde_json::json!({"from_ms": era.from_ms, "every_ms": ms}),
-            Schedule::Cron(cron) => serde_json::json!({"from_ms": era.from_ms, "cron": cron}),
-        });
-        serde_json::Value::Array(eras.collect()).to_string()
+        let stored = |era: &Era| {
+            let (every_ms, cron, zone) = match &era.schedule {
+                Schedule::Every(ms) => (Some(*ms), None, None),
+                // UTC is left out, as in timelines that were stored before a schedule could have a time zone.
+                Schedule::Cron { expression, zone } => {
+                    (None, Some(expression.clone()), Some(*zone).filter(|zone| *zone != Tz::UTC))
+                }
+            };
+            StoredEra { from_ms: era.from_ms, every_ms, cron, zone }
+        };
+        serde_json::json!(self.eras.iter().map(stored).collect::<Vec<_>>()).to_string()
     }
 
     /// Whether `schedule` is the current one.
@@ -218,7 +234,11 @@ mod tests {
     }
 
     fn cron(expression: &str) -> Schedule {
-        Schedule::Cron(expression.to_owned())
+        cron_in(expression, Tz::UTC)
+    }
+
+    fn cron_in(expression: &str, zone: Tz) -> Schedule {
+        Schedule::Cron { expression: expression.to_owned(), zone }
     }
 
     fn check(schedule: &Schedule, at: &str, start: &str, end: &str) {
@@ -242,6 +262,17 @@ mod tests {
             "2026-01-02T09:00:00Z",
             "2026-01-05T09:00:00Z",
         );
+    }
+
+    #[test]
+    fn a_day_of_a_time_zone_can_have_23_or_25_hours() {
+        let berlin = cron_in("0 0 * * *", Tz::Europe__Berlin);
+        check(&berlin, "2026-03-29T12:00:00Z", "2026-03-28T23:00:00Z", "2026-03-29T22:00:00Z");
+        check(&berlin, "2026-10-25T12:00:00Z", "2026-10-24T22:00:00Z", "2026-10-25T23:00:00Z");
+        // 02:30 does not exist on one day, and exists twice on another.
+        let night = cron_in("30 2 * * *", Tz::Europe__Berlin);
+        check(&night, "2026-03-28T12:00:00Z", "2026-03-28T01:30:00Z", "2026-03-29T01:00:00Z");
+        check(&night, "2026-10-25T12:00:00Z", "2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z");
     }
 
     #[test]
@@ -289,9 +320,17 @@ mod tests {
             "15 6 * * SUN",
             "0 0 29 2 *",
         ];
+        let zones = vec![
+            Tz::UTC,
+            Tz::Europe__Berlin,
+            Tz::America__New_York,
+            Tz::Australia__Lord_Howe,
+            Tz::Asia__Kathmandu,
+        ];
         prop_oneof![
             (1i64..100_000_000).prop_map(Schedule::Every),
-            prop::sample::select(crons.to_vec()).prop_map(cron)
+            (prop::sample::select(crons.to_vec()), prop::sample::select(zones))
+                .prop_map(|(c, zone)| cron_in(c, zone))
         ]
     }
 

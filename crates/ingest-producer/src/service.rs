@@ -218,6 +218,8 @@ impl Service {
             unfinished: self.unresolved.recent(),
             last_success_ms: self.last_success_ms,
             retry: &settings.retry,
+            delay_ms: settings.delay_ms,
+            lookback: settings.lookback,
             max_active_runs: settings.max_active_runs,
             // Without Kafka, runs would fail.
             paused: state.paused || self.waits_for_kafka,
@@ -227,7 +229,7 @@ impl Service {
         }
         self.settled_to_ms = plan.settled_to_ms;
         self.timeline = Some(timeline);
-        runner.metrics.settled.raise(plan.settled_to_ms / 1000);
+        runner.metrics.settled.raise(plan.fetched_to_ms / 1000);
         self.alarm.set(plan.next_interval_ms);
         self.pause = self.pause_until(plan.plan_again_ms, now_ms);
         self.carry_out(plan.decisions, now_ms).await
@@ -298,10 +300,7 @@ impl Service {
         for decision in decisions {
             match decision {
                 Decision::Start { interval, run_type } => self.start(interval, run_type, None).await?,
-                Decision::Resume { run } => {
-                    // A failed backfill is retried as a catch-up run, so that its earlier failures still count.
-                    let run_type =
-                        if run.state == RunState::Failed { RunType::CatchUp } else { run.run_type };
+                Decision::Resume { run, run_type } => {
                     self.start(run.interval, run_type, Some(&run)).await?;
                 }
                 Decision::Schedule { interval, run_type } => {

@@ -228,14 +228,16 @@ impl CassandraView {
         let found =
             self.session.execute_unpaged(&self.statements.progress, (&self.stream,)).await.map_err(failed)?;
         let found = found.into_rows_result().map_err(failed)?;
-        type Row = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
+        type Row = (i32, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
         let mut progress = BTreeMap::new();
         for row in found.rows::<Row>().map_err(failed)? {
-            let (partition, next_offset, events, duplicates, late, dead_letters) = row.map_err(failed)?;
+            let (partition, next_offset, events, duplicates, revised, late, dead_letters) =
+                row.map_err(failed)?;
             let row = ProgressRow {
                 next_offset: next_offset.unwrap_or(0),
                 events: events.unwrap_or(0),
                 duplicates: duplicates.unwrap_or(0),
+                revised: revised.unwrap_or(0),
                 late: late.unwrap_or(0),
                 dead_letters: dead_letters.unwrap_or(0),
             };
@@ -297,7 +299,7 @@ impl Statements {
             async |cql: String| session.prepare(cql).await.map_err(|e| Error::NoTables(e.to_string()));
         Ok(Statements {
             progress: prepare(format!(
-                "SELECT kafka_partition, next_offset, events, duplicates, late, dead_letters \
+                "SELECT kafka_partition, next_offset, events, duplicates, revised, late, dead_letters \
                  FROM {keyspace}.partition_progress WHERE stream = ?"
             ))
             .await?,

@@ -106,6 +106,7 @@ impl Metrics {
         set(&self.rows, &[s], overview.rows_written);
         set(&self.records, &[s, "event"], overview.rows_written);
         set(&self.records, &[s, "duplicate"], overview.duplicates);
+        set(&self.records, &[s, "revised"], overview.revised);
         set(&self.records, &[s, "dead_letter"], overview.dead_letters);
         set(&self.records, &[s, "late_event"], overview.late);
         set(&self.replicas, &[s, "factor"], overview.replication.map(|r| r.factor as i64));

@@ -21,6 +21,8 @@ pub struct ProgressRow {
     pub events: i64,
     /// Duplicates of events.
     pub duplicates: i64,
+    /// Duplicates with other values than the first copy. `duplicates` includes them.
+    pub revised: i64,
     /// Events that arrived after the allowed lateness. `events` includes them.
     pub late: i64,
     /// Records written to the dead-letter topic.
@@ -105,6 +107,8 @@ pub struct PartitionOverview {
     pub events: Option<i64>,
     /// Duplicates of events.
     pub duplicates: Option<i64>,
+    /// Duplicates with other values than the first copy.
+    pub revised: Option<i64>,
     /// Late events.
     pub late: Option<i64>,
     /// Records written to the dead-letter topic.
@@ -136,6 +140,8 @@ pub struct Overview {
     pub rows_written: Option<i64>,
     /// Duplicates of events.
     pub duplicates: Option<i64>,
+    /// Duplicates with other values than the first copy.
+    pub revised: Option<i64>,
     /// Late events.
     pub late: Option<i64>,
     /// Records written to the dead-letter topic.
@@ -186,6 +192,7 @@ pub fn assemble(stream: &str, now_ms: i64, known: &Known) -> Overview {
         events_processed: note.take("events_processed", sum(ProgressRow::processed)),
         rows_written: note.take("rows_written", sum(|p| p.events)),
         duplicates: note.take("duplicates", sum(|p| p.duplicates)),
+        revised: note.take("revised", sum(|p| p.revised)),
         late: note.take("late", sum(|p| p.late)),
         dead_letters: note.take("dead_letters", sum(|p| p.dead_letters)),
         lag_messages: note.take(
@@ -297,6 +304,7 @@ fn partition(id: i32, now_ms: i64, known: &Known) -> PartitionOverview {
         next_offset: note.take("next_offset", of(|p| p.next_offset)),
         events: note.take("events", of(|p| p.events)),
         duplicates: note.take("duplicates", of(|p| p.duplicates)),
+        revised: note.take("revised", of(|p| p.revised)),
         late: note.take("late", of(|p| p.late)),
         dead_letters: note.take("dead_letters", of(|p| p.dead_letters)),
         lag_messages: note.take("lag_messages", both.clone().map(|(log, next)| lag::messages(log, next))),
@@ -345,7 +353,8 @@ mod tests {
     }
 
     fn store() -> StoreFacts {
-        let first = ProgressRow { next_offset: 40, events: 36, duplicates: 3, late: 2, dead_letters: 1 };
+        let first =
+            ProgressRow { next_offset: 40, events: 36, duplicates: 3, revised: 1, late: 2, dead_letters: 1 };
         let second = ProgressRow { next_offset: 50, events: 50, ..ProgressRow::default() };
         StoreFacts {
             progress: [(0, first), (1, second)].into(),

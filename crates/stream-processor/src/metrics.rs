@@ -37,7 +37,7 @@ const REBUILD_REASONS: [&str; 5] = ["session", "fenced", "fatal", "unowned", "st
 pub struct Metrics {
     /// Registry of all metrics.
     pub registry: Registry,
-    committed: [IntCounterVec; 5],
+    committed: [IntCounterVec; 6],
     next_offset: IntGaugeVec,
     paused: IntGaugeVec,
     halted: IntGaugeVec,
@@ -96,6 +96,7 @@ impl Metrics {
             committed: [
                 total("processor_committed_events_total", "First copies of events")?,
                 total("processor_committed_duplicates_total", "Further copies of events")?,
+                total("processor_committed_revised_total", "Further copies with other values")?,
                 total("processor_committed_late_events_total", "First copies that were late")?,
                 total("processor_committed_dead_letters_total", "Records sent to the dead-letter topic")?,
                 total("processor_committed_skipped_offsets_total", "Offsets skipped by an operator")?,
@@ -182,6 +183,7 @@ impl Metrics {
         let deltas = [
             after.events - before.events,
             after.duplicates - before.duplicates,
+            after.revised - before.revised,
             after.late - before.late,
             after.dead_letters - before.dead_letters,
             after.skipped - before.skipped,

@@ -44,6 +44,8 @@ pub enum RunType {
     CatchUp,
     /// An operator requested a backfill.
     Backfill,
+    /// The interval has succeeded and is fetched again, because the stream looks back.
+    Lookback,
 }
 
 /// Which finished runs a backfill repeats.
@@ -85,7 +87,8 @@ impl RunState {
 
 impl RunType {
     /// All variants.
-    pub const ALL: [RunType; 3] = [RunType::Scheduled, RunType::CatchUp, RunType::Backfill];
+    pub const ALL: [RunType; 4] =
+        [RunType::Scheduled, RunType::CatchUp, RunType::Backfill, RunType::Lookback];
 
     /// The name stored in the ledger.
     pub fn name(self) -> &'static str {
@@ -93,6 +96,7 @@ impl RunType {
             RunType::Scheduled => "scheduled",
             RunType::CatchUp => "catch_up",
             RunType::Backfill => "backfill",
+            RunType::Lookback => "lookback",
         }
     }
 }

@@ -191,7 +191,7 @@ fn processing_tables() -> Vec<Table> {
     vec![
         Table::new(
             "partition_progress",
-            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, \
+            "stream text, kafka_partition int, next_offset bigint, events bigint, duplicates bigint, revised bigint, \
              late bigint, dead_letters bigint, skipped bigint, seen_to bigint, first_offset bigint, \
              last_offset bigint, fingerprint bigint, written_to bigint, updated_at timestamp",
             "(stream), kafka_partition",
@@ -418,8 +418,10 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_version_2_are_migrated_by_adding_a_table() {
-        assert_eq!(migration(include_str!("../../tests/golden/tables_2.cql")), "CREATE verifications");
+    fn tables_of_version_2_are_migrated_by_adding_a_table_and_a_column() {
+        let column = "ALTER TABLE pipeline.partition_progress ADD IF NOT EXISTS (revised bigint)";
+        let migration = migration(include_str!("../../tests/golden/tables_2.cql"));
+        assert_eq!(migration, format!("{column}\nCREATE verifications"));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod template;
 
 use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
+use chrono_tz::Tz;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{EventMapping, EventTime};
 pub use secrets::redacted;
@@ -64,6 +65,11 @@ pub struct StreamSettings {
     /// Earliest start of the first interval in Unix milliseconds. Defaults to `catch_up` intervals before the first
     /// planning.
     pub start_ms: Option<i64>,
+    /// How long after its end an interval is fetched, in milliseconds. Many sources index a record some time after its
+    /// event time.
+    pub delay_ms: i64,
+    /// How many times an interval is fetched again: each time that one of so many following intervals is fetched.
+    pub lookback: u32,
     /// Number of intervals before the first planning that a new stream fetches.
     pub catch_up: u32,
     /// Missing and failed intervals up to this age in milliseconds are fetched automatically. The last `catch_up`
@@ -75,14 +81,19 @@ pub struct StreamSettings {
     pub retry: RetryPolicy,
 }
 
-/// How time is divided into half-open UTC intervals.
+/// How time is divided into half-open intervals.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// Fixed length in milliseconds, aligned to the Unix epoch. From 1 s to 31 d.
     Every(i64),
-    /// A five-field cron expression in UTC. An interval lasts from one occurrence to the next.
-    Cron(String),
+    /// A cron expression. An interval lasts from one occurrence to the next.
+    Cron {
+        /// Five fields: minute, hour, day of the month, month, day of the week.
+        expression: String,
+        /// Time zone of the fields. A day in it can have 23 or 25 hours.
+        zone: Tz,
+    },
 }
 
 /// `[stream] retry`.

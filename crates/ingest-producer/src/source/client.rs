@@ -57,6 +57,14 @@ impl Page {
         if self.format == BodyFormat::Json { &self.text } else { &[] }
     }
 
+    /// When the source sent the page, in Unix milliseconds on its own clock: `Date`, plus `Age` if a cache sent it. `Date`
+    /// has a resolution of one second, and this is the last millisecond of it.
+    pub fn sent_at_ms(&self) -> Option<i64> {
+        let date = chrono::DateTime::parse_from_rfc2822(self.headers.get("date")?.trim()).ok()?;
+        let age_seconds = self.headers.get("age").and_then(|age| age.trim().parse::<u32>().ok()).unwrap_or(0);
+        Some(date.timestamp_millis() + i64::from(age_seconds) * 1000 + 999)
+    }
+
     /// What the next page is derived from.
     pub fn fetched<'a>(&'a self, records: u64, last: Option<&'a [u8]>) -> Fetched<'a> {
         Fetched { records, last, body: self.json(), headers: &self.headers }

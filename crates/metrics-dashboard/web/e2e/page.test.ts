@@ -75,6 +75,7 @@ test("every figure of the overview is shown and updated live", async () => {
       events_processed: "1,234,000",
       rows_written: "1,233,000",
       duplicates: "700",
+      revised: "40",
       late: "25",
       dead_letters: "300",
       lag_messages: "567",

@@ -23,6 +23,7 @@ export interface Partition {
   next_offset: number | null;
   events: number | null;
   duplicates: number | null;
+  revised: number | null;
   late: number | null;
   dead_letters: number | null;
   lag_messages: number | null;
@@ -45,6 +46,7 @@ export interface Overview {
   events_processed: number | null;
   rows_written: number | null;
   duplicates: number | null;
+  revised: number | null;
   late: number | null;
   dead_letters: number | null;
   lag_messages: number | null;

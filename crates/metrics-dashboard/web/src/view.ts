@@ -14,6 +14,7 @@ const FIGURES: Figures = {
   events_processed: count,
   rows_written: count,
   duplicates: count,
+  revised: count,
   late: count,
   dead_letters: count,
   lag_messages: count,
@@ -196,6 +197,7 @@ function showPartitions(overview: Overview): void {
       number(p.lag_seconds, why["lag_seconds"], span),
       number(p.events, why["events"]),
       number(p.duplicates, why["duplicates"]),
+      number(p.revised, why["revised"]),
       number(p.late, why["late"]),
       number(p.dead_letters, why["dead_letters"]),
     ];

@@ -16,6 +16,9 @@ pub struct Totals {
     pub events: i64,
     /// Later copies of an event that was already counted.
     pub duplicates: i64,
+    /// Duplicates with other values in the declared columns than the first copy. The row keeps those of the first copy.
+    #[serde(default)]
+    pub revised: i64,
     /// First copies whose event time is more than the allowed lateness behind the watermark.
     pub late: i64,
     /// Records sent to the dead-letter topic.
@@ -76,6 +79,15 @@ pub struct Applied {
     pub cold: usize,
 }
 
+/// The row of an event that was looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredCopy {
+    /// Offset of the record that the row was written for.
+    pub offset: i64,
+    /// Whether the row has other values than the event.
+    pub differs: bool,
+}
+
 /// A lookup found a row with a later offset than the record's own, so the rows belong to a different log.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -94,19 +106,19 @@ pub struct LaterOffset {
 struct FirstInChunk(HashMap<u64, u32, BuildAlreadyHashed>);
 
 impl FirstInChunk {
-    /// Adds event `index`. Returns `false` if the chunk already has an event with the same key.
-    fn insert(&mut self, chunk: &Chunk, index: u32) -> bool {
+    /// Adds event `index`. If the chunk already has an event with the same key, returns its index instead.
+    fn insert(&mut self, chunk: &Chunk, index: u32) -> Option<u32> {
         let event = &chunk.events[index as usize];
         let mut slot = event.hash;
-        while let Some(other) = self.0.get(&slot) {
-            let other = &chunk.events[*other as usize];
+        while let Some(first) = self.0.get(&slot) {
+            let other = &chunk.events[*first as usize];
             if other.time_ms == event.time_ms && chunk.id(other) == chunk.id(event) {
-                return false;
+                return Some(*first);
             }
             slot = slot.wrapping_add(1);
         }
         self.0.insert(slot, index);
-        true
+        None
     }
 }
 
@@ -144,23 +156,36 @@ impl Partition {
         questions
     }
 
-    /// Applies `chunk` to the state in memory and writes nothing. `stored` holds the offset in the row of each event that
-    /// was looked up and has one, by the index of the event.
-    pub fn apply(&mut self, chunk: &Chunk, stored: &BTreeMap<u32, i64>) -> Result<Applied, LaterOffset> {
+    /// Applies `chunk` to the state in memory and writes nothing. `stored` holds the row of each event that was looked up
+    /// and has one, by the index of the event.
+    pub fn apply(
+        &mut self,
+        chunk: &Chunk,
+        stored: &BTreeMap<u32, StoredCopy>,
+    ) -> Result<Applied, LaterOffset> {
         let mut applied = Applied::default();
         let mut first_in_chunk = FirstInChunk::default();
         for (index, event) in (0u32..).zip(&chunk.events) {
             let counts = event.offset >= self.position.count_from;
             let found = stored.get(&index).copied();
-            if let Some(found) = found.filter(|found| *found > event.offset) {
-                return Err(LaterOffset { offset: event.offset, found });
+            if let Some(found) = found.filter(|found| found.offset > event.offset) {
+                return Err(LaterOffset { offset: event.offset, found: found.offset });
             }
-            let stored_before = found.is_some_and(|found| found < event.offset);
-            let is_first = !stored_before && first_in_chunk.insert(chunk, index);
+            // Whether the first copy has other values; `None` if this is the first copy.
+            let revised = match found.filter(|found| found.offset < event.offset) {
+                Some(found) => Some(found.differs),
+                None => first_in_chunk
+                    .insert(chunk, index)
+                    .map(|first| chunk.columns_of(first as usize).ne(chunk.columns_of(index as usize))),
+            };
+            let is_first = revised.is_none();
             let adds_to_pane = is_first;
             #[cfg(test)]
-            let adds_to_pane =
-                adds_to_pane && !crate::simulation::mutations::omits_from_pane(found, event.offset);
+            let adds_to_pane = adds_to_pane
+                && !crate::simulation::mutations::omits_from_pane(
+                    found.map(|found| found.offset),
+                    event.offset,
+                );
             if adds_to_pane {
                 self.count_first(chunk, index, &mut applied);
             }
@@ -169,6 +194,7 @@ impl Partition {
                 self.position.seen_to.is_some_and(|w| event.time_ms < w.saturating_sub(self.lateness_ms));
             totals.events += i64::from(counts && is_first);
             totals.duplicates += i64::from(counts && !is_first);
+            totals.revised += i64::from(counts && revised == Some(true));
             totals.late += i64::from(counts && is_first && late);
             self.position.seen_to = self.position.seen_to.max(Some(event.time_ms));
             #[cfg(test)]
@@ -222,7 +248,7 @@ impl Partition {
 
 #[cfg(test)]
 mod tests {
-    use super::{LogPosition, Partition};
+    use super::{LogPosition, Partition, StoredCopy};
     use crate::count::windows::hot::Panes;
     use crate::count::windows::pane::PaneShape;
     use crate::record::chunk::Chunk;
@@ -258,6 +284,10 @@ mod tests {
         chunk
     }
 
+    fn at(offset: i64) -> StoredCopy {
+        StoredCopy { offset, differs: false }
+    }
+
     fn totals(p: &Partition) -> [i64; 4] {
         let t = p.position.totals;
         [t.events, t.duplicates, t.late, t.dead_letters]
@@ -282,7 +312,7 @@ mod tests {
         p.apply(&chunk(0, &[(0, "a")]), &BTreeMap::new()).unwrap();
         let copy = chunk(1, &[(0, "a"), (0, "b")]);
         assert_eq!(p.questions(&copy).keys, [0]);
-        p.apply(&copy, &[(0, 0)].into()).unwrap();
+        p.apply(&copy, &[(0, at(0))].into()).unwrap();
         assert_eq!(totals(&p), [2, 1, 0, 0]);
         let false_hit = chunk(3, &[(0, "a")]);
         p.apply(&false_hit, &BTreeMap::new()).unwrap();
@@ -296,14 +326,14 @@ mod tests {
     #[test]
     fn a_row_with_the_same_offset_is_written_and_counted_again() {
         let mut p = partition(i64::MAX);
-        let applied = p.apply(&chunk(0, &[(0, "a")]), &[(0, 0)].into()).unwrap();
+        let applied = p.apply(&chunk(0, &[(0, "a")]), &[(0, at(0))].into()).unwrap();
         assert_eq!((applied.rows, totals(&p)), (vec![0], [1, 0, 0, 0]));
     }
 
     #[test]
     fn a_later_stored_offset_is_rejected_as_a_different_log() {
         let mut p = partition(i64::MAX);
-        let error = p.apply(&chunk(4, &[(0, "a")]), &[(0, 9)].into()).unwrap_err();
+        let error = p.apply(&chunk(4, &[(0, "a")]), &[(0, at(9))].into()).unwrap_err();
         assert_eq!((error.offset, error.found), (4, 9));
     }
 
@@ -321,7 +351,7 @@ mod tests {
         let mut p = partition(i64::MAX);
         p.position.count_from = 2;
         p.position.totals.events = 2;
-        p.apply(&chunk(0, &[(0, "a"), (0, "b"), (0, "c")]), &[(0, 0), (1, 1)].into()).unwrap();
+        p.apply(&chunk(0, &[(0, "a"), (0, "b"), (0, "c")]), &[(0, at(0)), (1, at(1))].into()).unwrap();
         assert_eq!(totals(&p), [3, 0, 0, 0]);
     }
 

@@ -9,7 +9,7 @@ pub mod requests;
 mod rows;
 mod statements;
 
-use crate::count::partition::LogPosition;
+use crate::count::partition::{LogPosition, StoredCopy};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::Pane;
 use crate::count::write_plan::{EventGroup, PaneGroup};
@@ -58,12 +58,12 @@ pub struct Assumed {
 /// Cassandra, or a fake of it. A call is retried until Cassandra acknowledges it, rejects it permanently, or the call
 /// is aborted by shutdown.
 pub trait Store: Send + Sync {
-    /// Returns the stored offset of each event in `groups` by the index of the event. Events without a row are absent.
+    /// Returns the row of each event in `groups` by the index of the event. Events without a row are absent.
     fn look_up(
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
-    ) -> impl Future<Output = Result<BTreeMap<u32, i64>, ProcessorError>> + Send;
+    ) -> impl Future<Output = Result<BTreeMap<u32, StoredCopy>, ProcessorError>> + Send;
 
     /// Loads the panes of one Kafka partition with these starts. A pane that is not stored is returned empty.
     fn load_panes(

@@ -5,7 +5,7 @@
 //! Every write is acknowledged before the commit, and nothing is published before the commit. The steps before the
 //! commit change only memory that an error discards, and perform only writes that a retry repeats identically.
 
-use crate::count::partition::{Applied, LogPosition, Partition};
+use crate::count::partition::{Applied, LogPosition, Partition, StoredCopy};
 use crate::count::poison_gate::PoisonLimits;
 use crate::count::write_plan::{group_events, group_panes};
 use crate::error::ProcessorError;
@@ -161,9 +161,9 @@ impl<S: Store + 'static, D: DeadLetters, C: Checkpoint> PartitionWorker<S, D, C>
         Ok(BatchRecord { first_offset: chunk.first_offset, rows: applied.rows.len(), times })
     }
 
-    /// Reads what must be known before the chunk is applied, and returns the stored offsets by the index of the event.
+    /// Reads what must be known before the chunk is applied, and returns the stored rows by the index of the event.
     /// All earlier writes are acknowledged at this point.
-    async fn look_up(&mut self, chunk: &Chunk) -> Result<BTreeMap<u32, i64>, ProcessorError> {
+    async fn look_up(&mut self, chunk: &Chunk) -> Result<BTreeMap<u32, StoredCopy>, ProcessorError> {
         let questions = self.partition.questions(chunk);
         if questions.keys.is_empty() {
             return Ok(BTreeMap::new());

@@ -5,7 +5,7 @@ use super::log::LATENESS_MS;
 use super::machine::{Machine, lock};
 use super::mutations::Mutation;
 use super::world::{Cells, Name, Op, Shared, Target, World, number, pane_row, progress_of};
-use crate::count::partition::LogPosition;
+use crate::count::partition::{LogPosition, StoredCopy};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::count::write_plan::{EventGroup, PaneGroup};
@@ -187,6 +187,7 @@ impl FakeServers {
             ("next_offset", position.next_offset.to_be_bytes().to_vec()),
             ("events", totals.events.to_be_bytes().to_vec()),
             ("duplicates", totals.duplicates.to_be_bytes().to_vec()),
+            ("revised", totals.revised.to_be_bytes().to_vec()),
             ("late", totals.late.to_be_bytes().to_vec()),
             ("dead_letters", totals.dead_letters.to_be_bytes().to_vec()),
             ("skipped", totals.skipped.to_be_bytes().to_vec()),
@@ -205,16 +206,24 @@ impl FakeServers {
         Op { target: Target::Progress, stamp: self.stamp(written_to), cells }
     }
 
-    fn stored_offset(&self, at: i64, id: &str) -> Option<i64> {
+    /// Looks up the row of an event.
+    fn stored_copy(&self, chunk: &Chunk, index: u32) -> Option<StoredCopy> {
+        let event = &chunk.events[index as usize];
+        let id = id_text(chunk.id(event));
         let world = self.world.lock();
         let earlier_rows = lock(&self.before_write);
         let rows = earlier_rows.as_ref().unwrap_or(&world.rows);
-        let offset =
-            |cells: &Cells| i64::from_be_bytes(cells["kafka_offset"].1.as_slice().try_into().unwrap());
-        if world.mutation == Some(Mutation::IdOnly) {
-            return rows.iter().find(|((_, other), _)| other == id).map(|(_, cells)| offset(cells));
-        }
-        rows.get(&(at, id.to_owned())).map(offset)
+        let cells = match world.mutation {
+            Some(Mutation::IdOnly) => {
+                rows.iter().find(|((_, other), _)| *other == id).map(|(_, cells)| cells)
+            }
+            _ => rows.get(&(event.time_ms, id)),
+        }?;
+        let stored = ["kind", "score"].map(|name| cells.get(name).map(|(_, value)| value.as_slice()));
+        let is_active = world.mutation == Some(Mutation::ComparedValues);
+        let differs = chunk.columns_of(index as usize).ne(stored) && !is_active;
+        let offset = i64::from_be_bytes(cells["kafka_offset"].1.as_slice().try_into().unwrap());
+        Some(StoredCopy { offset, differs })
     }
 }
 
@@ -228,16 +237,16 @@ impl Store for FakeServers {
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
-    ) -> Result<BTreeMap<u32, i64>, ProcessorError> {
+    ) -> Result<BTreeMap<u32, StoredCopy>, ProcessorError> {
         let mut found = BTreeMap::new();
         for group in groups {
             self.step().await?;
             for number in &group.events {
                 let event = &chunk.events[*number as usize];
-                let offset = self.stored_offset(event.time_ms, &id_text(chunk.id(event)));
+                let copy = self.stored_copy(chunk, *number);
                 let who = self.who.clone();
-                self.world.lock().note(|| format!("{who}: looks up offset {}: {offset:?}", event.offset));
-                found.extend(offset.map(|offset| (*number, offset)));
+                self.world.lock().note(|| format!("{who}: looks up offset {}: {copy:?}", event.offset));
+                found.extend(copy.map(|copy| (*number, copy)));
             }
         }
         Ok(found)

@@ -5,7 +5,7 @@ use super::choices::{Choices, splitmix};
 use super::disk::Disk;
 use super::log::{Log, definition, random};
 use super::machine::open_file;
-use crate::count::partition::{LogPosition, Partition};
+use crate::count::partition::{LogPosition, Partition, StoredCopy};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::PaneShape;
 use crate::io::state::{Commit, FORMAT, Head, StateError, StateFile};
@@ -90,8 +90,10 @@ impl Writer {
             }
             let chunk = self.log.chunk(&decoder, next..end);
             let lookups = partition.questions(&chunk).keys;
-            let stored =
-                lookups.iter().filter_map(|index| Some((*index, self.stored(&chunk, *index, next)?)));
+            let stored = lookups.iter().filter_map(|index| {
+                let offset = self.stored(&chunk, *index, next)?;
+                Some((*index, StoredCopy { offset, differs: false }))
+            });
             let applied = partition.apply(&chunk, &stored.collect()).unwrap();
             let dropped = partition.advance();
             let touched: Vec<i64> = applied.panes.keys().copied().collect();

@@ -39,7 +39,7 @@ fn check(bytes: Vec<u8>, format: u32) {
         next_offset: 5,
         first_offset: 0,
         last_record: Log::new(records()).last_record_below(5),
-        totals: Totals { events: 3, duplicates: 1, late: 1, dead_letters: 1, skipped: 0 },
+        totals: Totals { events: 3, duplicates: 1, revised: 0, late: 1, dead_letters: 1, skipped: 0 },
         seen_to: Some(BASE_MS + 20_000),
         poison: PoisonCounts { consecutive: 0, window_records: 5, window_poison: 1 },
         count_from: 0,

@@ -206,8 +206,9 @@ impl Exact {
         let key = (time, id_of(event.id));
         let late = self.seen_to.is_some_and(|seen_to| time < seen_to - LATENESS_MS);
         self.seen_to = Some(self.seen_to.map_or(time, |seen_to| seen_to.max(time)));
-        if self.rows.contains_key(&key) {
+        if let Some((_, first)) = self.rows.get(&key) {
             self.totals.duplicates += 1;
+            self.totals.revised += i64::from(columns_of(first) != columns_of(event));
             return;
         }
         self.rows.insert(key, (offset, *event));

@@ -8,7 +8,7 @@ use super::seeds::first_failing;
 /// Number of seeds within which every mutation must be detected.
 const MAX_SEEDS: u64 = 2_000;
 
-const MUTATIONS: [Mutation; 25] = [
+const MUTATIONS: [Mutation; 26] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -27,6 +27,7 @@ const MUTATIONS: [Mutation; 25] = [
     Mutation::ReopenAfterOutage,
     Mutation::StoreBehind,
     Mutation::RecordSkips,
+    Mutation::ComparedValues,
     Mutation::FirstProgress,
     Mutation::RunningTotal,
     Mutation::CommitBeforeRows,

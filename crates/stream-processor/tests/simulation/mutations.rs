@@ -41,6 +41,8 @@ pub enum Mutation {
     ReopenAfterOutage,
     /// The processor continues with a store that lost history.
     StoreBehind,
+    /// The values of a copy are not compared with those of the stored row.
+    ComparedValues,
     /// Skipped offsets are not counted as skipped.
     RecordSkips,
     /// A new state does not publish its progress row before its first batch.

@@ -452,6 +452,7 @@ pub fn position_of(cells: &Cells) -> LogPosition {
         totals: Totals {
             events: of("events"),
             duplicates: of("duplicates"),
+            revised: of("revised"),
             late: of("late"),
             dead_letters: of("dead_letters"),
             skipped: of("skipped"),

@@ -4,7 +4,6 @@
 mod stub;
 
 use futures::StreamExt;
-use scylla::value::Row;
 use serde_json::Value;
 
 use crate::harness::{LONG_TIMEOUT, Pipeline, text, wait_until};
@@ -270,7 +269,15 @@ column = [{ name = "value", type = "text", pointer = "/text" }]"#,
         expected: Expected::Rows { rows: 1, dead_letters: 1 },
     },
     case("bom", 3, "source.url = \"http://h/bom/\"\nsource.records = \"/items\""),
+    case("gzip-upper", 3, "source.url = \"http://h/gzip-upper/\""),
     case("github-403", 3, "source.url = \"http://h/github-403/\""),
+    case("date-429", 3, "source.url = \"http://h/date-429/\""),
+    case(
+        "float-digits",
+        1000,
+        r#"source.url = "http://h/float-digits/"
+column = [{ name = "value", type = "double", pointer = "/v" }, { name = "digits", type = "text", pointer = "/v" }]"#,
+    ),
     case(
         "key-in-query",
         3,
@@ -345,8 +352,11 @@ impl Case {
                     pipeline.progress().await.next_offsets == pipeline.log_end(&pipeline.topic).await
                 })
                 .await;
-                assert_eq!(pipeline.event_rows().await, *rows, "{}", self.name);
+                assert_eq!(pipeline.event_ids().await.len(), *rows, "{}", self.name);
                 assert_eq!(pipeline.progress().await.dead_letters, *dead_letters, "{}", self.name);
+                if self.name == "float-digits" {
+                    pipeline.assert_doubles_keep_their_digits().await;
+                }
                 processor.stop().await;
             }
         }
@@ -354,11 +364,20 @@ impl Case {
 }
 
 impl Pipeline {
-    /// The number of event rows in Cassandra.
-    async fn event_rows(&self) -> usize {
+    async fn assert_doubles_keep_their_digits(&self) {
+        let query = format!("SELECT value, digits FROM {}.case", self.keyspace);
+        let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
+        for row in rows.rows::<(f64, String)>().unwrap() {
+            let (value, digits) = row.unwrap();
+            assert_eq!(value.to_bits(), digits.parse::<f64>().unwrap().to_bits(), "{digits}");
+        }
+    }
+
+    /// The ids of all event rows in Cassandra.
+    async fn event_ids(&self) -> Vec<String> {
         let query = format!("SELECT event_id FROM {}.case", self.keyspace);
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
-        rows.rows::<Row>().unwrap().count()
+        rows.rows::<(String,)>().unwrap().map(|row| row.unwrap().0).collect()
     }
 }
 
@@ -366,6 +385,43 @@ impl Pipeline {
 async fn situations_from_the_field_end_as_they_should() {
     let mut running = futures::stream::iter(CASES).map(Case::run).buffer_unordered(AT_ONCE);
     while running.next().await.is_some() {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_shows_up_late_is_counted_once_by_a_stream_that_looks_back() {
+    let late = case(
+        "late-arrival",
+        0,
+        r#"source.url = "http://h/late-arrival/?to={interval.end_unix}"
+stream.schedule = { every = "5s" }
+stream.delay = "1s"
+stream.lookback = 1
+stream.catch_up = 0"#,
+    );
+    let pipeline = Pipeline::with_stream("late_arrival", |_| late.file()).await;
+    stub::serve(pipeline.source_listener().await);
+    pipeline.init().await;
+    let (producer, processor) = (pipeline.producer(), pipeline.processor("one"));
+    wait_until("four intervals were fetched, three of them twice", LONG_TIMEOUT, || async {
+        let runs = pipeline.runs().await;
+        runs.len() > 3
+            && runs.values().take(3).all(|run| run.run_type == "lookback" && run.state == "succeeded")
+    })
+    .await;
+    let complete: Vec<i64> =
+        pipeline.runs().await.keys().take(3).map(|start_ms| start_ms / 1000 + 5).collect();
+    producer.stop().await;
+    wait_until("the whole log is processed", LONG_TIMEOUT, || async {
+        pipeline.progress().await.next_offsets == pipeline.log_end(&pipeline.topic).await
+    })
+    .await;
+    let ids = pipeline.event_ids().await;
+    for end in complete {
+        let of_interval: Vec<&String> = ids.iter().filter(|id| id.ends_with(&format!("-{end}"))).collect();
+        assert_eq!(of_interval.len(), 2, "first and late: {ids:?}");
+    }
+    assert_eq!(pipeline.progress().await.events, ids.len() as i64);
+    processor.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

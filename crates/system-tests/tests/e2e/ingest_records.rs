@@ -56,6 +56,7 @@ async fn refetching_an_interval_whose_answer_changed_counts_each_record_once() {
         assert_eq!(pipeline.runs().await[&interval.0].records, records, "{answer}");
         sent += records;
         assert_eq!((progress.events, progress.duplicates), (events, sent - events), "{answer}");
+        assert_eq!(progress.revised, i64::from(answer == "one_changed"), "{answer}");
         pipeline.assert_counted_once(events).await;
     }
     let times = pipeline.sent().await;

@@ -241,7 +241,7 @@ impl Pipeline {
             cql(table.replace("EXISTS pipeline.", &format!("EXISTS {}.", self.keyspace))).await;
         }
         // Columns that version 1 did not have.
-        let added = ["skipped", "first_offset", "last_offset", "written_to"];
+        let added = ["revised", "skipped", "first_offset", "last_offset", "written_to"];
         for (table, timestamp) in [
             ("user_created", None),
             ("user_created_panes", Some("upto")),

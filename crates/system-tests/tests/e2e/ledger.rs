@@ -158,7 +158,7 @@ impl Pipeline {
     pub fn interval_ms(&self) -> i64 {
         match self.definition.stream.schedule {
             common::contracts::stream::Schedule::Every(ms) => ms,
-            common::contracts::stream::Schedule::Cron(_) => {
+            common::contracts::stream::Schedule::Cron { .. } => {
                 panic!("the intervals of a cron schedule have no fixed length")
             }
         }

@@ -21,6 +21,7 @@ pub struct TotalProgress {
     pub next_offsets: i64,
     pub events: i64,
     pub duplicates: i64,
+    pub revised: i64,
     pub dead_letters: i64,
 }
 
@@ -72,16 +73,17 @@ impl Pipeline {
     /// The summed progress of all Kafka partitions.
     pub async fn progress(&self) -> TotalProgress {
         let query = format!(
-            "SELECT next_offset, events, duplicates, dead_letters FROM {}.partition_progress",
+            "SELECT next_offset, events, duplicates, revised, dead_letters FROM {}.partition_progress",
             self.keyspace
         );
         let rows = self.session.query_unpaged(query, ()).await.unwrap().into_rows_result().unwrap();
         let mut sum = TotalProgress::default();
-        for row in rows.rows::<(i64, Option<i64>, Option<i64>, Option<i64>)>().unwrap() {
-            let (next_offset, events, duplicates, dead_letters) = row.unwrap();
+        for row in rows.rows::<(i64, Option<i64>, Option<i64>, Option<i64>, Option<i64>)>().unwrap() {
+            let (next_offset, events, duplicates, revised, dead_letters) = row.unwrap();
             sum.next_offsets += next_offset;
             sum.events += events.unwrap_or(0);
             sum.duplicates += duplicates.unwrap_or(0);
+            sum.revised += revised.unwrap_or(0);
             sum.dead_letters += dead_letters.unwrap_or(0);
         }
         sum

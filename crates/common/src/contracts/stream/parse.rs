@@ -11,6 +11,7 @@ use super::{
 };
 use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::time::{TimeReading, TimeUnit, is_format};
+use chrono_tz::Tz;
 use section::{Section, read_section};
 use std::collections::BTreeSet;
 use toml::Table;
@@ -19,6 +20,10 @@ const SECOND: i64 = 1000;
 const MINUTE: i64 = 60 * SECOND;
 const HOUR: i64 = 60 * MINUTE;
 const DAY: i64 = DAY_MS;
+/// Default of `stream.delay`.
+const DEFAULT_DELAY: i64 = 5 * SECOND;
+/// Largest `stream.lookback`.
+const MAX_LOOKBACK: u32 = 1000;
 
 impl Definition {
     /// Parses and validates a definition. The error lists all mistakes. `file` is the name used in the error.
@@ -33,7 +38,7 @@ fn parse(text: &str) -> Result<Definition, Vec<String>> {
     let mut problems = Vec::new();
     let definition = read_section(String::new(), table, &mut problems, |file| {
         let stream = file.section("stream", stream);
-        let default_lateness = rules::default_lateness(&stream.schedule);
+        let default_lateness = rules::default_lateness(&stream);
         Definition {
             stream,
             source: file.section("source", source::source),
@@ -49,15 +54,7 @@ fn parse(text: &str) -> Result<Definition, Vec<String>> {
 
 fn stream(s: &mut Section<'_>) -> StreamSettings {
     let name = s.required_text("name");
-    let schedule = s.section("schedule", |s| match (s.text("cron"), s.table.contains_key("every")) {
-        (Some(_), true) => {
-            s.take("every");
-            s.problem("cron", "set either `every` or `cron`, not both");
-            Schedule::Every(MINUTE)
-        }
-        (Some(cron), false) => Schedule::Cron(cron),
-        (None, _) => Schedule::Every(s.duration("every", MINUTE, SECOND..=31 * DAY)),
-    });
+    let schedule = s.section("schedule", schedule);
     let start_ms = s.text("start").and_then(|text| match chrono::DateTime::parse_from_rfc3339(&text) {
         Ok(at) => Some(at.timestamp_millis()),
         Err(_) => {
@@ -70,6 +67,8 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
         name,
         schedule,
         start_ms,
+        delay_ms: s.duration("delay", DEFAULT_DELAY, 0..=7 * DAY),
+        lookback: s.small("lookback", 0, 0..=MAX_LOOKBACK),
         catch_up: s.small("catch_up", 10, 0..=50_000),
         catch_up_limit_ms: s.duration("catch_up_limit", default_limit, 0..=366 * DAY),
         max_active_runs: s.small("max_active_runs", 2, 1..=64),
@@ -81,6 +80,21 @@ fn stream(s: &mut Section<'_>) -> StreamSettings {
             failed_backoff_ms: s.duration("failed_backoff", 15 * MINUTE, 1..=DAY),
             attempt_timeout_ms: s.duration("attempt_timeout", 15 * MINUTE, SECOND..=DAY),
         }),
+    }
+}
+
+fn schedule(s: &mut Section<'_>) -> Schedule {
+    let (cron, zone, has_length) = (s.text("cron"), s.zone("zone"), s.table.contains_key("every"));
+    if cron.is_some() && has_length {
+        s.problem("cron", "set either `every` or `cron`, not both");
+    }
+    if cron.is_none() && zone.is_some() {
+        s.problem("zone", "only a `cron` schedule has a time zone; for days write cron = \"0 0 * * *\"");
+    }
+    let length_ms = s.duration("every", MINUTE, SECOND..=31 * DAY);
+    match cron {
+        Some(expression) => Schedule::Cron { expression, zone: zone.unwrap_or(Tz::UTC) },
+        None => Schedule::Every(length_ms),
     }
 }
 

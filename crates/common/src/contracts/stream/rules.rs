@@ -6,7 +6,7 @@ use super::secrets::{has_literal, has_user, looks_secret, redacted, secret_param
 use super::template::{Part, Placeholder, Template};
 use super::{
     Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder, Pagination,
-    Schedule, TTL_MARGIN_MS,
+    Schedule, StreamSettings, TTL_MARGIN_MS,
 };
 use crate::contracts::event::DAY_MS;
 use crate::contracts::topics::TOPIC_RETENTION_MS;
@@ -27,12 +27,17 @@ const MAX_COLUMNS: usize = 128;
 fn interval_ms(schedule: &Schedule) -> i64 {
     match schedule {
         Schedule::Every(ms) => *ms,
-        Schedule::Cron(_) => 60_000,
+        Schedule::Cron { .. } => 60_000,
     }
 }
 
-pub(super) fn default_lateness(schedule: &Schedule) -> i64 {
-    DEFAULT_LATENESS_MS.max(LATENESS_INTERVALS * interval_ms(schedule))
+pub(super) fn default_lateness(stream: &StreamSettings) -> i64 {
+    DEFAULT_LATENESS_MS.max(least_lateness(stream))
+}
+
+/// The lateness at which events of an interval that is fetched for the last time are not late.
+fn least_lateness(stream: &StreamSettings) -> i64 {
+    (LATENESS_INTERVALS + i64::from(stream.lookback)) * interval_ms(&stream.schedule)
 }
 
 pub(super) fn default_catch_up_limit(schedule: &Schedule) -> i64 {
@@ -274,10 +279,11 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
             d.store.bucket.name()
         ));
     }
-    let least = LATENESS_INTERVALS * interval_ms(&d.stream.schedule);
+    let least = least_lateness(&d.stream);
     if w.lateness_ms < least && d.event.time == EventTime::Interval {
         problems.push(format!(
-            "`windows.lateness`: {} is less than {LATENESS_INTERVALS} schedule intervals; use at least {}",
+            "`windows.lateness`: {} is less than {LATENESS_INTERVALS} schedule intervals plus `stream.lookback`; use \
+             at least {}",
             format_ms(w.lateness_ms),
             format_ms(least)
         ));

@@ -4,20 +4,24 @@ use super::*;
 use crate::run::batch::{BATCH_BYTES, BATCH_RECORDS};
 
 /// Returns the same page for every request.
-struct FixedSource(String);
+struct FixedSource(Page);
 
 #[async_trait]
 impl FetchPage for FixedSource {
     async fn fetch(&self, _: &PageRequest) -> Result<Page, AttemptError> {
-        Ok(page(&self.0))
+        Ok(self.0.clone())
     }
 }
 
 impl World {
     /// Runs one attempt for the last minute with a source that returns `body`.
     async fn attempt_at(&self, body: String) -> (Ended, Run) {
+        self.attempt_with(page(&body)).await
+    }
+
+    async fn attempt_with(&self, page: Page) -> (Ended, Run) {
         let runner = Arc::into_inner(self.runner("a")).unwrap();
-        let mut runner = Runner { source: Arc::new(FixedSource(body)), ..runner };
+        let mut runner = Runner { source: Arc::new(FixedSource(page)), ..runner };
         runner.definition.source.pagination.order = common::contracts::stream::PageOrder::None;
         let runner = Arc::new(runner);
         let interval = Interval { start_ms: T0 - MINUTE, end_ms: T0 };
@@ -46,6 +50,44 @@ async fn an_invalid_record_does_not_affect_the_rest_of_its_page() {
     assert_eq!(delivered, ["b"]);
     let refused = world.kafka.refused.lock().unwrap();
     assert!(refused[0].contains("not valid JSON") && refused[1].contains("is a float"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn an_interval_that_is_not_over_on_the_clock_of_the_source_is_fetched_later() {
+    let date = |ms: i64| chrono::DateTime::from_timestamp_millis(ms).unwrap().to_rfc2822();
+    let page_of = |headers: &[(&str, String)]| Page {
+        headers: Headers(headers.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect()),
+        ..page("{\"results\": []}")
+    };
+    let world = World::new(17, 0, 0);
+    let (ended, run) = world.attempt_with(page_of(&[("date", date(T0 - 31_000))])).await;
+    assert_eq!((ended, run.retry_at_ms), (Ended::Retrying, T0 + 30_001), "{run:?}");
+    assert!(run.error.starts_with("the interval ends in 30001 ms by the clock of the source"), "{run:?}");
+    for headers in
+        [vec![("date", date(T0 - 1000)), ("age", "1".to_owned())], vec![("date", "soon".to_owned())]]
+    {
+        let (ended, run) = World::new(17, 0, 0).attempt_with(page_of(&headers)).await;
+        assert_eq!(ended, Ended::Succeeded, "{run:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_looks_back_fetches_each_interval_again_and_records_each_attempt() {
+    let world = World { lookback: 2, ..World::new(21, 0, 0) };
+    let mut service = world.service("a");
+    for _ in 0..20 {
+        service.tick().await.unwrap();
+        service.wait_for_active().await;
+        world.pass(30_000);
+    }
+    let attempts = world.ledger.attempts(T0 + MINUTE).await.unwrap();
+    let ended: Vec<(i64, &str)> =
+        attempts.iter().map(|a| ((a.started_ms - T0) / MINUTE, a.outcome.as_str())).collect();
+    let refetch = |minute| [(minute, OUTCOME_CLEARED), (minute, OUTCOME_SUCCEEDED)];
+    assert_eq!(ended, [&[(2, OUTCOME_SUCCEEDED)][..], &refetch(3), &refetch(4)].concat());
+    let run = world.ledger.run(T0 + MINUTE).await.unwrap().unwrap();
+    assert_eq!((run.state, run.run_type), (RunState::Succeeded, RunType::Lookback));
+    world.check(21);
 }
 
 #[tokio::test]

@@ -3,10 +3,10 @@
 
 use super::progress::{LostHistory, ProgressRow, StoredProgress};
 use super::requests::{Requests, StoreContext, backoff};
-use super::rows::{EventRow, PaneRowValues};
+use super::rows::{EventRow, PaneRowValues, StoredEvent};
 use super::statements::Statements;
 use super::{Assumed, BatchRecord, Store};
-use crate::count::partition::LogPosition;
+use crate::count::partition::{LogPosition, StoredCopy};
 use crate::count::windows::hot::Panes;
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
 use crate::count::write_plan::{EventGroup, PaneGroup};
@@ -102,7 +102,7 @@ impl CassandraStore {
         &self,
         chunk: &Chunk,
         group: &EventGroup,
-    ) -> Result<Vec<(u32, i64)>, ProcessorError> {
+    ) -> Result<Vec<(u32, StoredCopy)>, ProcessorError> {
         let keys: Vec<(CqlTimestamp, &str)> = group
             .events
             .iter()
@@ -116,15 +116,16 @@ impl CassandraStore {
             .until_acknowledged(|| session.execute_unpaged(&self.statements.look_up, &values))
             .await?;
         let rows = result.into_rows_result().map_err(unreadable)?;
-        let mut stored: HashMap<(i64, &str), i64> = HashMap::new();
-        for row in rows.rows::<(CqlTimestamp, &str, i64)>().map_err(unreadable)? {
-            let (time, id, offset) = row.map_err(unreadable)?;
-            stored.insert((time.0, id), offset);
+        let mut stored: HashMap<(i64, &str), StoredEvent<'_>> = HashMap::new();
+        for row in rows.rows::<StoredEvent<'_>>().map_err(unreadable)? {
+            let row = row.map_err(unreadable)?;
+            stored.insert((row.time_ms, row.id), row);
         }
-        let found =
-            group.events.iter().zip(&values.2).filter_map(|(number, (time, id))| {
-                stored.get(&(time.0, *id)).map(|offset| (*number, *offset))
-            });
+        let found = group.events.iter().zip(&values.2).filter_map(|(number, (time, id))| {
+            let row = stored.get(&(time.0, *id))?;
+            let differs = chunk.columns_of(*number as usize).ne(row.columns.iter().copied());
+            Some((*number, StoredCopy { offset: row.offset, differs }))
+        });
         Ok(found.collect())
     }
 
@@ -297,7 +298,7 @@ impl Store for CassandraStore {
         &self,
         chunk: &Chunk,
         groups: &[EventGroup],
-    ) -> Result<BTreeMap<u32, i64>, ProcessorError> {
+    ) -> Result<BTreeMap<u32, StoredCopy>, ProcessorError> {
         let found = try_join_all(groups.iter().map(|group| self.look_up_group(chunk, group))).await?;
         Ok(found.into_iter().flatten().collect())
     }

@@ -1,7 +1,11 @@
-//! Serializes rows for the driver: cells are written directly from the chunk's arena, without intermediate values.
+//! Serializes rows for the driver, and reads looked-up ones: cells are the bytes of the chunk's arena and of the response,
+//! without intermediate values.
 
 use crate::count::windows::pane::{Measure, PaneRow};
 use crate::record::chunk::Chunk;
+use scylla::deserialize::row::{ColumnIterator, DeserializeRow};
+use scylla::deserialize::{DeserializationError, TypeCheckError};
+use scylla::frame::response::result::ColumnSpec;
 use scylla::serialize::SerializationError;
 use scylla::serialize::row::{RowSerializationContext, SerializeRow};
 use scylla::serialize::writers::RowWriter;
@@ -22,6 +26,36 @@ pub struct PaneRowValues<'a> {
     pub row: PaneRow,
     pub measures: &'a [Measure],
     pub stamp: i64,
+}
+
+/// A looked-up row of the event table: event time, id, offset, and the bytes of the declared columns.
+pub struct StoredEvent<'a> {
+    pub time_ms: i64,
+    pub id: &'a str,
+    pub offset: i64,
+    pub columns: Vec<Option<&'a [u8]>>,
+}
+
+impl<'frame, 'metadata> DeserializeRow<'frame, 'metadata> for StoredEvent<'frame> {
+    fn type_check(_: &[ColumnSpec<'_>]) -> Result<(), TypeCheckError> {
+        Ok(())
+    }
+
+    fn deserialize(row: ColumnIterator<'frame, 'metadata>) -> Result<Self, DeserializationError> {
+        let cells: Result<Vec<Option<&[u8]>>, _> =
+            row.map(|cell| Ok(cell?.slice.map(|slice| slice.as_slice()))).collect();
+        let cells = cells?;
+        let wrong = || DeserializationError::new(std::io::Error::other("the row has another layout"));
+        let [time, id, offset, columns @ ..] = cells.as_slice() else { return Err(wrong()) };
+        let number =
+            |cell: &Option<&[u8]>| cell.and_then(|bytes| bytes.try_into().ok()).map(i64::from_be_bytes);
+        Ok(StoredEvent {
+            time_ms: number(time).ok_or_else(wrong)?,
+            id: id.and_then(|bytes| std::str::from_utf8(bytes).ok()).ok_or_else(wrong)?,
+            offset: number(offset).ok_or_else(wrong)?,
+            columns: columns.to_vec(),
+        })
+    }
 }
 
 fn put(writer: &mut RowWriter<'_>, bytes: &[u8]) -> Result<(), SerializationError> {

@@ -55,6 +55,7 @@ impl Statements {
         context: &StoreContext,
     ) -> Result<Statements, ProcessorError> {
         let (stream, panes_table) = (&definition.stream.name, schema::panes_table(definition));
+        let columns: String = definition.columns.iter().map(|column| format!(", {}", column.name)).collect();
         let measures: String = definition
             .windows
             .measures
@@ -73,7 +74,7 @@ impl Statements {
             rows: Batches::new(prepare(schema::insert_event(keyspace, definition)).await?),
             panes: Batches::new(prepare(schema::insert_pane(keyspace, definition)).await?),
             look_up: prepare(format!(
-                "SELECT event_time, event_id, kafka_offset FROM {keyspace}.{stream} \
+                "SELECT event_time, event_id, kafka_offset{columns} FROM {keyspace}.{stream} \
                  WHERE bucket = ? AND shard = ? AND (event_time, event_id) IN ?"
             )).await?,
             load_panes: prepare(format!(
@@ -81,8 +82,8 @@ impl Statements {
                  WHERE bucket = ? AND kafka_partition = ? AND pane_start IN ?"
             )).await?,
             progress: prepare(format!(
-                "SELECT next_offset, events, duplicates, late, dead_letters, skipped, seen_to, first_offset, last_offset, \
-                 fingerprint, written_to FROM {keyspace}.partition_progress WHERE stream = ? AND kafka_partition = ?"
+                "SELECT next_offset, events, duplicates, revised, late, dead_letters, skipped, seen_to, first_offset, \
+                 last_offset, fingerprint, written_to FROM {keyspace}.partition_progress WHERE stream = ? AND kafka_partition = ?"
             )).await?,
             accepted: prepare(format!(
                 "SELECT up_to FROM {keyspace}.dead_letters_accepted WHERE stream = ? AND kafka_partition = ?"
@@ -91,9 +92,9 @@ impl Statements {
                 "SELECT from_offset, to_offset FROM {keyspace}.skipped_ranges WHERE stream = ? AND kafka_partition = ?"
             )).await?,
             put_progress: prepare(format!(
-                "INSERT INTO {keyspace}.partition_progress (stream, kafka_partition, next_offset, events, duplicates, late, \
-                 dead_letters, skipped, seen_to, first_offset, last_offset, fingerprint, written_to, updated_at) \
-                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TIMESTAMP ?"
+                "INSERT INTO {keyspace}.partition_progress (stream, kafka_partition, next_offset, events, duplicates, revised, \
+                 late, dead_letters, skipped, seen_to, first_offset, last_offset, fingerprint, written_to, updated_at) \
+                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TIMESTAMP ?"
             )).await?,
             note_written: prepare(format!(
                 "INSERT INTO {keyspace}.partition_progress (stream, kafka_partition, written_to) VALUES (?, ?, ?) \

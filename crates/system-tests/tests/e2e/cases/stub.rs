@@ -6,8 +6,11 @@ use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
 use axum::response::IntoResponse;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 /// 2026-01-01T00:00:00Z.
@@ -165,6 +168,13 @@ fn parameters(case: &str, request: &Request<'_>) -> Option<Answer> {
             let (symbol, price) = prices.iter().find(|(symbol, _)| *symbol == request.text("symbol"))?;
             ok(&json!([{"symbol": symbol, "closeTime": T0 * 1000 + 1, "lastPrice": price}]))
         }
+        // A record shows up three seconds after the end of its interval.
+        "late-arrival" => {
+            let end = request.number("to", 0) as i64;
+            let record = |name: &str| json!({"id": format!("{name}-{end}"), "at": at(end - 1)});
+            let is_complete = chrono::Utc::now().timestamp() > end + 3;
+            ok(&json!([&[record("first")][..], if is_complete { &[record("late")] } else { &[] }].concat()))
+        }
         "organisation" => ok(&json!([{"name": "one", "stars": 3}, {"name": "two", "stars": 5}])),
         "repository" => ok(&json!(rows(0, if request.text("name") == "one" { 2 } else { 3 }))),
         "date-only" if request.text("start_date").len() != 10 => {
@@ -231,6 +241,16 @@ fn shapes(case: &str) -> Option<Answer> {
         "lone-surrogate" => raw(
             r#"{"items":[{"id":"a","at":"2026-01-01T00:00:01Z","text":"fine"},{"id":"b","at":"2026-01-01T00:00:02Z","text":"cut \ud83d"}]}"#,
         ),
+        "float-digits" => {
+            let values = (1..=1000).map(|n| f64::from(n).sqrt().sin() * 180.0);
+            let items = values.zip(0..).map(|(v, n)| json!({"id": format!("f{n}"), "at": at(T0), "v": v}));
+            ok(&json!(items.collect::<Vec<_>>()))
+        }
+        "gzip-upper" => {
+            let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+            packed.write_all(json!(rows(0, 3)).to_string().as_bytes()).unwrap();
+            Some((200, vec![("content-encoding", "GZIP".to_owned())], packed.finish().unwrap()))
+        }
         "bom" => Some((
             200,
             vec![],
@@ -258,6 +278,11 @@ fn failures(case: &str, request: &Request<'_>) -> Option<Answer> {
             br#"{"message": "You have exceeded a secondary rate limit."}"#.to_vec(),
         )),
         "github-403" => ok(&json!(rows(0, 3))),
+        "date-429" if request.earlier == 0 => {
+            let after = (chrono::Utc::now() + chrono::TimeDelta::seconds(2)).to_rfc2822();
+            Some((429, vec![("retry-after", after)], vec![]))
+        }
+        "date-429" => ok(&json!(rows(0, 3))),
         "reset-429" => {
             let reset = chrono::Utc::now().timestamp() + 900;
             Some((
