@@ -16,7 +16,7 @@ use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{EventMapping, EventTime};
-pub use secrets::redacted;
+pub use secrets::{looks_secret, redacted};
 use serde::{Deserialize, Serialize};
 pub use source::{
     Auth, BodyFormat, Flag, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, Place, RecordShape,
