@@ -3,6 +3,7 @@
 
 use crate::CommandOutput;
 use crate::config::CheckArgs;
+use crate::draft::PLAUSIBLE_MS;
 use crate::schedule::Timeline;
 use crate::source::client::{FetchPage, Page};
 use crate::source::extract::{Each, Event, Extractor, Outgoing};
@@ -25,8 +26,6 @@ use std::fmt::Write;
 pub const NO_ID: &str = "event.id is not set, so records are identified by their position. If an interval is fetched \
                          again and the response has changed (one record more or less, or another order), records get \
                          other ids and are counted twice; point event.id to a field that identifies a record";
-/// Event times before 2000 or after 2100 are probably read in a wrong unit.
-const PLAUSIBLE_MS: std::ops::Range<i64> = 946_684_800_000..4_102_444_800_000;
 
 /// Walks the first pages of the last completed interval and shows their events. Fetches the first page twice. The exit
 /// code is 1 if a record would become a dead letter.

@@ -8,6 +8,7 @@ use common::contracts::stream::redacted;
 use common::runtime::config::CommonArgs;
 use serde::{Serialize, Serializer};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// Fetches events from a REST API on a schedule and produces them to Kafka.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -104,6 +105,32 @@ pub enum SourceCommand {
     /// Walk the pages of an interval and print their events without producing them; exit code 1 if a record would become a
     /// dead letter
     Check(CheckArgs),
+    /// Fetch one page of an unknown API and draft a stream definition from it, with a comment on every guess
+    New(NewArgs),
+}
+
+/// Settings of `source new`.
+#[derive(Debug, Clone, Args)]
+pub struct NewArgs {
+    /// URL of a page with records, as for a browser: with real values instead of placeholders
+    pub url: String,
+    /// Name of the stream [default: from the URL]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Request header; may be given several times. Secrets are not written to the definition
+    #[arg(long, value_name = "NAME: VALUE", value_parser = header)]
+    pub header: Vec<(String, String)>,
+    /// Allow private and loopback addresses
+    #[arg(long)]
+    pub allow_private: bool,
+    /// Write the definition to this file, which must not exist [default: print it]
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or("is not a header; write for example 'X-Api-Key: abc'")?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
 }
 
 /// Settings of `source check`.
@@ -290,6 +317,7 @@ mod tests {
             "ingest-producer run --http-listen 127.0.0.1:0 --source-origin http://h:1",
             "ingest-producer stress --messages 500000 --rate 1000 --seconds 5 --payload-bytes 300 --duplicates 10 --json",
             "ingest-producer source check --events 3",
+            "ingest-producer source new http://h/items?page=1 --name mine --header X-Api-Version:2 --allow-private --output f",
             "ingest-producer runs list --state failed --from 2026-01-01T00:00:00Z",
             "ingest-producer runs show 2026-01-01T00:00:00Z --json",
             "ingest-producer runs clear --from 2026-01-01T00:00:00Z --to 2026-01-02T00:00:00Z --state failed",

@@ -6,7 +6,8 @@
 //! [`source::client`] calls the API, [`ledger`] is the run ledger in Cassandra, and [`publish`] hands events to Kafka
 //! and counts acknowledgements. [`run`] orders these effects for one attempt, [`service`] runs the planner and starts
 //! attempts, and [`control`] executes the commands of the control topic. Command-line tools: [`stress`] measures
-//! throughput, [`check`] previews the events of a source, and [`runs`] and [`backfill`] work on the ledger.
+//! throughput, [`new`] drafts the definition of a stream with the pure module [`draft`], [`check`] previews the events of
+//! a source, and [`runs`] and [`backfill`] work on the ledger.
 //!
 //! The one rule: a run succeeds when every page has been fetched and every record acknowledged. Until then its interval
 //! stays due, and every attempt produces the same event ids.
@@ -19,9 +20,11 @@ pub mod backfill;
 pub mod check;
 pub mod config;
 pub mod control;
+pub mod draft;
 pub mod error;
 pub mod ledger;
 pub mod metrics;
+pub mod new;
 pub mod planner;
 pub mod publish;
 pub mod registration;
@@ -97,6 +100,10 @@ pub fn now_ms() -> i64 {
 
 /// Executes the command of `config`.
 pub async fn run(config: &Config) -> anyhow::Result<CommandOutput> {
+    // The only command without a stream definition.
+    if let Command::Source(SourceCommand::New(args)) = &config.command {
+        return new::new(args, now_ms()).await;
+    }
     let definition = config.common.definition()?;
     let shutdown = Shutdown::on_signals(GRACE).context("cannot install signal handlers")?;
     match &config.command {
@@ -110,6 +117,7 @@ pub async fn run(config: &Config) -> anyhow::Result<CommandOutput> {
             done
         }
         Command::Stress(args) => stress(config, args, definition, shutdown).await,
+        Command::Source(SourceCommand::New(args)) => new::new(args, now_ms()).await,
         Command::Source(SourceCommand::Check(args)) => {
             let requests = Requests::new(&definition, config.source_origin.as_deref())?;
             let client = client(&definition, &requests)?;

@@ -3,8 +3,9 @@
 //!
 //! - `GET /api/?results=N&seed=S&page=P` returns people in the format of randomuser.me.
 //! - `GET /v2/orders?from&to&limit&cursor` returns [`orders`] in a different format.
-//! - `GET /repos/{owner}/{repo}/commits`, `/v1/charges` and `/2.3/questions` return records in the formats of
-//!   [`public`] APIs.
+//! - `GET /repos/{owner}/{repo}/commits`, `/v1/charges`, `/2.3/questions`, `/fdsnws/event/1/query`,
+//!   `/api/v2/search/export.json` and `POST /graphql` return records in the formats of [`public`] APIs.
+//! - `GET /api/v3/klines` and `/v1/archive` return time [`series`] in the formats of public APIs.
 //! - `GET /faults` and `PUT /faults` show and set [`faults::Faults`].
 //! - `GET /healthz` returns `ok`.
 
@@ -16,6 +17,7 @@ pub mod people;
 pub mod public;
 mod public_routes;
 pub mod random;
+pub mod series;
 
 use anyhow::Context;
 use axum::body::Body;
@@ -23,7 +25,7 @@ use axum::extract::{Query, Request, State};
 use axum::http::{Response, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use clap::Parser;
 use common::runtime::shutdown::Shutdown;
@@ -119,6 +121,11 @@ pub fn router(faults: Faults) -> Router {
         .route("/repos/{owner}/{repo}/commits", get(public_routes::commits))
         .route("/v1/charges", get(public_routes::charges))
         .route("/2.3/questions", get(public_routes::questions))
+        .route("/fdsnws/event/1/query", get(public_routes::earthquakes))
+        .route("/graphql", post(public_routes::graphql))
+        .route("/api/v2/search/export.json", get(public_routes::tickets))
+        .route("/api/v3/klines", get(public_routes::klines))
+        .route("/v1/archive", get(public_routes::weather))
         .layer(middleware::from_fn_with_state(simulator.clone(), inject_fault))
         .route("/faults", get(show_faults).put(set_faults))
         .route("/healthz", get(|| async { "ok" }))
@@ -319,6 +326,52 @@ mod tests {
             [json(get(&format!("{url}&page=1")).await.1), json(get(&format!("{url}&page=2")).await.1)];
         assert_eq!((&pages[0]["has_more"], &pages[1]["has_more"]), (&json!(true), &json!(false)));
         assert_eq!(get(&url.replace("stackoverflow", "nowhere")).await.0, 400);
+    }
+
+    #[tokio::test]
+    async fn csv_graphql_next_urls_and_series_are_served() {
+        let origin = start().await;
+        let json = |text: String| serde_json::from_str::<Value>(&text).unwrap();
+        let span = "starttime=2026-01-01T00:00:00Z&endtime=2026-01-01T00:04:59.999Z";
+        let url = format!("{origin}/fdsnws/event/1/query?format=csv&{span}&limit=100");
+        let (first, second) = (get(&url).await.1, get(&format!("{url}&offset=101")).await.1);
+        let expected = public::EARTHQUAKES.records(1_767_225_600, 1_767_225_900).unwrap().len();
+        assert_eq!(
+            first.lines().count() + second.lines().count(),
+            expected + 2,
+            "each page has a header line"
+        );
+        assert!(first.starts_with("time,latitude,"), "{first}");
+
+        let search = async |variables: Value| {
+            let body = json!({"query": "{}", "variables": variables}).to_string();
+            let request =
+                client().post(format!("{origin}/graphql")).header("content-type", "application/json");
+            json(request.body(body).send().await.unwrap().text().await.unwrap())
+        };
+        let span = "is:issue created:2026-01-01T00:00:00Z..2026-01-01T00:00:59.999Z";
+        let page = search(json!({"search": span, "first": 5, "after": null})).await["data"]["search"].clone();
+        assert_eq!(page["pageInfo"], json!({"hasNextPage": true, "endCursor": "cursor:5"}));
+        let rest = search(json!({"search": span, "first": 100, "after": "cursor:5"})).await;
+        let rest = rest["data"]["search"]["nodes"].as_array().unwrap().len();
+        assert_eq!(page["issueCount"], 5 + rest);
+        assert!(search(json!({})).await["errors"].is_array());
+
+        let url = format!("{origin}/api/v2/search/export.json");
+        let span = "created>=2026-01-01T00:00:00Z+created<2026-01-01T00:01:00Z";
+        let page = json(get(&format!("{url}?query={span}&page[size]=10")).await.1);
+        assert_eq!(page["meta"]["has_more"], true);
+        let last = json(get(page["links"]["next"].as_str().unwrap()).await.1);
+        let expected = public::TICKETS.records(1_767_225_600, 1_767_225_660).unwrap();
+        assert_eq!(last["results"].as_array().unwrap().as_slice(), &expected[10..]);
+        assert_eq!((&last["meta"]["has_more"], last["links"]["next"].is_string()), (&json!(false), true));
+
+        let span = "startTime=1767225600000&endTime=1767225659999";
+        let url = format!("{origin}/api/v3/klines?symbol=BTCUSDT&interval=1m&{span}");
+        assert_eq!(json(get(&url).await.1).as_array().unwrap().len(), 1);
+        assert_eq!(get(&url.replace("USDT", "")).await.0, 400);
+        let url = format!("{origin}/v1/archive?start_date=2026-01-01&end_date=2026-01-01");
+        assert_eq!(json(get(&url).await.1)["hourly"]["time"].as_array().unwrap().len(), 24);
     }
 
     #[tokio::test]

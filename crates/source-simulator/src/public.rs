@@ -1,5 +1,5 @@
-//! Records in the formats of three well-known public APIs: commits of GitHub, charges of Stripe, and questions of Stack
-//! Exchange. Time is divided into slots. The number of a slot alone determines whether it has a record, so the records
+//! Records in the formats of well-known public APIs: commits and issues of GitHub, charges of Stripe, questions of Stack
+//! Exchange, earthquakes of the USGS, and tickets of Zendesk. Time is divided into slots. The number of a slot alone determines whether it has a record, so the records
 //! of an interval never change. Pure.
 
 use super::random::Random;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 const FILLED_PERCENT: u64 = 85;
 /// Maximum interval of one request in seconds: 31 days.
 pub const MAX_SPAN_S: i64 = 31 * 86_400;
-/// Maximum number of records per page, the same in all three APIs.
+/// Maximum number of records per page, the same in all APIs.
 pub const MAX_PAGE: usize = 100;
 
 /// Generates the records of one API.
@@ -30,6 +30,12 @@ pub const COMMITS: Api = Api { name: "commits", slot_s: 2, record: commit };
 pub const CHARGES: Api = Api { name: "charges", slot_s: 1, record: charge };
 /// Questions, about one every 4 s.
 pub const QUESTIONS: Api = Api { name: "questions", slot_s: 4, record: question };
+/// Earthquakes, about one every 3 s.
+pub const EARTHQUAKES: Api = Api { name: "earthquakes", slot_s: 3, record: earthquake };
+/// Issues, about one every 4 s.
+pub const ISSUES: Api = Api { name: "issues", slot_s: 4, record: issue };
+/// Tickets, about one every 4 s.
+pub const TICKETS: Api = Api { name: "tickets", slot_s: 4, record: ticket };
 
 /// The requested time span is invalid.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -65,8 +71,7 @@ pub fn page(records: &[Value], page: usize, size: usize) -> (&[Value], bool) {
 fn commit(slot: i64, at_s: i64, random: &mut Random) -> Value {
     let name = random.pick("Ada Byron|Grace Hopper|Barbara Liskov|Tony Hoare|Niklaus Wirth|Edsger Dijkstra");
     let login = random.pick("bors|matthiaskrgr|compiler-errors|ada|grace|");
-    let date =
-        DateTime::from_timestamp(at_s, 0).unwrap_or_default().to_rfc3339_opts(SecondsFormat::Secs, true);
+    let date = rfc3339(at_s);
     let person = json!({"name": name, "email": "dev@example.com", "date": date});
     let area = random.pick("parser|borrow checker|docs|tests|codegen|lints");
     let mut sha = Random::new("sha", &[slot.unsigned_abs()]);
@@ -118,6 +123,65 @@ fn question(slot: i64, at_s: i64, random: &mut Random) -> Value {
     })
 }
 
+/// A row of the CSV format: the values of [`EARTHQUAKE_COLUMNS`].
+fn earthquake(slot: i64, at_s: i64, random: &mut Random) -> Value {
+    let tenths =
+        |random: &mut Random, from: i64, count: u64| (from + random.below(count) as i64) as f64 / 10.0;
+    json!([
+        rfc3339(at_s),
+        tenths(random, -600, 1200),
+        tenths(random, -1800, 3600),
+        tenths(random, 0, 700),
+        // Some earthquakes have no magnitude yet.
+        if random.below(20) == 0 { Value::Null } else { tenths(random, 0, 60).into() },
+        random.pick("ml|ml|md|mb|mww"),
+        format!("us{:08x}", slot),
+        format!(
+            "{} km NE of {}",
+            1 + random.below(90),
+            random.pick("Ridgecrest, CA|Volcano, Hawaii|Tofino, Canada")
+        ),
+        random.pick("earthquake|earthquake|earthquake|quarry blast"),
+        random.pick("automatic|reviewed"),
+    ])
+}
+
+/// Names of the values of an earthquake.
+pub const EARTHQUAKE_COLUMNS: &str = "time,latitude,longitude,depth,mag,magType,id,place,type,status";
+
+fn issue(slot: i64, at_s: i64, random: &mut Random) -> Value {
+    let login = random.pick("ada|grace|tony|barbara|edsger|");
+    json!({
+        "id": format!("I_kwDO{slot:010}"),
+        "number": 10_000 + slot % 100_000,
+        "title": format!("{} does not {}", random.pick("rustc|cargo|rustdoc"), random.pick("compile|link|terminate")),
+        "createdAt": rfc3339(at_s),
+        "state": random.pick("OPEN|CLOSED|CLOSED"),
+        // Null if the account was deleted.
+        "author": if login.is_empty() { Value::Null } else { json!({"login": login}) },
+        "comments": {"totalCount": random.below(30)},
+    })
+}
+
+fn ticket(slot: i64, at_s: i64, random: &mut Random) -> Value {
+    let channel = random.pick("email|web|chat|api");
+    json!({
+        "id": 1_000_000 + slot,
+        "created_at": rfc3339(at_s),
+        "subject": format!("My {} is late", random.pick("parcel|refund|invoice")),
+        "status": random.pick("new|open|pending|solved|closed"),
+        "priority": match random.pick("low|normal|high|urgent|") { "" => Value::Null, priority => priority.into() },
+        "requester_id": 500 + random.below(9000),
+        "tags": [channel, "vip"],
+        "via": {"channel": channel},
+        "result_type": "ticket",
+    })
+}
+
+fn rfc3339(at_s: i64) -> String {
+    DateTime::from_timestamp(at_s, 0).unwrap_or_default().to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,7 +190,7 @@ mod tests {
 
     #[test]
     fn adjacent_intervals_neither_share_nor_miss_a_record() {
-        for api in [COMMITS, CHARGES, QUESTIONS] {
+        for api in [COMMITS, CHARGES, QUESTIONS, EARTHQUAKES, ISSUES, TICKETS] {
             let whole = api.records(START, START + 600).unwrap();
             let cut = START + 301;
             let halves = [api.records(START, cut).unwrap(), api.records(cut, START + 600).unwrap()].concat();

@@ -17,7 +17,7 @@ use crate::contracts::topics::TOPIC_RETENTION_MS;
 use chrono_tz::Tz;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{EventMapping, EventTime};
-pub use secrets::redacted;
+pub use secrets::{looks_secret, redacted};
 use serde::{Deserialize, Serialize};
 pub use source::{
     Auth, BodyFormat, Flag, ForEach, Limits, Listing, OffsetStep, PageOrder, Pagination, Place, RecordShape,

@@ -65,7 +65,8 @@ pub fn too_large(limit: u64, how: &str) -> AttemptError {
     AttemptError::fatal(format!("the page is larger than {limit} bytes{how}; raise source.limits.page_bytes"))
 }
 
-fn format_of(media_type: &str) -> BodyFormat {
+/// The format that a media type names; JSON for an unknown one.
+pub fn format_of(media_type: &str) -> BodyFormat {
     let essence = media_type.split(';').next().unwrap_or_default().trim();
     match essence {
         "text/csv" | "application/csv" => BodyFormat::Csv { delimiter: b',' },

@@ -341,7 +341,7 @@ fn unusable(place: &Place, found: Option<&[u8]>, expected: &'static str) -> Pagi
 }
 
 /// The target of `rel="next"` in an RFC 8288 `Link` header.
-fn next_link(header: &str) -> Option<String> {
+pub fn next_link(header: &str) -> Option<String> {
     let mut rest = header;
     while let Some((_, after)) = rest.split_once('<') {
         let (target, tail) = after.split_once('>')?;

@@ -205,6 +205,11 @@ impl Pipeline {
         service
     }
 
+    /// Scheme, host and port of the source.
+    pub fn source_origin(&self) -> String {
+        format!("http://127.0.0.1:{}", self.source_port)
+    }
+
     /// A listener at the address of the source, for tests that replace the simulator.
     pub async fn source_listener(&self) -> tokio::net::TcpListener {
         tokio::net::TcpListener::bind(("127.0.0.1", self.source_port)).await.unwrap()
@@ -331,7 +336,7 @@ impl Pipeline {
             .env("PIPELINE_CONTROL_TOPIC", format!("{}.control", self.topic))
             .env("PIPELINE_GROUP_ID", &self.topic)
             .env("PIPELINE_CHECKPOINTS", self.folder.join("checkpoints"))
-            .env("PIPELINE_SOURCE_ORIGIN", format!("http://127.0.0.1:{}", self.source_port))
+            .env("PIPELINE_SOURCE_ORIGIN", self.source_origin())
             .envs(more.iter().map(|(name, value)| (*name, value)));
         command
     }

@@ -67,7 +67,7 @@ pub(super) fn secret_parameters(template: &str) -> Vec<String> {
 }
 
 /// Whether a parameter or header with this name contains credentials.
-pub(super) fn looks_secret(name: &str) -> bool {
+pub fn looks_secret(name: &str) -> bool {
     let plain: String = name.to_lowercase().chars().filter(char::is_ascii_alphanumeric).collect();
     let plain = plain.strip_prefix('x').filter(|rest| rest.len() > 2).unwrap_or(&plain);
     SECRET_NAMES.contains(&plain) || SECRET_SUFFIXES.iter().any(|suffix| plain.ends_with(suffix))
