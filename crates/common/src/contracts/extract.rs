@@ -1,26 +1,46 @@
 //! Turns a record of the source into a Kafka record: an event with an id, a time, a key and a flat JSON object of the
 //! declared columns. Values are copied as text, so that every digit of a number reaches the processor. Pure.
 //!
+//! The processor reads records that other programs wrote to Kafka in the same way ([`Extractor::plain_event`]).
+//!
 //! A record that cannot become an event neither is dropped nor fails its page. It is produced to Kafka unchanged, with
 //! the reason, and the processor writes it to the dead letters.
 
-use super::records::{self, Record, kind};
+use super::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
+use super::run_ledger::Interval;
 use super::scan::{self, NotJson};
-use common::contracts::event::{MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS, derived_event_id, derived_event_time};
-use common::contracts::run_ledger::Interval;
-use common::contracts::stream::{Definition, EventTime};
-use common::contracts::time::{TimeError, TimeReading};
+use super::stream::{Definition, EventTime};
+use super::time::{TimeError, TimeReading};
 use serde_json::value::RawValue;
+use std::borrow::Cow;
 
 /// Maximum length of an id or key in bytes.
 const MAX_ID_BYTES: usize = 1024;
-/// Maximum size of a Kafka value in bytes. It is below `common::runtime::kafka::MAX_MESSAGE_BYTES`, which includes key and
+/// Maximum size of a Kafka value in bytes. It is below `crate::runtime::kafka::MAX_MESSAGE_BYTES`, which includes key and
 /// headers.
 const MAX_VALUE_BYTES: usize = (4 << 20) - (64 << 10);
 /// How many bytes of a larger record are kept.
 const MAX_EXCERPT_BYTES: usize = 64 << 10;
 /// Maximum length of a value quoted in a reason, in characters.
 const MAX_SHOWN: usize = 64;
+
+/// A record of a page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record<'a> {
+    /// JSON text of the record.
+    pub text: Cow<'a, [u8]>,
+    /// JSON text of the value that the nearest wildcard above the record matched.
+    pub parent: Option<&'a [u8]>,
+    /// Name of the member that the last wildcard matched; absent in arrays.
+    pub key: Option<Cow<'a, str>>,
+}
+
+impl<'a> Record<'a> {
+    /// A record that nothing surrounds.
+    pub fn plain(text: impl Into<Cow<'a, [u8]>>) -> Record<'a> {
+        Record { text: text.into(), parent: None, key: None }
+    }
+}
 
 /// An event to produce to Kafka, without the headers of its run.
 #[derive(Debug, Clone, PartialEq)]
@@ -199,11 +219,19 @@ impl Extractor {
         )
     }
 
+    /// Converts a record that another program wrote to Kafka in plain mode, which has no page around it. A definition
+    /// that accepts plain records takes id, time, key and columns from the record alone.
+    pub fn plain_event(&self, text: &[u8]) -> Result<Event, String> {
+        let (each, page) = (Each::new(), vec![]);
+        let around = Surroundings { interval: Interval { start_ms: 0, end_ms: 0 }, each: &each, page };
+        self.event(&around, 0, &Record::plain(text))
+    }
+
     fn event(&self, around: &Surroundings<'_>, index: u64, record: &Record<'_>) -> Result<Event, String> {
         let mut text = record.text.as_ref();
         let clean;
         if let Err(e) = serde_json::from_slice::<&RawValue>(text) {
-            clean = records::without_nan(text).ok_or_else(|| format!("the record is not valid JSON: {e}"))?;
+            clean = without_nan(text).ok_or_else(|| format!("the record is not valid JSON: {e}"))?;
             text = &clean;
         }
         let invalid = |e: NotJson| format!("the record is not valid JSON: {e}");
@@ -395,6 +423,49 @@ fn time(located: &Located, reading: &TimeReading, values: &Values<'_>) -> Result
     Err(format!("event.time: {} at `{pointer}` is outside of the years 1970 to 9999", shown(raw)))
 }
 
+/// Describes the type of a JSON value by its first byte, for messages.
+pub fn kind(first: Option<&u8>) -> &'static str {
+    match first {
+        None => "absent",
+        Some(b'n') => "null",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'"') => "a string",
+        Some(b'[') => "an array",
+        Some(b'{') => "an object",
+        Some(_) => "a number",
+    }
+}
+
+/// Replaces `NaN` and `Infinity`, which some programs write although JSON has no such values, with `null`. Returns
+/// `None` if the record does not contain them.
+pub fn without_nan(record: &[u8]) -> Option<Vec<u8>> {
+    let mut clean = Vec::with_capacity(record.len());
+    let (mut at, mut replaced) = (0, false);
+    while at < record.len() {
+        let rest = &record[at..];
+        if rest[0] == b'"' {
+            let length = scan::string_length(rest)?;
+            clean.extend_from_slice(&rest[..length]);
+            at += length;
+            continue;
+        }
+        let token =
+            ["-Infinity", "Infinity", "NaN"].into_iter().find(|token| rest.starts_with(token.as_bytes()));
+        match token {
+            Some(token) => {
+                clean.extend_from_slice(b"null");
+                at += token.len();
+                replaced = true;
+            }
+            None => {
+                clean.push(rest[0]);
+                at += 1;
+            }
+        }
+    }
+    (replaced && serde_json::from_slice::<&RawValue>(&clean).is_ok()).then_some(clean)
+}
+
 fn string(quoted: &[u8]) -> Result<String, serde_json::Error> {
     serde_json::from_slice(quoted)
 }
@@ -567,7 +638,7 @@ mod tests {
         let mut other = order();
         other["not_declared"] = long.into();
         event(&orders(), 0, &other);
-        const { assert!(MAX_VALUE_BYTES < common::runtime::kafka::MAX_MESSAGE_BYTES) }
+        const { assert!(MAX_VALUE_BYTES < crate::runtime::kafka::MAX_MESSAGE_BYTES) }
     }
 
     #[test]
@@ -629,6 +700,19 @@ mod tests {
         let id = |index| event(&definition, index, &person()).id;
         assert_eq!(id(4), id(4));
         assert_ne!(id(4), id(5));
+    }
+
+    #[test]
+    fn nan_becomes_null_outside_of_text() {
+        let clean = |text: &str| without_nan(text.as_bytes()).map(|clean| String::from_utf8(clean).unwrap());
+        let expected = r#"{"v":null,"w":[null,null],"t":"NaN \" Infinity"}"#;
+        assert_eq!(
+            clean(r#"{"v":NaN,"w":[-Infinity,Infinity],"t":"NaN \" Infinity"}"#).as_deref(),
+            Some(expected)
+        );
+        assert_eq!(clean(r#"{"t":"NaN"}"#), None);
+        assert_eq!(clean(r#"{"v":NaNx}"#), None);
+        assert_eq!(clean("{\"v\":NaN"), None);
     }
 
     fn any_record() -> impl Strategy<Value = Value> {
