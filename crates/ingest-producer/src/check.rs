@@ -14,7 +14,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use common::contracts::run_ledger::Interval;
 use common::contracts::stream::template::{Placeholder, Template};
-use common::contracts::stream::{Definition, EventTime, OnMisfit, PageOrder, redacted};
+use common::contracts::stream::{ContentMode, Definition, EventTime, OnMisfit, PageOrder, redacted};
 use common::contracts::{event, value};
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -200,6 +200,10 @@ impl Totals {
             problems.push(format!(
                 "column `{column}`: {count} of {records} records would become dead letters; the first: {reason}"
             ));
+        }
+        if !definition.event.accepts(ContentMode::Binary) {
+            let reason = "event.accept does not contain \"binary\", the mode of the producer";
+            problems.push(format!("{reason}: all {records} records would become dead letters"));
         }
         if self.ahead > 0 {
             problems.push(format!(

@@ -15,7 +15,7 @@ pub mod template;
 use crate::contracts::event::{Bucket, DAY_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use column::{Column, CqlType, OnMisfit};
-pub use event::{EventMapping, EventTime};
+pub use event::{ContentMode, EventMapping, EventTime};
 pub use secrets::redacted;
 use serde::{Deserialize, Serialize};
 pub use source::{

@@ -17,6 +17,7 @@ mod instances;
 mod layout;
 mod ledger;
 mod oracle;
+mod other_programs;
 mod outages;
 mod path;
 mod refusals;

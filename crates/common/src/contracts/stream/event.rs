@@ -14,6 +14,42 @@ pub struct EventMapping {
     pub event_type: String,
     /// Pointer to the Kafka key. `None` to use the event id. Records with equal ids must have equal keys.
     pub key: Option<String>,
+    /// Content modes of the records that the processor decodes, in the order of [`ContentMode::ALL`].
+    pub accept: Vec<ContentMode>,
+}
+
+impl EventMapping {
+    /// Whether the processor decodes records in this mode.
+    pub fn accepts(&self, mode: ContentMode) -> bool {
+        self.accept.contains(&mode)
+    }
+}
+
+/// How a Kafka record carries an event. The first two are the content modes of the CloudEvents 1.0 Kafka protocol
+/// binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContentMode {
+    /// Id and time are `ce_` headers, and the value is the object of the declared columns. The producer writes it.
+    Binary,
+    /// The value is an envelope: a JSON object with the members `id`, `time` and `data`.
+    Structured,
+    /// The value is a record of the source. Id, time and columns are at the pointers of the definition.
+    Plain,
+}
+
+impl ContentMode {
+    /// All modes and their names in a definition.
+    pub const ALL: [(&'static str, ContentMode); 3] = [
+        ("binary", ContentMode::Binary),
+        ("structured", ContentMode::Structured),
+        ("plain", ContentMode::Plain),
+    ];
+
+    /// The name in a definition.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, mode)| *mode == self).map_or("", |(name, _)| name)
+    }
 }
 
 /// Origin of the event time.
