@@ -12,7 +12,7 @@ mod secrets;
 mod source;
 pub mod template;
 
-use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::event::{Bucket, DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{ContentMode, EventMapping, EventTime};
@@ -122,13 +122,6 @@ impl StoreSettings {
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
     }
-
-    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
-    /// expired. `None` if no row expires.
-    pub fn horizon_ms(&self) -> Option<i64> {
-        let ttl_ms = self.least_ttl_seconds().saturating_mul(1000);
-        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS)
-    }
 }
 
 /// `[windows]`.
@@ -136,8 +129,7 @@ impl StoreSettings {
 pub struct Windows {
     /// Pane length in milliseconds. Divides the bucket length.
     pub pane_ms: i64,
-    /// Allowed lateness in milliseconds: an event further behind the highest event time of its partition counts as
-    /// late.
+    /// Allowed lateness in milliseconds: an event further behind the watermark of its partition counts as late.
     pub lateness_ms: i64,
     /// Group-by columns, at most [`MAX_GROUP_BY`].
     pub group_by: Vec<GroupBy>,
@@ -211,6 +203,14 @@ impl Definition {
     /// Index of a declared column in `columns`.
     pub fn column_index(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|c| c.name == name)
+    }
+
+    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
+    /// expired. A row of an event ahead of time is written, and expires, that much earlier. `None` if no row expires.
+    pub fn horizon_ms(&self) -> Option<i64> {
+        let ttl_ms = self.store.least_ttl_seconds().saturating_mul(1000);
+        let earlier_ms = self.event.ahead_ms - DEFAULT_AHEAD_MS;
+        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS - earlier_ms)
     }
 
     /// Most rows of one pane: one for all events, and one per group of each group-by column.

@@ -5,8 +5,8 @@ mod mode;
 mod value;
 
 use crate::record::chunk::{Chunk, DecodedEvent, Poison, Reason, UNSET};
-use common::contracts::event::{self, MAX_AHEAD_MS};
-use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
+use common::contracts::event;
+use common::contracts::stream::{Column, CqlType, Definition, EventMapping, Groups, MAX_GROUP_BY};
 use mode::{Modes, Parts};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,6 +46,7 @@ pub struct Decoder {
     shards: u32,
     /// Maximum age of an event relative to its record's timestamp. `None` if rows never expire.
     horizon_ms: Option<i64>,
+    mapping: EventMapping,
     modes: Modes,
     columns: Vec<Column>,
     /// Names of the columns, for [`Chunk::misfits`].
@@ -87,7 +88,8 @@ impl Decoder {
             partition,
             pane_ms: definition.windows.pane_ms,
             shards: definition.store.shards,
-            horizon_ms: definition.store.horizon_ms(),
+            horizon_ms: definition.horizon_ms(),
+            mapping: definition.event.clone(),
             modes: Modes::new(definition),
             by_name: index_by_name(definition.columns.iter().map(|c| &c.name)),
             groups: groups.collect(),
@@ -173,6 +175,7 @@ impl Decoder {
         chunk.events.push(DecodedEvent {
             offset: record.offset,
             time_ms,
+            watermark_ms: self.mapping.watermark_of(time_ms, record.timestamp_ms),
             hash: event::seen_hash(time_ms, &id),
             shard: event::shard(self.partition, self.shards, &id),
             groups,
@@ -184,11 +187,13 @@ impl Decoder {
     }
 
     fn check_time(&self, time_ms: i64, timestamp_ms: i64) -> Result<(), Reason> {
-        if time_ms > timestamp_ms.saturating_add(MAX_AHEAD_MS) {
-            let ahead = time_ms.saturating_sub(timestamp_ms) / 1000;
+        if time_ms > timestamp_ms.saturating_add(self.mapping.ahead_ms) {
+            let (ahead, most) = (time_ms.saturating_sub(timestamp_ms) / 1000, self.mapping.ahead_ms / 1000);
             return Err(reason(
                 "EventTimeInFuture",
-                format!("event time is {ahead} s ahead of the record's timestamp, the maximum is 1 h"),
+                format!(
+                    "event time is {ahead} s ahead of the record's timestamp, the maximum is {most} s (event.ahead)"
+                ),
             ));
         }
         if self.horizon_ms.is_some_and(|horizon| time_ms < timestamp_ms.saturating_sub(horizon)) {
@@ -361,6 +366,31 @@ mod tests {
         let reasons: Vec<_> = chunk.poison.iter().map(|poison| poison.reason.message.as_str()).collect();
         let plain = "header ce_id is missing: the record is in plain mode, and event.accept does not contain \"plain\"";
         assert_eq!(reasons, ["header ce_id is missing", plain]);
+    }
+
+    #[test]
+    fn an_event_may_be_as_far_ahead_as_the_definition_says() {
+        let text = include_str!("../../../../streams/user_created.toml");
+        let decode = |ahead: &str, time_ms: i64| {
+            let text = text.replace("[event]", &format!("[event]\nahead = \"{ahead}\""));
+            let decoder = Decoder::new(&Definition::parse("user_created.toml", &text).unwrap(), 2);
+            let time = chrono::DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339();
+            let (headers, value) = (headers("i", &time), Some(GOOD.as_bytes()));
+            let mut chunk = decoder.chunk();
+            let record = Record { offset: 7, timestamp_ms: NOW, key: None, value, headers: &headers };
+            decoder.decode(&record, &mut chunk);
+            match chunk.events.first() {
+                Some(event) => Ok((event.time_ms - NOW, event.watermark_ms - NOW)),
+                None => Err(chunk.poison[0].reason.to_string()),
+            }
+        };
+        const HOUR: i64 = 3_600_000;
+        assert_eq!(decode("1h", NOW + HOUR), Ok((HOUR, HOUR)));
+        assert_eq!(decode("7d", NOW + 168 * HOUR), Ok((168 * HOUR, 0)));
+        assert_eq!(decode("7d", NOW - HOUR), Ok((-HOUR, -HOUR)));
+        let limit = "EventTimeInFuture: event time is 604801 s ahead of the record's timestamp, the maximum is 604800 s \
+                     (event.ahead)";
+        assert_eq!(decode("7d", NOW + 168 * HOUR + 1000), Err(limit.to_owned()));
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //! every state file contains it. Comparing two layouts decides which changes the stored data survives.
 
 use super::{ContentMode, CqlType, Definition, EventTime, GroupBy, OnMisfit};
+use crate::contracts::event::DEFAULT_AHEAD_MS;
 use crate::contracts::time::TimeReading;
 use serde::{Deserialize, Serialize};
 use std::fmt::{self, Display};
 
 /// Format version of the stored text. Earlier versions can be read too, and `tests/golden` contains examples of each.
 /// Version 1 does not contain the shortest TTL. Versions before 3 do not contain how values are read, and versions
-/// before 4 do not contain the content modes.
+/// before 4 do not contain the content modes and how far events may be ahead of time.
 const FORM: u32 = 4;
 
 /// The layout of a stream. Its text form is one line of JSON.
@@ -28,11 +29,18 @@ pub struct Layout {
     event: Identity,
     #[serde(default = "binary_only")]
     accept: Vec<ContentMode>,
+    #[serde(default = "default_ahead")]
+    ahead_ms: i64,
 }
 
 /// The content modes of layouts that do not contain them.
 fn binary_only() -> Vec<ContentMode> {
     vec![ContentMode::Binary]
+}
+
+/// `event.ahead` of layouts that do not contain it.
+fn default_ahead() -> i64 {
+    DEFAULT_AHEAD_MS
 }
 
 /// A declared column: name, type, pointer into the source record, whether it is required, how its values are read.
@@ -124,6 +132,7 @@ impl Definition {
             columns: self.columns.iter().map(column).collect(),
             event: Identity(id, self.event.time.clone(), self.event.key.clone()),
             accept: self.event.accept.clone(),
+            ahead_ms: self.event.ahead_ms,
         }
     }
 }
@@ -179,6 +188,7 @@ impl Layout {
             changes.allowed.push(format!("`windows.lateness`: from {old} ms to {new} ms"));
         }
         changes.compare_accept(&self.accept, &next.accept);
+        changes.compare_ahead(self.ahead_ms, next.ahead_ms);
         let reads_plain = self.accept.contains(&ContentMode::Plain);
         changes.compare_columns(&self.columns, &next.columns, reads_plain);
         changes
@@ -222,6 +232,18 @@ impl Changes {
         }
         for mode in new.iter().filter(|mode| !old.contains(mode)) {
             self.allowed.push(format!("`event.accept`: \"{}\" added", mode.name()));
+        }
+    }
+
+    /// Compares how far events may be ahead of time, in milliseconds. It may only be raised.
+    fn compare_ahead(&mut self, old: i64, new: i64) {
+        if new > old {
+            self.allowed.push(format!("`event.ahead`: from {old} ms to {new} ms"));
+        } else if new < old {
+            self.refused.push(format!(
+                "`event.ahead`: registered as {old} ms, now {new} ms; it can be raised, not lowered: copies of events \
+                 that are further ahead would be counted again after a state file is lost"
+            ));
         }
     }
 
@@ -328,6 +350,7 @@ mod tests {
         check_allowed(|_| {}, &[]);
         check_allowed(with_new_column(false), &["column `phone`: new, text"]);
         check_allowed(|d| d.windows.lateness_ms = 1, &["`windows.lateness`: from 600000 ms to 1 ms"]);
+        check_allowed(|d| d.event.ahead_ms = 7_200_000, &["`event.ahead`: from 3600000 ms to 7200000 ms"]);
         check_allowed(|d| d.store.ttl_seconds = 0, &["`store.ttl`: from 31536000 s to 0 s"]);
         check_allowed(|d| d.store.ttl_seconds += 1, &["to 31536001 s"]);
         check_allowed(|d| d.columns[0].pointer = "/x".to_owned(), &["to `/x`"]);
@@ -350,6 +373,7 @@ mod tests {
         check_refused(|d| d.store.bucket = crate::contracts::event::Bucket::Day, "`store.bucket`", "restore");
         check_refused(|d| d.store.shards += 1, "`store.shards`", "registered as 4, now 5");
         check_refused(|d| d.store.ttl_seconds -= 1, "`store.ttl`", "raised, not lowered");
+        check_refused(|d| d.event.ahead_ms -= 1, "`event.ahead`", "raised, not lowered");
         check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "restore");
         check_refused(|d| d.windows.group_by.reverse(), "`windows.group_by`", "restore");
         check_refused(|d| d.windows.measures.clear(), "`windows.measures`", "restore");

@@ -9,7 +9,7 @@ use super::{
     Column, ContentMode, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups,
     MAX_GROUP_BY, MAX_GROUPS, OnMisfit, RetryPolicy, Schedule, StoreSettings, StreamSettings, Windows, rules,
 };
-use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::event::{Bucket, DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::time::{TimeReading, TimeUnit, is_format};
 use section::{Section, read_section};
 use std::collections::BTreeSet;
@@ -110,6 +110,7 @@ fn event(s: &mut Section<'_>) -> EventMapping {
         event_type: s.required_text("type"),
         key: s.record_pointer("key"),
         accept: accept(s),
+        ahead_ms: s.duration("ahead", DEFAULT_AHEAD_MS, DEFAULT_AHEAD_MS..=366 * DAY),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     ContentMode, Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder,
     Pagination, Schedule, TTL_MARGIN_MS,
 };
-use crate::contracts::event::DAY_MS;
+use crate::contracts::event::{DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 use std::collections::BTreeSet;
 
@@ -344,12 +344,13 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
 }
 
 fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
+    let ahead_ms = d.event.ahead_ms - DEFAULT_AHEAD_MS;
     let first_ms = i64::from(d.stream.catch_up) * interval_ms(&d.stream.schedule);
     let catch_up_ms = first_ms.max(d.stream.catch_up_limit_ms);
-    let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms;
+    let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms + ahead_ms;
     if d.store.ttl_seconds != 0 && d.store.ttl_seconds.saturating_mul(1000) < least {
         problems.push(format!(
-            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up; use \"0\" or at least {}",
+            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up + event.ahead; use \"0\" or at least {}",
             format_ms(d.store.ttl_seconds.saturating_mul(1000)),
             format_ms(least)
         ));
