@@ -356,7 +356,7 @@ fn finding_16_a_pane_that_does_not_divide_the_bucket_is_refused() {
 }
 
 #[test]
-fn an_event_ahead_of_time_counts_once_even_if_the_state_is_lost_and_makes_no_other_event_late() {
+fn an_event_ahead_of_time_counts_once_even_if_the_state_is_lost() {
     let records =
         [event(20_000, 1), event(AHEAD_MS, 2), event(21_000, 3), event(AHEAD_MS, 2), event(22_000, 4)];
     let mut sim = sim(&records, &[2]);

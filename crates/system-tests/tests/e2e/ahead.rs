@@ -2,13 +2,15 @@
 
 use chrono::{DateTime, SecondsFormat};
 
-use crate::harness::{Pipeline, TIMEOUT, now_ms, wait_until};
+use crate::harness::{Pipeline, TIMEOUT, now_ms, text, wait_until};
 
 const MINUTE_MS: i64 = 60_000;
 const DAY_MS: i64 = 86_400_000;
 /// Events of each kind.
 const COUNT: i64 = 20;
 const PARTITION: i32 = 4;
+/// Exit code of a command that is refused.
+const REFUSED: i32 = 3;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_of_the_next_days_count_once_and_make_no_event_of_the_present_late() {
@@ -48,6 +50,11 @@ async fn events_of_the_next_days_count_once_and_make_no_event_of_the_present_lat
     pipeline.assert_counted_once(5 * COUNT).await;
     pipeline.verify().await;
     processor.stop().await;
+
+    pipeline.set_stream_text(&pipeline.stream_text().replace("7d", "6d"));
+    let refused = pipeline.run("stream-processor", &["init"], &[]).await;
+    let stderr = text(&refused.stderr);
+    assert!(refused.status.code() == Some(REFUSED) && stderr.contains("raised, not lowered"), "{stderr}");
 }
 
 impl Pipeline {
