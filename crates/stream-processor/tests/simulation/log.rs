@@ -210,7 +210,7 @@ impl Exact {
         let time = BASE_MS + event.at;
         let key = (time, id_of(event.id));
         let late = self.seen_to.is_some_and(|seen_to| time < seen_to - LATENESS_MS);
-        // Only events ahead of time have an event time above the timestamp of their record.
+        // Without events ahead of time, no event time is above the timestamp of its record.
         let advanced = time.min(timestamp_ms);
         self.seen_to = Some(self.seen_to.map_or(advanced, |seen_to| seen_to.max(advanced)));
         if self.rows.contains_key(&key) {
@@ -332,7 +332,9 @@ impl Log {
 
     fn timestamp(&self, offset: i64) -> i64 {
         let leap = if self.leap().is_some_and(|leap| leap <= offset) { LEAP_MS } else { 0 };
-        BASE_MS + 60_000 + self.broker + offset + leap
+        // With events ahead of time, the present is within the panes of the other events.
+        let present = if self.ahead_ms() == MAX_AHEAD_MS { 20_000 } else { 60_000 };
+        BASE_MS + present + self.broker + offset + leap
     }
 
     fn value(&self, offset: i64) -> Vec<u8> {

@@ -121,6 +121,10 @@ fn structured<'a>(content_type: &[u8], value: &'a [u8]) -> Result<Parts<'a>, Rea
             "content type {media_type} is not supported; send one event per record as {ENVELOPE_TYPE}"
         )));
     }
+    let first = value.trim_ascii_start().first();
+    if first != Some(&b'{') {
+        return Err(invalid(format!("the envelope is {}; it must be an object", kind(first))));
+    }
     let envelope: Envelope<'_> =
         serde_json::from_slice(value).map_err(|e| invalid(format!("the envelope cannot be read: {e}")))?;
     let missing = |name: &str| invalid(format!("member {name} of the envelope is missing"));
@@ -289,8 +293,9 @@ mod tests {
         check(&complete().replace("\"o-1\"", "7"), "the envelope cannot be read: invalid type: integer `7`");
         check(&complete().replace("\"1.0\"", "\"0.3\""), "member specversion is `0.3`; it must be `1.0`");
         check("{}", "member specversion of the envelope is missing");
-        check("[]", "the envelope cannot be read: invalid");
-        check("", "the envelope cannot be read: EOF");
+        check("{", "the envelope cannot be read: EOF");
+        check("[]", "the envelope is an array; it must be an object");
+        check("", "the envelope is absent; it must be an object");
         let batch = [("content-type", "application/cloudevents-batch+json")];
         self::check("\"structured\"", &batch, "[]", "application/cloudevents-batch+json is not supported");
     }

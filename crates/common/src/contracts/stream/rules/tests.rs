@@ -74,7 +74,7 @@ fn every_mistake_is_reported_with_its_key_and_a_remedy() {
         ("time = \"interval\"", "ahead = \"59m\""),
         "`event.ahead`: `59m` is out of range; use 1h to 1year",
     );
-    check(("time = \"interval\"", "ahead = \"366d\""), "`store.ttl`: 1year is shorter");
+    check(("time = \"interval\"", "ahead = \"366d\""), "+ lateness + catch-up + event.ahead; use");
     check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
     check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
     check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
