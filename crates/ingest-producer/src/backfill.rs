@@ -10,7 +10,6 @@ use crate::schedule::Timeline;
 use chrono::{DateTime, SecondsFormat};
 use common::contracts::run_ledger::{Interval, Reprocess, RunState, RunType};
 use common::contracts::stream::Definition;
-use common::contracts::topics::TOPIC_RETENTION_MS;
 use common::runtime::shutdown::Shutdown;
 use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -22,8 +21,6 @@ use std::time::Duration;
 
 /// Maximum intervals of one backfill, which keeps them in memory.
 const MAX_INTERVALS: usize = 200_000;
-/// How much longer than the topic's retention rows must be kept; see `store.ttl` of the definition.
-const TTL_MARGIN_MS: i64 = 2 * 86_400_000;
 
 /// The intervals to run, and how many are skipped.
 #[derive(Debug, PartialEq)]
@@ -82,9 +79,8 @@ fn check_span(definition: &Definition, args: &BackfillArgs, now_ms: i64) -> anyh
     if args.from >= args.to {
         anyhow::bail!("--from {} must be before --to {}", time(args.from), time(args.to));
     }
-    let ttl_ms = definition.store.least_ttl_seconds().saturating_mul(1000);
-    let horizon_ms = now_ms - (ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS);
-    if ttl_ms > 0 && args.from < horizon_ms {
+    let horizon_ms = definition.horizon_ms().map(|age_ms| now_ms - age_ms);
+    if let Some(horizon_ms) = horizon_ms.filter(|horizon_ms| args.from < *horizon_ms) {
         anyhow::bail!(
             "--from {} is before the horizon {}: with store.ttl of {} days, older rows may expire before they are \
              counted; choose a later --from, or use a stream with a longer store.ttl",

@@ -15,7 +15,7 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use common::contracts::run_ledger::Interval;
 use common::contracts::stream::template::{Placeholder, Template};
-use common::contracts::stream::{Definition, EventTime, OnMisfit, PageOrder, redacted};
+use common::contracts::stream::{ContentMode, Definition, EventTime, OnMisfit, PageOrder, redacted};
 use common::contracts::{event, value};
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -150,7 +150,7 @@ impl Checker<'_> {
                 }
             }
         }
-        if event.time_ms > self.now_ms.saturating_add(event::MAX_AHEAD_MS) {
+        if event.time_ms > self.now_ms.saturating_add(self.definition.event.ahead_ms) {
             totals.ahead += 1;
             is_dead = true;
         }
@@ -200,11 +200,15 @@ impl Totals {
                 "column `{column}`: {count} of {records} records would become dead letters; the first: {reason}"
             ));
         }
+        if !definition.event.accepts(ContentMode::Binary) {
+            let reason = "event.accept does not contain \"binary\", the mode of the producer";
+            problems.push(format!("{reason}: all {records} records would become dead letters"));
+        }
         if self.ahead > 0 {
             problems.push(format!(
-                "{} of {records} event times are more than {} s in the future: the records would become dead letters",
+                "{} of {records} event times are more than {} s ahead (event.ahead): the records would become dead letters",
                 self.ahead,
-                event::MAX_AHEAD_MS / 1000
+                definition.event.ahead_ms / 1000
             ));
         }
         problems
@@ -434,9 +438,14 @@ mod tests {
         json!({"name": {"first": "Ada", "last": "Lovelace"}, "dob": {"age": 36}})
     }
 
+    const USERS: &str = include_str!("../../../streams/user_created.toml");
+
     async fn checked(stable: bool, person: Value, json: bool) -> CommandOutput {
-        let definition =
-            Definition::parse("users", include_str!("../../../streams/user_created.toml")).unwrap();
+        checked_by(USERS, stable, person, json).await
+    }
+
+    async fn checked_by(file: &str, stable: bool, person: Value, json: bool) -> CommandOutput {
+        let definition = Definition::parse("users", file).unwrap();
         let requests = Requests::new(&definition, None).unwrap();
         let source = Fake { stable, person, requests: AtomicU64::new(0) };
         let args = CheckArgs { pages: 3, events: 5, json };
@@ -453,6 +462,25 @@ mod tests {
             assert!(output.text.contains(part), "`{part}` is not in {}", output.text);
         }
         assert!(output.code == 0 && !output.text.contains("warning"), "{}", output.text);
+    }
+
+    #[tokio::test]
+    async fn events_further_ahead_than_the_definition_says_fail_the_check() {
+        let mut person = person();
+        person["at"] = "2026-01-03T00:00:00Z".into();
+        let checked = async |more: &str| {
+            let file = USERS.replace("time = \"interval\"", &format!("time = \"/at\"\n{more}"));
+            checked_by(&file, true, person.clone(), false).await
+        };
+        let output = checked("").await;
+        let problem = "2 of 2 event times are more than 3600 s ahead (event.ahead): the records would become dead letters";
+        assert!(output.code == 1 && output.text.contains(problem), "{}", output.text);
+        let output = checked("ahead = \"7d\"").await;
+        assert!(output.code == 0 && !output.text.contains("problem"), "{}", output.text);
+        let output = checked("ahead = \"7d\"\naccept = [\"plain\"]").await;
+        let problem =
+            "event.accept does not contain \"binary\", the mode of the producer: all 2 records would become";
+        assert!(output.code == 1 && output.text.contains(problem), "{}", output.text);
     }
 
     #[tokio::test]

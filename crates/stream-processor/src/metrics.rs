@@ -107,7 +107,7 @@ impl Metrics {
             hot_panes: gauge("processor_hot_panes", "Panes whose rows and key filters are in memory")?,
             hot_bytes: gauge("processor_hot_bytes", "Memory of hot panes and their filters, in bytes")?,
             seen_ids: gauge("processor_seen_ids", "Keys in the filters of hot panes")?,
-            watermark: time("processor_watermark_timestamp_seconds", "Highest event time so far")?,
+            watermark: time("processor_watermark_timestamp_seconds", "Watermark")?,
             committed_at: time("processor_last_commit_timestamp_seconds", "Last commit, or partition start")?,
             stages,
             batch_rows: make.histogram("processor_batch_rows", "Rows written per batch", &ROW_BUCKETS)?,

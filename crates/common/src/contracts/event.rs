@@ -37,9 +37,9 @@ pub const MIN_EVENT_TIME_MS: i64 = 0;
 /// Latest event time in Unix milliseconds: the last millisecond of the year 9999.
 pub const MAX_EVENT_TIME_MS: i64 = 253_402_300_799_999;
 
-/// How far an event time may be ahead of the record's timestamp in Kafka: one hour. One event from 2099 would advance the
-/// watermark so far that all other events would be late.
-pub const MAX_AHEAD_MS: i64 = 3_600_000;
+/// Default and least value of `event.ahead`, how far an event time may be ahead of the record's timestamp in Kafka: one
+/// hour. One event from 2099 would advance the watermark so far that all other events would be late.
+pub const DEFAULT_AHEAD_MS: i64 = 3_600_000;
 
 /// Namespace of derived event ids (a random UUID generated once for this project).
 const EVENT_NAMESPACE: Uuid = Uuid::from_u128(0x6f1d_2c5e_8a43_4b0e_9d57_3e1f_70c2_a9b4);

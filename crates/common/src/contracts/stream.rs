@@ -12,11 +12,11 @@ mod secrets;
 mod source;
 pub mod template;
 
-use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::event::{Bucket, DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 use chrono_tz::Tz;
 pub use column::{Column, CqlType, OnMisfit};
-pub use event::{EventMapping, EventTime};
+pub use event::{ContentMode, EventMapping, EventTime};
 pub use secrets::{looks_secret, redacted};
 use serde::{Deserialize, Serialize};
 pub use source::{
@@ -133,13 +133,6 @@ impl StoreSettings {
     pub fn least_ttl_seconds(&self) -> i64 {
         self.shortest_ttl_seconds.unwrap_or(self.ttl_seconds)
     }
-
-    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
-    /// expired. `None` if no row expires.
-    pub fn horizon_ms(&self) -> Option<i64> {
-        let ttl_ms = self.least_ttl_seconds().saturating_mul(1000);
-        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS)
-    }
 }
 
 /// `[windows]`.
@@ -147,8 +140,7 @@ impl StoreSettings {
 pub struct Windows {
     /// Pane length in milliseconds. Divides the bucket length.
     pub pane_ms: i64,
-    /// Allowed lateness in milliseconds: an event further behind the highest event time of its partition counts as
-    /// late.
+    /// Allowed lateness in milliseconds: an event further behind the watermark of its partition counts as late.
     pub lateness_ms: i64,
     /// Group-by columns, at most [`MAX_GROUP_BY`].
     pub group_by: Vec<GroupBy>,
@@ -222,6 +214,14 @@ impl Definition {
     /// Index of a declared column in `columns`.
     pub fn column_index(&self, name: &str) -> Option<usize> {
         self.columns.iter().position(|c| c.name == name)
+    }
+
+    /// Age in milliseconds beyond which an event is refused, because a row of a copy that can still be read may have
+    /// expired. A row of an event ahead of time is written, and expires, that much earlier. `None` if no row expires.
+    pub fn horizon_ms(&self) -> Option<i64> {
+        let ttl_ms = self.store.least_ttl_seconds().saturating_mul(1000);
+        let earlier_ms = self.event.ahead_ms - DEFAULT_AHEAD_MS;
+        (ttl_ms > 0).then(|| ttl_ms - TOPIC_RETENTION_MS - TTL_MARGIN_MS - earlier_ms)
     }
 
     /// Most rows of one pane: one for all events, and one per group of each group-by column.

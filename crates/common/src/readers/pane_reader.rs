@@ -161,8 +161,8 @@ impl PaneReader {
         Ok(read)
     }
 
-    /// The time up to which panes are complete, in Unix milliseconds: the lowest of the partitions' highest event
-    /// times, minus the allowed lateness. `None` if no partition has seen an event.
+    /// The time up to which panes are complete, in Unix milliseconds: the lowest watermark of all partitions, minus
+    /// the allowed lateness. `None` if no partition has seen an event.
     pub async fn settled_ms(&self) -> Result<Option<i64>, PaneReadError> {
         let found = self.session.execute_unpaged(&self.progress, (&self.definition.stream.name,)).await?;
         let found = found.into_rows_result()?;

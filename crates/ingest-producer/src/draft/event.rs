@@ -2,7 +2,7 @@
 
 use super::PLAUSIBLE_MS;
 use super::columns::{Field, characters, is_in};
-use common::contracts::event::MAX_AHEAD_MS;
+use common::contracts::event::DEFAULT_AHEAD_MS;
 use common::contracts::stream::CqlType;
 use std::collections::{BTreeMap, HashSet};
 
@@ -120,7 +120,7 @@ pub(super) fn is_other_time(field: &Field<'_>) -> bool {
 
 /// Whether the processor would accept every value as an event time.
 pub(super) fn can_be_time(field: &Field<'_>, now_ms: i64) -> bool {
-    let latest = PLAUSIBLE_MS.end.min(now_ms.saturating_add(MAX_AHEAD_MS));
+    let latest = PLAUSIBLE_MS.end.min(now_ms.saturating_add(DEFAULT_AHEAD_MS));
     let is_time = |text: &&str| {
         let read = field.reading.read(&characters(text));
         read.is_ok_and(|ms| (PLAUSIBLE_MS.start..latest).contains(&ms))

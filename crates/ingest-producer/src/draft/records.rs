@@ -3,8 +3,9 @@
 use super::DraftError;
 use crate::source::body::format_of;
 use crate::source::paginate::is_set;
-use crate::source::records::{Body, kind, records, without_nan};
+use crate::source::records::{Body, kind, records};
 use crate::source::scan::{self, Member};
+use common::contracts::extract::without_nan;
 use common::contracts::stream::{BodyFormat, RecordShape};
 
 /// Records that are looked at. More do not improve the guesses.

@@ -2,8 +2,8 @@
 //! Records are found one at a time, so that a large page needs little memory. Pure.
 
 use super::scan::{self, Member, NotJson};
+pub use common::contracts::extract::{Record, kind};
 use common::contracts::stream::{BodyFormat, RecordShape};
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -14,23 +14,6 @@ pub struct Body<'a> {
     pub text: &'a [u8],
     /// Its format.
     pub format: BodyFormat,
-}
-
-/// A record of a page.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record<'a> {
-    /// JSON text of the record.
-    pub text: Cow<'a, [u8]>,
-    /// JSON text of the value that the nearest wildcard above the record matched.
-    pub parent: Option<&'a [u8]>,
-    /// Name of the member that the last wildcard matched; absent in arrays.
-    pub key: Option<Cow<'a, str>>,
-}
-
-impl<'a> Record<'a> {
-    fn plain(text: impl Into<Cow<'a, [u8]>>) -> Record<'a> {
-        Record { text: text.into(), parent: None, key: None }
-    }
 }
 
 /// The records of a page cannot be found.
@@ -76,19 +59,6 @@ pub fn records<'a>(
         (BodyFormat::Auto | BodyFormat::Json, RecordShape::Rows) => {
             Ok(Walk::start(body.text, pointer)?.map(|walk| Box::new(walk) as Records<'a>))
         }
-    }
-}
-
-/// Describes the type of a JSON value by its first byte, for messages.
-pub fn kind(first: Option<&u8>) -> &'static str {
-    match first {
-        None => "absent",
-        Some(b'n') => "null",
-        Some(b't' | b'f') => "a boolean",
-        Some(b'"') => "a string",
-        Some(b'[') => "an array",
-        Some(b'{') => "an object",
-        Some(_) => "a number",
     }
 }
 
@@ -278,36 +248,6 @@ impl<'a> Iterator for Walk<'a> {
     }
 }
 
-/// Replaces `NaN` and `Infinity`, which some programs write although JSON has no such values, with `null`. Returns
-/// `None` if the record does not contain them.
-pub fn without_nan(record: &[u8]) -> Option<Vec<u8>> {
-    let mut clean = Vec::with_capacity(record.len());
-    let (mut at, mut replaced) = (0, false);
-    while at < record.len() {
-        let rest = &record[at..];
-        if rest[0] == b'"' {
-            let length = scan::string_length(rest)?;
-            clean.extend_from_slice(&rest[..length]);
-            at += length;
-            continue;
-        }
-        let token =
-            ["-Infinity", "Infinity", "NaN"].into_iter().find(|token| rest.starts_with(token.as_bytes()));
-        match token {
-            Some(token) => {
-                clean.extend_from_slice(b"null");
-                at += token.len();
-                replaced = true;
-            }
-            None => {
-                clean.push(rest[0]);
-                at += 1;
-            }
-        }
-    }
-    (replaced && serde_json::from_slice::<&RawValue>(&clean).is_ok()).then_some(clean)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -417,18 +357,5 @@ mod tests {
         let body = Body { text: b"id,note\n1,2,3", format: BodyFormat::Csv { delimiter: b',' } };
         let found = texts(records(body, "", RecordShape::Rows).unwrap().unwrap());
         assert!(found[0].as_ref().unwrap_err().contains("not valid CSV"), "{found:?}");
-    }
-
-    #[test]
-    fn nan_becomes_null_outside_of_text() {
-        let clean = |text: &str| without_nan(text.as_bytes()).map(|clean| String::from_utf8(clean).unwrap());
-        let expected = r#"{"v":null,"w":[null,null],"t":"NaN \" Infinity"}"#;
-        assert_eq!(
-            clean(r#"{"v":NaN,"w":[-Infinity,Infinity],"t":"NaN \" Infinity"}"#).as_deref(),
-            Some(expected)
-        );
-        assert_eq!(clean(r#"{"t":"NaN"}"#), None);
-        assert_eq!(clean(r#"{"v":NaNx}"#), None);
-        assert_eq!(clean("{\"v\":NaN"), None);
     }
 }

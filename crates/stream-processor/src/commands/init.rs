@@ -203,7 +203,7 @@ fn report(definition: &Definition, args: &InitArgs, topic: &str) -> Vec<String> 
     let rows = args.expected_rate as i64 * (store.bucket.millis() / 1000) / cells;
     // About 24 bytes per cell, including its share of the row header, measured on the default stream.
     let mebibytes = rows * (definition.columns.len() as i64 + 4) * 24 / (1 << 20);
-    let horizon = match store.horizon_ms() {
+    let horizon = match definition.horizon_ms() {
         None => "unlimited, because rows never expire".to_owned(),
         Some(ms) => format!("{} days", ms / DAY_MS),
     };

@@ -22,7 +22,7 @@ use crate::io::store::cassandra::CassandraStore;
 use chrono::{DateTime, SecondsFormat};
 use common::contracts::event::floor_to;
 use common::contracts::stream::Definition;
-use compare::{EventRow, Lowest, differences, fold, limits, may_have_expired};
+use compare::{EventRow, Expiry, Lowest, differences, fold, limits};
 use indicatif::ProgressBar;
 use rows::RowReader;
 use scylla::client::session::Session;
@@ -223,7 +223,7 @@ impl Verifier {
         next_offset: i64,
         outcome: &mut Outcome,
     ) -> Result<i64, ProcessorError> {
-        let (ttl_ms, pane_ms) = (self.ttl_ms(), self.sources.definition.windows.pane_ms);
+        let (expiry, pane_ms) = (self.expiry(), self.sources.definition.windows.pane_ms);
         let mut panes = self.reader.panes(span).await?;
         let mut events = self.reader.events(span).await?;
         let mut counted = 0;
@@ -236,7 +236,7 @@ impl Verifier {
                 lowest.push(row);
             };
             events.take(start, take).await?;
-            if may_have_expired(start, ttl_ms, now_ms()) {
+            if expiry.is_possible(start, now_ms()) {
                 outcome.expired_panes += 1;
                 continue;
             }
@@ -297,7 +297,7 @@ impl Verifier {
         outcome: &mut Outcome,
     ) -> Result<(), ProcessorError> {
         let created_at = self.reader.created_at().await?.unwrap_or(0);
-        let expired = may_have_expired(created_at, self.ttl_ms(), now_ms());
+        let expired = self.expiry().is_possible(created_at, now_ms());
         outcome.expired_totals += u64::from(expired);
         let (events, next_offset) = (scope.position.totals.events, scope.position.next_offset);
         if counted > events || (counted < events && !expired) {
@@ -312,8 +312,10 @@ impl Verifier {
         Ok(())
     }
 
-    fn ttl_ms(&self) -> i64 {
-        self.sources.definition.store.least_ttl_seconds().saturating_mul(1000)
+    fn expiry(&self) -> Expiry {
+        let definition = &self.sources.definition;
+        let ttl_ms = definition.store.least_ttl_seconds().saturating_mul(1000);
+        Expiry { ttl_ms, ahead_ms: definition.event.ahead_ms }
     }
 
     fn lowest(&self, from: i64) -> Lowest {

@@ -47,7 +47,7 @@ pub struct LogPosition {
     pub last_record: Option<LastRecord>,
     /// Totals of the records below `next_offset`, or below `count_from` during a replay.
     pub totals: Totals,
-    /// Highest event time so far in Unix milliseconds, which is the watermark. `None` before the first event.
+    /// The watermark in Unix milliseconds. `None` before the first event.
     pub seen_to: Option<i64>,
     /// Undecodable records counted against the limits.
     #[serde(default)]
@@ -196,7 +196,7 @@ impl Partition {
             totals.duplicates += i64::from(counts && !is_first);
             totals.revised += i64::from(counts && revised == Some(true));
             totals.late += i64::from(counts && is_first && late);
-            self.position.seen_to = self.position.seen_to.max(Some(event.time_ms));
+            self.position.seen_to = self.position.seen_to.max(Some(event.watermark_ms));
             #[cfg(test)]
             crate::simulation::mutations::move_hot_from(self);
         }

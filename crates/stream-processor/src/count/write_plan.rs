@@ -81,6 +81,7 @@ mod tests {
             chunk.events.push(DecodedEvent {
                 offset,
                 time_ms: *time_ms,
+                watermark_ms: *time_ms,
                 hash: 0,
                 shard: *shard,
                 groups: [0; 4],

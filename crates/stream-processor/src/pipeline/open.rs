@@ -272,8 +272,9 @@ pub fn begin<C: Checkpoint>(
     if start.how == How::Resume {
         checkpoint.restore(&mut panes).map_err(state_error)?;
     } else {
-        // Without a state file, all panes up to the highest event time are cold: their keys are unknown.
-        panes.hot_from = start.position.seen_to.map_or(i64::MIN, |seen_to| panes.start_after(seen_to));
+        // Without a state file, all panes that may have events are cold: their keys are unknown.
+        let latest = start.position.seen_to.map(|seen_to| definition.event.latest_time(seen_to));
+        panes.hot_from = latest.map_or(i64::MIN, |latest| panes.start_after(latest));
         let head = Head {
             format: FORMAT,
             layout: facts.layout.to_string(),

@@ -67,7 +67,7 @@ pub struct StartFacts<'a> {
 pub enum How {
     /// From its state file.
     Resume,
-    /// From the progress row, because the state file is missing or behind it. All panes up to `seen_to` are cold.
+    /// From the progress row, because the state file is missing or behind it. All panes that may have events are cold.
     Recover,
     /// From the progress row, or from the earliest offset without one, because Cassandra has lost writes that it had
     /// acknowledged according to the state file.

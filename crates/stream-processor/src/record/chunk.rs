@@ -15,6 +15,8 @@ pub struct DecodedEvent {
     pub offset: i64,
     /// Event time in Unix milliseconds.
     pub time_ms: i64,
+    /// How far the event advances the watermark, in Unix milliseconds.
+    pub watermark_ms: i64,
     /// Hash of (event time, id), the key in the seen filters.
     pub hash: u64,
     /// Shard of the event table.

@@ -1,11 +1,13 @@
 //! Decodes a Kafka record into an event, or into an undecodable record with a reason. Pure: the result depends on the
 //! record alone, so a replay decodes it the same way.
 
+mod mode;
 mod value;
 
 use crate::record::chunk::{Chunk, DecodedEvent, Poison, Reason, UNSET};
-use common::contracts::event::{self, MAX_AHEAD_MS, MAX_EVENT_TIME_MS, MIN_EVENT_TIME_MS};
-use common::contracts::stream::{Column, CqlType, Definition, Groups, MAX_GROUP_BY};
+use common::contracts::event;
+use common::contracts::stream::{Column, CqlType, Definition, EventMapping, Groups, MAX_GROUP_BY};
+use mode::{Modes, Parts};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -30,6 +32,12 @@ pub struct Record<'a> {
     pub headers: &'a [(&'a str, Option<&'a [u8]>)],
 }
 
+impl<'a> Record<'a> {
+    fn header(&self, name: &str) -> Option<&'a [u8]> {
+        self.headers.iter().find(|(n, _)| *n == name).and_then(|(_, v)| *v)
+    }
+}
+
 /// Decodes the records of one partition according to a stream definition.
 #[derive(Debug)]
 pub struct Decoder {
@@ -38,6 +46,8 @@ pub struct Decoder {
     shards: u32,
     /// Maximum age of an event relative to its record's timestamp. `None` if rows never expire.
     horizon_ms: Option<i64>,
+    mapping: EventMapping,
+    modes: Modes,
     columns: Vec<Column>,
     /// Names of the columns, for [`Chunk::misfits`].
     names: Vec<Arc<str>>,
@@ -78,7 +88,9 @@ impl Decoder {
             partition,
             pane_ms: definition.windows.pane_ms,
             shards: definition.store.shards,
-            horizon_ms: definition.store.horizon_ms(),
+            horizon_ms: definition.horizon_ms(),
+            mapping: definition.event.clone(),
+            modes: Modes::new(definition),
             by_name: index_by_name(definition.columns.iter().map(|c| &c.name)),
             groups: groups.collect(),
             measures: definition.windows.measures.iter().map(|m| index_of(m)).collect(),
@@ -123,25 +135,19 @@ impl Decoder {
     }
 
     fn event(&self, record: &Record<'_>, chunk: &mut Chunk) -> Result<(), Reason> {
-        let header = |name: &str| record.headers.iter().find(|(n, _)| *n == name).and_then(|(_, v)| *v);
         let value = record.value.ok_or_else(|| reason("Tombstone", "the record has no value"))?;
         if value.len() > MAX_VALUE_BYTES {
             let message = format!("the value has {} bytes, the maximum is {MAX_VALUE_BYTES}", value.len());
             return Err(reason("TooLarge", message));
         }
-        if let Some(cause) = header(event::HEADER_REFUSED) {
+        if let Some(cause) = record.header(event::HEADER_REFUSED) {
             return Err(reason("RefusedByProducer", String::from_utf8_lossy(cause)));
         }
-        let id = header(event::HEADER_ID).ok_or_else(|| missing(event::HEADER_ID))?;
-        if id.is_empty() || id.len() > MAX_ID_BYTES || std::str::from_utf8(id).is_err() {
-            let message = format!("header {} must be 1 to {MAX_ID_BYTES} bytes of UTF-8", event::HEADER_ID);
-            return Err(reason("InvalidEventId", message));
-        }
-        let time_ms = event_time(header(event::HEADER_TIME).ok_or_else(|| missing(event::HEADER_TIME))?)?;
+        let Parts { id, time_ms, columns } = self.modes.parts(record, value)?;
         self.check_time(time_ms, record.timestamp_ms)?;
         let first_cell = chunk.cells.len();
         chunk.cells.resize(first_cell + self.columns.len(), (0, UNSET));
-        value::decode_object(value, self, chunk, first_cell)?;
+        value::decode_object(&columns, self, chunk, first_cell)?;
         for (index, column) in self.columns.iter().enumerate() {
             if column.required && chunk.cells[first_cell + index].1 == UNSET {
                 return Err(reason(
@@ -161,17 +167,19 @@ impl Decoder {
             .map(|c| cell(*c).and_then(|bytes| number(self.columns[*c].cql_type, bytes)).unwrap_or(f64::NAN))
             .collect();
         chunk.measures.extend_from_slice(&measured);
-        let id_at = append(&mut chunk.arena, id);
-        let run_id = header(event::HEADER_RUN_ID)
+        let id_at = append(&mut chunk.arena, &id);
+        let run_id = record
+            .header(event::HEADER_RUN_ID)
             .filter(|r| r.len() <= MAX_ID_BYTES && std::str::from_utf8(r).is_ok());
         let run_id = run_id.map_or((0, UNSET), |r| append(&mut chunk.arena, r));
         chunk.events.push(DecodedEvent {
             offset: record.offset,
             time_ms,
-            hash: event::seen_hash(time_ms, id),
-            shard: event::shard(self.partition, self.shards, id),
+            watermark_ms: self.mapping.watermark_of(time_ms, record.timestamp_ms),
+            hash: event::seen_hash(time_ms, &id),
+            shard: event::shard(self.partition, self.shards, &id),
             groups,
-            produced_at_us: header(event::HEADER_PRODUCED_AT).and_then(parse_number).unwrap_or(0),
+            produced_at_us: record.header(event::HEADER_PRODUCED_AT).and_then(parse_number).unwrap_or(0),
             id: (id_at.0, id.len() as u32),
             run_id,
         });
@@ -179,11 +187,13 @@ impl Decoder {
     }
 
     fn check_time(&self, time_ms: i64, timestamp_ms: i64) -> Result<(), Reason> {
-        if time_ms > timestamp_ms.saturating_add(MAX_AHEAD_MS) {
-            let ahead = time_ms.saturating_sub(timestamp_ms) / 1000;
+        if time_ms > timestamp_ms.saturating_add(self.mapping.ahead_ms) {
+            let (ahead, most) = (time_ms.saturating_sub(timestamp_ms) / 1000, self.mapping.ahead_ms / 1000);
             return Err(reason(
                 "EventTimeInFuture",
-                format!("event time is {ahead} s ahead of the record's timestamp, the maximum is 1 h"),
+                format!(
+                    "event time is {ahead} s ahead of the record's timestamp, the maximum is {most} s (event.ahead)"
+                ),
             ));
         }
         if self.horizon_ms.is_some_and(|horizon| time_ms < timestamp_ms.saturating_sub(horizon)) {
@@ -192,10 +202,6 @@ impl Decoder {
         }
         Ok(())
     }
-}
-
-fn missing(header: &str) -> Reason {
-    reason("MissingHeader", format!("header {header} is missing"))
 }
 
 fn append(arena: &mut Vec<u8>, bytes: &[u8]) -> (u32, i32) {
@@ -211,23 +217,6 @@ fn cell(chunk: &Chunk, at: usize) -> Option<&[u8]> {
 
 fn parse_number(text: &[u8]) -> Option<i64> {
     std::str::from_utf8(text).ok()?.parse().ok()
-}
-
-/// Parses RFC 3339 text into Unix milliseconds. Finer digits are truncated.
-fn event_time(text: &[u8]) -> Result<i64, Reason> {
-    let invalid = || {
-        let shown = String::from_utf8_lossy(&text[..text.len().min(64)]).into_owned();
-        reason(
-            "InvalidEventTime",
-            format!("header {}: `{shown}` is not an RFC 3339 time", event::HEADER_TIME),
-        )
-    };
-    let text = std::str::from_utf8(text).map_err(|_| invalid())?;
-    let at = chrono::DateTime::parse_from_rfc3339(text).map_err(|_| invalid())?.timestamp_millis();
-    if !(MIN_EVENT_TIME_MS..=MAX_EVENT_TIME_MS).contains(&at) {
-        return Err(reason("InvalidEventTime", format!("event time {text} is outside 1970 to 9999")));
-    }
-    Ok(at)
 }
 
 /// Reads a CQL cell as a number, for measures and step groups. `None` if its type is not numeric.
@@ -371,8 +360,37 @@ mod tests {
         let decoder = decoder();
         let mut chunk = decoder.chunk();
         let value = Some(GOOD.as_bytes());
-        decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers: &[] }, &mut chunk);
-        assert_eq!(chunk.poison[0].reason.message, "header ce_id is missing");
+        for headers in [&[("ce_time", None)][..], &[]] {
+            decoder.decode(&Record { offset: 0, timestamp_ms: NOW, key: None, value, headers }, &mut chunk);
+        }
+        let reasons: Vec<_> = chunk.poison.iter().map(|poison| poison.reason.message.as_str()).collect();
+        let plain = "header ce_id is missing: the record is in plain mode, and event.accept does not contain \"plain\"";
+        assert_eq!(reasons, ["header ce_id is missing", plain]);
+    }
+
+    #[test]
+    fn an_event_may_be_as_far_ahead_as_the_definition_says() {
+        let text = include_str!("../../../../streams/user_created.toml");
+        let decode = |ahead: &str, time_ms: i64| {
+            let text = text.replace("[event]", &format!("[event]\nahead = \"{ahead}\""));
+            let decoder = Decoder::new(&Definition::parse("user_created.toml", &text).unwrap(), 2);
+            let time = chrono::DateTime::from_timestamp_millis(time_ms).unwrap().to_rfc3339();
+            let (headers, value) = (headers("i", &time), Some(GOOD.as_bytes()));
+            let mut chunk = decoder.chunk();
+            let record = Record { offset: 7, timestamp_ms: NOW, key: None, value, headers: &headers };
+            decoder.decode(&record, &mut chunk);
+            match chunk.events.first() {
+                Some(event) => Ok((event.time_ms - NOW, event.watermark_ms - NOW)),
+                None => Err(chunk.poison[0].reason.to_string()),
+            }
+        };
+        const HOUR: i64 = 3_600_000;
+        assert_eq!(decode("1h", NOW + HOUR), Ok((HOUR, HOUR)));
+        assert_eq!(decode("7d", NOW + 168 * HOUR), Ok((168 * HOUR, 0)));
+        assert_eq!(decode("7d", NOW - HOUR), Ok((-HOUR, -HOUR)));
+        let limit = "EventTimeInFuture: event time is 604801 s ahead of the record's timestamp, the maximum is 604800 s \
+                     (event.ahead)";
+        assert_eq!(decode("7d", NOW + 168 * HOUR + 1000), Err(limit.to_owned()));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::choices::Choices;
 use super::life::{Life, StartOptions};
-use super::log::{BASE_MS, PANE_MS, Rec, SimEvent, event};
+use super::log::{AHEAD_MS, BASE_MS, PANE_MS, Rec, SimEvent, event};
 use super::schedule::{Case, Sim};
 use super::world::{Cells, World, number, pane_row, position_of};
 use crate::error::ProcessorError;
@@ -353,6 +353,33 @@ fn finding_16_a_pane_that_does_not_divide_the_bucket_is_refused() {
     let text = include_str!("../../../../streams/user_created.toml");
     let error = Definition::parse("s.toml", &text.replace("pane = \"1m\"", "pane = \"7m\"")).unwrap_err();
     assert!(error.to_string().contains("does not divide the bucket"), "{error}");
+}
+
+#[test]
+fn an_event_ahead_of_time_counts_once_even_if_the_state_is_lost() {
+    let records =
+        [event(20_000, 1), event(AHEAD_MS, 2), event(21_000, 3), event(AHEAD_MS, 2), event(22_000, 4)];
+    let mut sim = sim(&records, &[2]);
+    sim.start(0);
+    sim.run_until(published(2));
+    sim.lose_volume_and_restart();
+    sim.run_until(published(5));
+    assert_eq!((sim.count_of(2), sim.count_of(AHEAD_MS / PANE_MS)), (3, 1));
+    let totals = position_of(&sim.world().progress.clone()).totals;
+    assert_eq!((totals.events, totals.duplicates), (4, 1));
+    sim.assert_no_violation();
+}
+
+#[test]
+fn events_of_the_present_are_not_late_after_an_event_ahead_of_time() {
+    // The records have timestamps 20 s after the start of the first pane.
+    let records = [event(AHEAD_MS, 1), event(20_000, 2), event(19_000, 3)];
+    let mut sim = sim(&records, &[1, 1, 1]);
+    sim.start(0);
+    sim.run_until(published(3));
+    let totals = position_of(&sim.world().progress.clone()).totals;
+    assert_eq!((totals.events, totals.late), (3, 0));
+    sim.assert_no_violation();
 }
 
 #[test]

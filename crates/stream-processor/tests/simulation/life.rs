@@ -15,7 +15,7 @@ use crate::io::store::Assumed;
 use crate::metrics::Metrics;
 use crate::pipeline::fetch::{Chunks, Fetched, FirstRecord};
 use crate::pipeline::open::begin;
-use crate::pipeline::start::{RecoverPolicy, Start, StartFacts};
+use crate::pipeline::start::{How, RecoverPolicy, Start, StartFacts};
 use crate::pipeline::worker::PartitionWorker;
 use crate::record::chunk::Chunk;
 use crate::record::decode::Decoder;
@@ -192,6 +192,11 @@ impl Process {
         let look = |offset| Ok(Some(world.lock().found_fingerprint(offset)));
         let (start, mut partition) =
             begin(&mut state, &facts, &definition, self.options.max_memory_bytes, look)?;
+        if let (Some(Mutation::AheadRecovery), Some(seen_to)) = (mutation, start.position.seen_to)
+            && start.how != How::Resume
+        {
+            partition.panes.hot_from = partition.panes.start_after(seen_to);
+        }
         partition.panes.max_cold = self.options.max_cold;
         let who = &self.servers.who;
         world.lock().note(|| format!("{who} starts: {start:?}, hot from {}", partition.panes.hot_from));

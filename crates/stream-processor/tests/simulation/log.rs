@@ -6,7 +6,7 @@ use super::mutations::{self, Mutation};
 use crate::count::partition::Totals;
 use crate::record::chunk::{Chunk, LastRecord};
 use crate::record::decode::{Decoder, Record};
-use common::contracts::event::fingerprint;
+use common::contracts::event::{DEFAULT_AHEAD_MS, fingerprint};
 use common::contracts::stream::Definition;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -18,6 +18,10 @@ pub const PANE_MS: i64 = 10_000;
 pub const LATENESS_MS: i64 = 5_000;
 /// Size of a leap in time, after which earlier rows have expired. A multiple of the pane and bucket lengths.
 pub const LEAP_MS: i64 = 400 * 86_400_000;
+/// How far events may be ahead of their records in a log that has such events.
+const MAX_AHEAD_MS: i64 = 3 * DEFAULT_AHEAD_MS;
+/// Start of the panes of events ahead of time, in milliseconds after [`BASE_MS`]. A multiple of the pane length.
+pub const AHEAD_MS: i64 = 2 * DEFAULT_AHEAD_MS;
 /// Event time that is too far ahead of any record's timestamp.
 const FAR_MS: i64 = 70 * 365 * 86_400_000;
 /// Start of pane 0 in Unix milliseconds. A ten-minute bucket ends two panes later, so the panes are in two buckets.
@@ -62,7 +66,7 @@ step = 10
 count = 2
 "#;
 
-/// Returns the stream definition of all simulated logs. With a `ttl_seconds` of 0, rows never expire.
+/// Returns the stream definition of simulated logs. With a `ttl_seconds` of 0, rows never expire.
 pub fn definition(ttl_seconds: i64) -> Definition {
     let mut definition = Definition::parse("simulated.toml", DEFINITION).unwrap();
     definition.store.ttl_seconds = ttl_seconds;
@@ -102,15 +106,15 @@ pub fn event(at: i64, id: u32) -> Rec {
     Rec::Event(SimEvent { at, id, kind: id as usize % 4, score: id as usize % 5 })
 }
 
-/// Generates 2 to 12 records over three to five panes: copies, disorder, very late events, one id at several times,
-/// undecodable records of each kind, and transaction markers.
+/// Generates 2 to 12 records over three to five panes: copies, disorder, very late events, events ahead of time, one id
+/// at several times, undecodable records of each kind, and transaction markers.
 pub fn random(choices: &mut Choices) -> Vec<Rec> {
     let count = 2 + choices.pick(11, 85);
     let mut log = Vec::new();
     let mut seen: Vec<SimEvent> = Vec::new();
     let mut leap = 0;
     for id in 0..count {
-        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(8, 60) };
+        let sort = if seen.is_empty() { 2 * choices.pick(2, 10) } else { choices.pick(9, 60) };
         let earlier = |choices: &mut Choices| seen[choices.index(seen.len(), 60)];
         let event = match sort {
             1 => {
@@ -143,9 +147,10 @@ pub fn random(choices: &mut Choices) -> Vec<Rec> {
                 log.push(Rec::Marker);
                 continue;
             }
-            _ => {
+            sort => {
                 let pane = i64::from(choices.pick(5, 70) % 4);
-                let at = leap + pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
+                let ahead = if sort == 8 { AHEAD_MS } else { 0 };
+                let at = leap + ahead + pane * PANE_MS + i64::from(choices.pick(3, 50)) * 4_999;
                 SimEvent {
                     at,
                     id,
@@ -183,7 +188,7 @@ pub struct Exact {
     pub panes: BTreeMap<PaneKey, PaneRow>,
     /// Totals of the progress row.
     pub totals: Totals,
-    /// Highest event time.
+    /// The watermark.
     pub seen_to: Option<i64>,
     /// (event time, id) → first offset and the event in its row.
     pub rows: BTreeMap<(i64, String), (i64, SimEvent)>,
@@ -192,7 +197,7 @@ pub struct Exact {
 }
 
 impl Exact {
-    fn take(&mut self, offset: i64, rec: &Rec) {
+    fn take(&mut self, offset: i64, rec: &Rec, timestamp_ms: i64) {
         let event = match rec {
             Rec::Event(event) => event,
             Rec::Marker => return,
@@ -205,7 +210,9 @@ impl Exact {
         let time = BASE_MS + event.at;
         let key = (time, id_of(event.id));
         let late = self.seen_to.is_some_and(|seen_to| time < seen_to - LATENESS_MS);
-        self.seen_to = Some(self.seen_to.map_or(time, |seen_to| seen_to.max(time)));
+        // Without events ahead of time, no event time is above the timestamp of its record.
+        let advanced = time.min(timestamp_ms);
+        self.seen_to = Some(self.seen_to.map_or(advanced, |seen_to| seen_to.max(advanced)));
         if let Some((_, first)) = self.rows.get(&key) {
             self.totals.duplicates += 1;
             self.totals.revised += i64::from(columns_of(first) != columns_of(event));
@@ -277,7 +284,7 @@ impl Log {
             if self.damaged.contains(&offset) {
                 next.totals.skipped += 1;
             } else {
-                next.take(offset, rec);
+                next.take(offset, rec, self.timestamp(offset));
             }
             self.exact.push(Arc::new(next.clone()));
         }
@@ -317,9 +324,18 @@ impl Log {
         self.records.iter().position(|rec| matches!(rec, Rec::TooOld(_))).map(|at| at as i64)
     }
 
+    /// How far the definition of the log allows events to be ahead, in milliseconds.
+    pub fn ahead_ms(&self) -> i64 {
+        let is_ahead = |event: &SimEvent| event.at % LEAP_MS >= AHEAD_MS;
+        let has_events_ahead = self.records.iter().any(|rec| matches!(rec, Rec::Event(e) if is_ahead(e)));
+        if has_events_ahead { MAX_AHEAD_MS } else { DEFAULT_AHEAD_MS }
+    }
+
     fn timestamp(&self, offset: i64) -> i64 {
         let leap = if self.leap().is_some_and(|leap| leap <= offset) { LEAP_MS } else { 0 };
-        BASE_MS + 60_000 + self.broker + offset + leap
+        // With events ahead of time, the present is within the panes of the other events.
+        let present = if self.ahead_ms() == MAX_AHEAD_MS { 20_000 } else { 60_000 };
+        BASE_MS + present + self.broker + offset + leap
     }
 
     fn value(&self, offset: i64) -> Vec<u8> {
@@ -358,6 +374,7 @@ impl Log {
             };
             decoder.decode(&record, &mut chunk);
         }
+        chunk.events.iter_mut().for_each(mutations::advance_to_event_time);
         chunk.last_record =
             self.last_record_below(offsets.end).filter(|record| record.offset >= offsets.start);
         if !mutations::is_active(Mutation::FollowPosition) {

@@ -8,7 +8,7 @@ use super::seeds::first_failing;
 /// Number of seeds within which every mutation must be detected.
 const MAX_SEEDS: u64 = 2_000;
 
-const MUTATIONS: [Mutation; 26] = [
+const MUTATIONS: [Mutation; 28] = [
     Mutation::Fence,
     Mutation::CopiesInOneBatch,
     Mutation::Freeze,
@@ -21,6 +21,8 @@ const MUTATIONS: [Mutation; 26] = [
     Mutation::StaleState,
     Mutation::Horizon,
     Mutation::FutureBound,
+    Mutation::AheadRecovery,
+    Mutation::AheadWatermark,
     Mutation::Fingerprint,
     Mutation::FollowPosition,
     Mutation::NoteWritten,

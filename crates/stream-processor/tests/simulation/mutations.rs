@@ -2,6 +2,7 @@
 //! are implemented in the fakes (store, checkpoint, fetched chunks), where they have the effect of the missing
 //! safeguard. The two that cannot be implemented there are lines in `partition.rs` that are compiled only in tests.
 
+use crate::record::chunk::DecodedEvent;
 use std::cell::Cell;
 
 /// The safeguard that is disabled, or the steps that are swapped.
@@ -31,6 +32,10 @@ pub enum Mutation {
     Horizon,
     /// Events are accepted however far they are ahead of their record.
     FutureBound,
+    /// A recovered partition takes panes above the watermark for empty, although events may be ahead of it.
+    AheadRecovery,
+    /// Events ahead of time advance the watermark to their own time.
+    AheadWatermark,
     /// The fingerprint of the record before the next offset is not compared.
     Fingerprint,
     /// The next offset does not advance past transaction markers at the end of the log.
@@ -82,6 +87,13 @@ pub fn record_time(timestamp_ms: i64, event_ms: i64) -> i64 {
         Some(Mutation::Horizon) => timestamp_ms.min(event_ms.max(0) + 1000),
         Some(Mutation::FutureBound) => timestamp_ms.max(event_ms),
         _ => timestamp_ms,
+    }
+}
+
+/// Lets an event advance the watermark to its own time under the mutation `AheadWatermark`.
+pub fn advance_to_event_time(event: &mut DecodedEvent) {
+    if is_active(Mutation::AheadWatermark) {
+        event.watermark_ms = event.time_ms;
     }
 }
 

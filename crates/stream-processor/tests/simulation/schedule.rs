@@ -57,7 +57,8 @@ impl Sim {
     pub fn new(records: Vec<Rec>, choices: Choices, case: Case) -> Sim {
         mutations::activate(case.mutation);
         let log = Log::new(records);
-        let ttl_seconds = if log.leap().is_some() { 365 * 86_400 } else { 0 };
+        let mut definition = definition(if log.leap().is_some() { 365 * 86_400 } else { 0 });
+        definition.event.ahead_ms = log.ahead_ms();
         let mut world = World::new(log, choices, case.mutation);
         world.watch = !case.end_only;
         world.trace = case.trace.then(Vec::new);
@@ -67,7 +68,7 @@ impl Sim {
         Sim {
             environment: Environment {
                 world: Shared(Arc::new(Mutex::new(world))),
-                definition: Arc::new(definition(ttl_seconds)),
+                definition: Arc::new(definition),
                 metrics: metrics(),
             },
             machines: machines.collect(),

@@ -3,6 +3,7 @@
 //! and stops the services.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, helpers included")]
 
+mod ahead;
 mod cases;
 mod checkpoints;
 mod control;
@@ -17,6 +18,7 @@ mod instances;
 mod layout;
 mod ledger;
 mod oracle;
+mod other_programs;
 mod outages;
 mod path;
 mod refusals;

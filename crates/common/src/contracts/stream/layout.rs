@@ -1,14 +1,16 @@
 //! The layout: the part of a stream definition that stored data depends on. `init` writes it to table `streams`, and
 //! every state file contains it. Comparing two layouts decides which changes the stored data survives.
 
-use super::{CqlType, Definition, EventTime, GroupBy, OnMisfit};
+use super::{ContentMode, CqlType, Definition, EventTime, GroupBy, OnMisfit};
+use crate::contracts::event::DEFAULT_AHEAD_MS;
 use crate::contracts::time::TimeReading;
 use serde::{Deserialize, Serialize};
 use std::fmt::{self, Display};
 
 /// Format version of the stored text. Earlier versions can be read too, and `tests/golden` contains examples of each.
-/// Version 1 does not contain the shortest TTL. Versions before 3 do not contain how values are read.
-const FORM: u32 = 3;
+/// Version 1 does not contain the shortest TTL. Versions before 3 do not contain how values are read, and versions
+/// before 4 do not contain the content modes and how far events may be ahead of time.
+const FORM: u32 = 4;
 
 /// The layout of a stream. Its text form is one line of JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +27,20 @@ pub struct Layout {
     measures: Vec<String>,
     columns: Vec<LayoutColumn>,
     event: Identity,
+    #[serde(default = "binary_only")]
+    accept: Vec<ContentMode>,
+    #[serde(default = "default_ahead")]
+    ahead_ms: i64,
+}
+
+/// The content modes of layouts that do not contain them.
+fn binary_only() -> Vec<ContentMode> {
+    vec![ContentMode::Binary]
+}
+
+/// `event.ahead` of layouts that do not contain it.
+fn default_ahead() -> i64 {
+    DEFAULT_AHEAD_MS
 }
 
 /// A declared column: name, type, pointer into the source record, whether it is required, how its values are read.
@@ -115,6 +131,8 @@ impl Definition {
             measures: self.windows.measures.clone(),
             columns: self.columns.iter().map(column).collect(),
             event: Identity(id, self.event.time.clone(), self.event.key.clone()),
+            accept: self.event.accept.clone(),
+            ahead_ms: self.event.ahead_ms,
         }
     }
 }
@@ -169,7 +187,10 @@ impl Layout {
             let (old, new) = (self.lateness_ms, next.lateness_ms);
             changes.allowed.push(format!("`windows.lateness`: from {old} ms to {new} ms"));
         }
-        changes.compare_columns(&self.columns, &next.columns);
+        changes.compare_accept(&self.accept, &next.accept);
+        changes.compare_ahead(self.ahead_ms, next.ahead_ms);
+        let reads_plain = self.accept.contains(&ContentMode::Plain);
+        changes.compare_columns(&self.columns, &next.columns, reads_plain);
         changes
     }
 }
@@ -200,8 +221,35 @@ impl Changes {
         }
     }
 
-    /// Compares the declared columns. Their order does not matter, because rows are written by column name.
-    fn compare_columns(&mut self, old: &[LayoutColumn], new: &[LayoutColumn]) {
+    /// Compares the content modes, which may only be added.
+    fn compare_accept(&mut self, old: &[ContentMode], new: &[ContentMode]) {
+        for mode in old.iter().filter(|mode| !new.contains(mode)) {
+            self.refused.push(format!(
+                "`event.accept`: registered with \"{}\", now without it; add it again: a replay would turn events \
+                 into dead letters",
+                mode.name()
+            ));
+        }
+        for mode in new.iter().filter(|mode| !old.contains(mode)) {
+            self.allowed.push(format!("`event.accept`: \"{}\" added", mode.name()));
+        }
+    }
+
+    /// Compares how far events may be ahead of time, in milliseconds. It may only be raised.
+    fn compare_ahead(&mut self, old: i64, new: i64) {
+        if new > old {
+            self.allowed.push(format!("`event.ahead`: from {old} ms to {new} ms"));
+        } else if new < old {
+            self.refused.push(format!(
+                "`event.ahead`: registered as {old} ms, now {new} ms; it can be raised, not lowered: copies of events \
+                 that are further ahead would be counted again after a state file is lost"
+            ));
+        }
+    }
+
+    /// Compares the declared columns. Their order does not matter, because rows are written by column name. If the
+    /// processor reads plain records, their values depend on the pointers, which then must not change.
+    fn compare_columns(&mut self, old: &[LayoutColumn], new: &[LayoutColumn], reads_plain: bool) {
         for LayoutColumn(name, cql_type, pointer, required, reading) in old {
             let Some(LayoutColumn(_, now_type, now_pointer, now_required, now_reading)) =
                 new.iter().find(|c| c.0 == *name)
@@ -229,7 +277,12 @@ impl Changes {
                      value, or add a column with another name"
                 ));
             }
-            if pointer != now_pointer {
+            if pointer != now_pointer && reads_plain {
+                self.refused.push(format!(
+                    "column `{name}`: pointer from `{pointer}` to `{now_pointer}`; restore the registered pointer, or \
+                     add a column with another name: a replay would read other values from plain records"
+                ));
+            } else if pointer != now_pointer {
                 self.allowed.push(format!("column `{name}`: pointer from `{pointer}` to `{now_pointer}`"));
             }
         }
@@ -297,10 +350,15 @@ mod tests {
         check_allowed(|_| {}, &[]);
         check_allowed(with_new_column(false), &["column `phone`: new, text"]);
         check_allowed(|d| d.windows.lateness_ms = 1, &["`windows.lateness`: from 600000 ms to 1 ms"]);
+        check_allowed(|d| d.event.ahead_ms = 7_200_000, &["`event.ahead`: from 3600000 ms to 7200000 ms"]);
         check_allowed(|d| d.store.ttl_seconds = 0, &["`store.ttl`: from 31536000 s to 0 s"]);
         check_allowed(|d| d.store.ttl_seconds += 1, &["to 31536001 s"]);
         check_allowed(|d| d.columns[0].pointer = "/x".to_owned(), &["to `/x`"]);
         check_allowed(|d| d.columns.reverse(), &[]);
+        check_allowed(
+            |d| d.event.accept.push(ContentMode::Structured),
+            &["`event.accept`: \"structured\" added"],
+        );
         let other_source = |d: &mut Definition| {
             d.source.url = "https://example.org/".to_owned();
             d.stream.schedule = super::super::Schedule::Every(5_000);
@@ -315,6 +373,7 @@ mod tests {
         check_refused(|d| d.store.bucket = crate::contracts::event::Bucket::Day, "`store.bucket`", "restore");
         check_refused(|d| d.store.shards += 1, "`store.shards`", "registered as 4, now 5");
         check_refused(|d| d.store.ttl_seconds -= 1, "`store.ttl`", "raised, not lowered");
+        check_refused(|d| d.event.ahead_ms -= 1, "`event.ahead`", "raised, not lowered");
         check_refused(|d| d.windows.pane_ms *= 2, "`windows.pane`", "restore");
         check_refused(|d| d.windows.group_by.reverse(), "`windows.group_by`", "restore");
         check_refused(|d| d.windows.measures.clear(), "`windows.measures`", "restore");
@@ -331,6 +390,19 @@ mod tests {
         );
         check_refused(|d| d.columns[0].required ^= true, "required = ", "restore");
         check_refused(with_new_column(true), "column `phone`", "remove `required`");
+    }
+
+    #[test]
+    fn a_mode_stays_accepted_and_plain_records_keep_their_pointers() {
+        let plain = layout(|d| d.event.accept.push(ContentMode::Plain));
+        let refused = |edit: fn(&mut Definition)| plain.changes_to(&layout(edit)).refused;
+        let narrowed = refused(|_| {});
+        assert!(narrowed.len() == 1 && narrowed[0].contains("registered with \"plain\""), "{narrowed:?}");
+        let moved = refused(|d| {
+            d.event.accept.push(ContentMode::Plain);
+            d.columns[0].pointer = "/x".to_owned();
+        });
+        assert!(moved.len() == 1 && moved[0].contains("values from plain records"), "{moved:?}");
     }
 
     #[test]
@@ -355,8 +427,9 @@ mod tests {
         check(1, include_str!("../../../tests/golden/layout_1_stripe_charges.json"), charges);
         check(2, include_str!("../../../tests/golden/layout_2_user_created.json"), FILE);
         check(2, include_str!("../../../tests/golden/layout_2_orders.json"), orders);
+        check(3, include_str!("../../../tests/golden/layout_3_user_created.json"), FILE);
         let written = layout(|_| {}).to_string();
-        let golden = include_str!("../../../tests/golden/layout_3_user_created.json");
+        let golden = include_str!("../../../tests/golden/layout_4_user_created.json");
         assert_eq!(
             written,
             golden.trim_end(),
@@ -378,8 +451,8 @@ mod tests {
 
     #[test]
     fn an_unreadable_layout_is_distinguished_from_one_of_a_newer_program() {
-        let newer = Layout::parse(r#"{"form":4,"anything":1}"#).unwrap_err().to_string();
-        assert!(newer.contains("form 4") && newer.contains("newer program"), "{newer}");
+        let newer = Layout::parse(r#"{"form":5,"anything":1}"#).unwrap_err().to_string();
+        assert!(newer.contains("form 5") && newer.contains("newer program"), "{newer}");
         for text in ["", "L", "{}", r#"{"form":"x"}"#] {
             let unreadable = Layout::parse(text).unwrap_err();
             assert!(matches!(unreadable, LayoutError::Unreadable { .. }), "{unreadable}");

@@ -6,10 +6,10 @@ mod source;
 
 use super::duration::parse_duration;
 use super::{
-    Column, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups, MAX_GROUP_BY,
-    MAX_GROUPS, OnMisfit, RetryPolicy, Schedule, StoreSettings, StreamSettings, Windows, rules,
+    Column, ContentMode, CqlType, Definition, DefinitionError, EventMapping, EventTime, GroupBy, Groups,
+    MAX_GROUP_BY, MAX_GROUPS, OnMisfit, RetryPolicy, Schedule, StoreSettings, StreamSettings, Windows, rules,
 };
-use crate::contracts::event::{Bucket, DAY_MS};
+use crate::contracts::event::{Bucket, DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::time::{TimeReading, TimeUnit, is_format};
 use chrono_tz::Tz;
 use section::{Section, read_section};
@@ -118,7 +118,28 @@ fn event(s: &mut Section<'_>) -> EventMapping {
     if time == EventTime::Interval && reading != TimeReading::default() {
         s.problem("time", "must be a JSON pointer if its unit, format or zone is set");
     }
-    EventMapping { id: id(s), time, event_type: s.required_text("type"), key: s.record_pointer("key") }
+    EventMapping {
+        id: id(s),
+        time,
+        event_type: s.required_text("type"),
+        key: s.record_pointer("key"),
+        accept: accept(s),
+        ahead_ms: s.duration("ahead", DEFAULT_AHEAD_MS, DEFAULT_AHEAD_MS..=366 * DAY),
+    }
+}
+
+/// The accepted content modes, without repetitions.
+fn accept(s: &mut Section<'_>) -> Vec<ContentMode> {
+    let Some(names) = s.strings("accept") else { return vec![ContentMode::Binary] };
+    let all = ContentMode::ALL.map(|(name, _)| name);
+    for name in names.iter().filter(|name| !all.contains(&name.as_str())) {
+        s.problem("accept", format!("unknown value `{name}`; use some of {}", all.join(", ")));
+    }
+    if names.is_empty() {
+        s.problem("accept", format!("is empty; use some of {}", all.join(", ")));
+    }
+    let modes = ContentMode::ALL.into_iter().filter(|(name, _)| names.iter().any(|listed| listed == name));
+    modes.map(|(_, mode)| mode).collect()
 }
 
 /// One pointer or a list of pointers.

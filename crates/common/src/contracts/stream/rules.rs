@@ -5,10 +5,10 @@ use super::duration::format_ms;
 use super::secrets::{has_literal, has_user, looks_secret, redacted, secret_parameters};
 use super::template::{Part, Placeholder, Template};
 use super::{
-    Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder, Pagination,
-    Schedule, StreamSettings, TTL_MARGIN_MS,
+    ContentMode, Definition, EventTime, ForEach, Groups, MAX_CATCH_UP_INTERVALS, OffsetStep, PageOrder,
+    Pagination, Schedule, StreamSettings, TTL_MARGIN_MS,
 };
-use crate::contracts::event::DAY_MS;
+use crate::contracts::event::{DAY_MS, DEFAULT_AHEAD_MS};
 use crate::contracts::topics::TOPIC_RETENTION_MS;
 use std::collections::BTreeSet;
 
@@ -48,6 +48,7 @@ pub(super) fn check(d: &Definition, problems: &mut Vec<String>) {
     check_names(d, problems);
     check_catch_up(d, problems);
     check_source(d, problems);
+    check_accept(d, problems);
     check_windows(d, problems);
     check_ttl(d, problems);
 }
@@ -223,15 +224,44 @@ impl RequestTemplates {
     }
 }
 
-/// Pointers with a prefix must refer to something that the definition provides.
-fn check_record_pointers(d: &Definition, each: &[&str], problems: &mut Vec<String>) {
-    let has_wildcard = d.source.records.split('/').any(|token| token == "*");
+/// The pointers to the id, time, key and columns of an event.
+fn event_pointers(d: &Definition) -> impl Iterator<Item = &String> {
     let time = match &d.event.time {
         EventTime::Field { pointer, .. } => Some(pointer),
         EventTime::Interval => None,
     };
-    let columns = d.columns.iter().map(|column| &column.pointer);
-    for pointer in columns.chain(&d.event.id).chain(&d.event.key).chain(time) {
+    d.columns.iter().map(|column| &column.pointer).chain(&d.event.id).chain(&d.event.key).chain(time)
+}
+
+/// A plain record must contain everything that its event consists of.
+fn check_accept(d: &Definition, problems: &mut Vec<String>) {
+    if !d.event.accepts(ContentMode::Plain) {
+        return;
+    }
+    let mut refuse = |why: String, remedy: &str| {
+        problems.push(format!("`event.accept`: {why}; {remedy}, or remove \"plain\""));
+    };
+    if d.event.id.is_empty() {
+        let why =
+            "\"plain\" requires event.id, because only an id tells copies of a record from other records";
+        refuse(why.to_owned(), "point event.id to a value of the record");
+    }
+    if d.event.time == EventTime::Interval {
+        let why = "\"plain\" requires event.time, because copies of a record must have the same event time";
+        refuse(why.to_owned(), "point event.time to a value of the record");
+    }
+    for pointer in event_pointers(d) {
+        if let Some(("page" | "parent" | "key" | "each", _)) = pointer.split_once(':') {
+            let why = format!("a plain record has no page around it, so pointer `{pointer}` leads nowhere");
+            refuse(why, "use a pointer into the record");
+        }
+    }
+}
+
+/// Pointers with a prefix must refer to something that the definition provides.
+fn check_record_pointers(d: &Definition, each: &[&str], problems: &mut Vec<String>) {
+    let has_wildcard = d.source.records.split('/').any(|token| token == "*");
+    for pointer in event_pointers(d) {
         match pointer.split_once(':') {
             Some(("each", name)) if !each.contains(&name) => {
                 problems.push(format!("pointer `{pointer}`: `{name}` is not a value of source.for_each"))
@@ -320,12 +350,13 @@ fn check_windows(d: &Definition, problems: &mut Vec<String>) {
 }
 
 fn check_ttl(d: &Definition, problems: &mut Vec<String>) {
+    let ahead_ms = d.event.ahead_ms - DEFAULT_AHEAD_MS;
     let first_ms = i64::from(d.stream.catch_up) * interval_ms(&d.stream.schedule);
     let catch_up_ms = first_ms.max(d.stream.catch_up_limit_ms);
-    let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms;
+    let least = TOPIC_RETENTION_MS + TTL_MARGIN_MS + d.windows.lateness_ms + catch_up_ms + ahead_ms;
     if d.store.ttl_seconds != 0 && d.store.ttl_seconds.saturating_mul(1000) < least {
         problems.push(format!(
-            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up; use \"0\" or at least {}",
+            "`store.ttl`: {} is shorter than topic retention + 2 d + lateness + catch-up + event.ahead; use \"0\" or at least {}",
             format_ms(d.store.ttl_seconds.saturating_mul(1000)),
             format_ms(least)
         ));

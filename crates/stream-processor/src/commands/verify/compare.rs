@@ -1,7 +1,6 @@
 //! Recomputes one pane from its event rows and compares it with the stored pane. Pure.
 
 use crate::count::windows::pane::{Measure, Pane, PaneShape};
-use common::contracts::event::MAX_AHEAD_MS;
 use common::contracts::stream::MAX_GROUP_BY;
 
 /// Maximum assumed difference between the clocks of brokers, processors and Cassandra nodes.
@@ -101,10 +100,22 @@ pub fn differences(shape: &PaneShape, stored: &Pane, expected: &Pane) -> Vec<Str
     differences
 }
 
-/// Whether rows of events at or after `from_ms` may have expired by `now_ms`. A row is written after its record got its
-/// timestamp, and the event time may be ahead of that timestamp by [`MAX_AHEAD_MS`].
-pub fn may_have_expired(from_ms: i64, ttl_ms: i64, now_ms: i64) -> bool {
-    ttl_ms > 0 && from_ms.saturating_add(ttl_ms) <= now_ms.saturating_add(MAX_AHEAD_MS + CLOCK_SKEW_MS)
+/// When rows expire.
+#[derive(Debug, Clone, Copy)]
+pub struct Expiry {
+    /// Age in milliseconds at which a row expires. 0 if rows do not expire.
+    pub ttl_ms: i64,
+    /// How far an event time may be ahead of the record's timestamp, in milliseconds.
+    pub ahead_ms: i64,
+}
+
+impl Expiry {
+    /// Whether rows of events at or after `from_ms` may have expired by `now_ms`. A row is written after its record got
+    /// its timestamp, and the event time may be ahead of that timestamp.
+    pub fn is_possible(&self, from_ms: i64, now_ms: i64) -> bool {
+        let latest_ms = now_ms.saturating_add(self.ahead_ms + CLOCK_SKEW_MS);
+        self.ttl_ms > 0 && from_ms.saturating_add(self.ttl_ms) <= latest_ms
+    }
 }
 
 #[cfg(test)]
@@ -151,13 +162,15 @@ mod tests {
     fn rows_expire_one_ttl_after_they_were_written_and_never_without_a_ttl() {
         const HOUR: i64 = 3_600_000;
         let check = |from_ms, ttl_ms, expired| {
-            assert_eq!(may_have_expired(from_ms, ttl_ms, 100 * HOUR), expired, "{from_ms} {ttl_ms}");
+            let expiry = Expiry { ttl_ms, ahead_ms: HOUR };
+            assert_eq!(expiry.is_possible(from_ms, 100 * HOUR), expired, "{from_ms} {ttl_ms}");
         };
         check(0, 0, false);
         check(0, 50 * HOUR, true);
         check(51 * HOUR, 50 * HOUR, true);
         check(52 * HOUR, 50 * HOUR, true);
         check(52 * HOUR + 1, 50 * HOUR, false);
+        assert!(Expiry { ttl_ms: 50 * HOUR, ahead_ms: 30 * HOUR }.is_possible(81 * HOUR, 100 * HOUR));
     }
 
     proptest! {

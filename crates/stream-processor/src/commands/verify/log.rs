@@ -1,7 +1,6 @@
 //! `verify --kafka` compares rows and totals with the retained part of the Kafka log. If the keys of all rows exceed
 //! the memory bound, log and rows are read in several passes, each for a different slice of the keys.
 
-use super::compare::may_have_expired;
 use super::{Differences, Outcome, Scope, Sources, Verifier, now_ms, rfc3339, start_progress};
 use crate::count::partition::LogPosition;
 use crate::error::ProcessorError;
@@ -255,7 +254,7 @@ impl Verifier {
             while let Some(message) = reader.next_record()? {
                 let (offset, timestamp_ms) = (message.offset(), message.timestamp().to_millis().unwrap_or(0));
                 // Timestamps increase with offsets, so these records come first.
-                if offset == offsets.start && may_have_expired(timestamp_ms, self.ttl_ms(), now_ms()) {
+                if offset == offsets.start && self.expiry().is_possible(timestamp_ms, now_ms()) {
                     (offsets.start, expired) = (offset + 1, expired + 1);
                     continue;
                 }

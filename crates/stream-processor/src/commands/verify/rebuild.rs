@@ -130,9 +130,9 @@ impl Verifier {
                 "{events} events were counted below offset {next_offset}, but the table has only {rows}"
             ));
         }
-        let expiring = now_ms().saturating_sub(self.ttl_ms()).saturating_add(TOPIC_RETENTION_MS);
+        let until_ms = now_ms().saturating_add(TOPIC_RETENTION_MS);
         match scope.spans.first() {
-            Some(oldest) if self.ttl_ms() > 0 && oldest.bucket < expiring => refused(format!(
+            Some(oldest) if self.expiry().is_possible(oldest.bucket, until_ms) => refused(format!(
                 "rows from {} onwards may expire during the rebuild (store.ttl)",
                 rfc3339(oldest.bucket)
             )),

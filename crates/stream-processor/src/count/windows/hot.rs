@@ -116,14 +116,15 @@ impl Panes {
     }
 
     /// Raises `hot_from` to the watermark `seen_to` minus the lateness. While memory exceeds its bound, raises it
-    /// further, but never past the pane that contains the watermark. Call it between batches only. Returns the starts
-    /// of the panes that were dropped.
+    /// further, but past neither the pane that contains the watermark nor the newest hot pane, which may be ahead of it.
+    /// Call it between batches only. Returns the starts of the panes that were dropped.
     pub fn advance(&mut self, seen_to: Option<i64>) -> Vec<i64> {
         if self.cold.len() > self.max_cold {
             self.cold.clear();
         }
         let Some(seen_to) = seen_to else { return Vec::new() };
-        let newest = self.start_of(seen_to);
+        let newest_hot = self.hot.last_key_value().map_or(i64::MIN, |(start, _)| *start);
+        let newest = self.start_of(seen_to).max(newest_hot);
         let mut boundary = self.hot_from.max(self.start_of(seen_to.saturating_sub(self.lateness_ms)));
         let mut bytes = self.hot_bytes();
         for (start, hot) in self.hot.range(..newest) {
@@ -160,6 +161,17 @@ mod tests {
         assert_eq!(dropped, (0..9).map(|m| m * 60_000).collect::<Vec<_>>());
         assert!(panes.advance(Some(0)).is_empty(), "hot_from never decreases");
         assert_eq!(panes.hot_from, 9 * 60_000);
+    }
+
+    #[test]
+    fn panes_ahead_of_the_watermark_are_within_the_memory_bound() {
+        let mut panes = panes(0);
+        for minute in 0..5 {
+            panes.hot_mut(minute * 60_000).1.seen.insert(7);
+        }
+        panes.advance(Some(60_000));
+        assert_eq!(panes.hot.keys().copied().collect::<Vec<_>>(), [4 * 60_000]);
+        assert!(!panes.is_hot(60_000), "the pane of the present is cold");
     }
 
     #[test]

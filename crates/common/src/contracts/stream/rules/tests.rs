@@ -1,6 +1,8 @@
 //! Tests of the rules, by mistakes in a shipped stream file.
 
-use super::super::{Auth, Definition, OffsetStep, PageOrder, Place, Schedule, Secret, SourceSettings};
+use super::super::{
+    Auth, ContentMode, Definition, OffsetStep, PageOrder, Place, Schedule, Secret, SourceSettings,
+};
 
 const GOOD: &str = include_str!("../../../../../../streams/user_created.toml");
 
@@ -61,6 +63,18 @@ fn every_mistake_is_reported_with_its_key_and_a_remedy() {
         ("time = \"interval\"", "time = \"interval\"\ntime_unit = \"s\""),
         "`event.time`: must be a JSON pointer if its unit",
     );
+    check(
+        ("time = \"interval\"", "accept = [\"avro\"]"),
+        "`event.accept`: unknown value `avro`; use some of binary",
+    );
+    check(("time = \"interval\"", "accept = []"), "`event.accept`: is empty");
+    let plain = ("time = \"interval\"", "accept = [\"plain\"]");
+    check(plain, "`event.accept`: \"plain\" requires event.time");
+    check(
+        ("time = \"interval\"", "ahead = \"59m\""),
+        "`event.ahead`: `59m` is out of range; use 1h to 1year",
+    );
+    check(("time = \"interval\"", "ahead = \"366d\""), "+ lateness + catch-up + event.ahead; use");
     check(("{interval.seed}", "{seed}"), "unknown placeholder `{seed}`");
     check(("pane = \"1m\"", "pane = \"7m\""), "does not divide the bucket");
     check(("lateness = \"10m\"", "lateness = \"1m\""), "less than 3 schedule intervals");
@@ -190,6 +204,25 @@ fn the_defaults_cover_an_outage_of_a_night_and_of_a_weekend() {
     assert_eq!(often.catch_up_limit_ms, 50_000_000, "the limit is MAX_CATCH_UP_INTERVALS intervals");
     let few = stream(("backoff = \"1s\"", "backoff = \"1s\", attempts = 5"));
     assert_eq!(few.retry.attempts, Some(5));
+}
+
+#[test]
+fn plain_records_are_accepted_only_if_they_contain_the_whole_event() {
+    let orders = include_str!("../../../../../../streams/orders.toml");
+    let accepting = |change: (&str, &str)| {
+        assert!(orders.contains(change.0), "`{}` is not in the file", change.0);
+        let accept = "[event]\naccept = [\"plain\", \"binary\", \"plain\"]";
+        Definition::parse("orders.toml", &orders.replace(change.0, change.1).replace("[event]", accept))
+    };
+    let accepted = accepting(("", "")).unwrap().event.accept;
+    assert_eq!(accepted, [ContentMode::Binary, ContentMode::Plain]);
+    let check = |change: (&str, &str), expected: &str| {
+        let found = accepting(change).expect_err("must be refused").problems;
+        assert!(found.iter().any(|p| p.contains(expected)), "{expected} is not in {found:#?}");
+    };
+    check(("id = \"/order/id\"\n", ""), "`event.accept`: \"plain\" requires event.id");
+    let around = "a plain record has no page around it, so pointer `page:/status` leads nowhere";
+    check(("pointer = \"/order/status\"", "pointer = \"page:/status\""), around);
 }
 
 #[test]
