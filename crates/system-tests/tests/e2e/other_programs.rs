@@ -72,7 +72,9 @@ async fn an_event_of_another_program_counts_once_in_whichever_accepted_mode_it_a
     .await;
     pipeline.assert_counted_once(ORDERS + 2).await;
     pipeline.assert_all_orders_are_equal().await;
-    pipeline.verify().await;
+    // With `--kafka`, the two former dead letters would be differences.
+    let verified = pipeline.run("stream-processor", &["verify"], &[]).await;
+    assert!(verified.status.success(), "{}", text(&verified.stdout));
     processor.stop().await;
 
     pipeline.set_stream_text(&narrow);
