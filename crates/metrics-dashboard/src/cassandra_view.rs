@@ -295,8 +295,7 @@ impl CassandraView {
 
 impl Statements {
     async fn prepare(session: &Session, keyspace: &str) -> Result<Statements, Error> {
-        let prepare =
-            async |cql: String| session.prepare(cql).await.map_err(|e| Error::NoTables(e.to_string()));
+        let prepare = async |cql: String| session.prepare(cql).await.map_err(not_prepared);
         Ok(Statements {
             progress: prepare(format!(
                 "SELECT kafka_partition, next_offset, events, duplicates, revised, late, dead_letters \

@@ -4,7 +4,7 @@
 use crate::reason::{Origin, Reason};
 use common::readers::pane_reader::PaneReadError;
 use common::readers::registry::RegistryError;
-use common::runtime::cassandra::ConnectError;
+use common::runtime::cassandra::{ConnectError, Failure, classify_prepare};
 use common::runtime::kafka::KafkaError;
 
 /// How the caller handles an error.
@@ -57,13 +57,15 @@ impl Error {
     pub fn reason(&self) -> Reason {
         let cassandra = |message: &str| Reason::new(Origin::Cassandra, message);
         let no_tables = "the stream's tables cannot be read; run `stream-processor init` first";
+        let read_failed = "a read from cassandra failed and is retried";
         match self {
             Error::Cassandra(detail) | Error::Panes(PaneReadError::Failed(detail)) => {
-                cassandra("a read from cassandra failed and is retried").with_detail(detail)
+                cassandra(read_failed).with_detail(detail)
             }
             Error::NoTables(detail) => cassandra(no_tables).with_detail(detail),
             Error::Panes(PaneReadError::NotPrepared(cause)) => {
-                cassandra(no_tables).with_detail(cause.to_string())
+                let is_missing = classify_prepare(cause) == Failure::Refused;
+                cassandra(if is_missing { no_tables } else { read_failed }).with_detail(cause.to_string())
             }
             Error::Registry(
                 error @ (RegistryError::NotSetUp { cause, .. } | RegistryError::Unavailable { cause, .. }),
@@ -93,6 +95,7 @@ impl Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use scylla::errors::{ConnectionPoolError, DbError, PrepareError, RequestAttemptError};
 
     #[test]
     fn a_read_from_a_server_that_is_down_is_retried() {
@@ -100,6 +103,16 @@ mod tests {
         let missing = Error::NoTables("unconfigured table throughput".into());
         assert_eq!(missing.kind(), Kind::Retryable);
         assert!(missing.to_string().ends_with("has `stream-processor init` run?"));
+    }
+
+    #[test]
+    fn a_server_that_is_down_is_not_reported_as_missing_tables() {
+        let message = |error| Error::Panes(PaneReadError::NotPrepared(error)).reason().message;
+        let is_down = PrepareError::ConnectionPoolError(ConnectionPoolError::Initializing);
+        assert_eq!(message(is_down), "a read from cassandra failed and is retried");
+        let first_attempt = RequestAttemptError::DbError(DbError::Invalid, "unconfigured table".into());
+        let is_missing = message(PrepareError::AllAttemptsFailed { first_attempt });
+        assert!(is_missing.contains("run `stream-processor init` first"), "{is_missing}");
     }
 
     #[test]

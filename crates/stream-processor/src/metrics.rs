@@ -78,12 +78,26 @@ pub struct Metrics {
     client_rebuilds: IntCounterVec,
 }
 
+/// Label of series that belong to a partition.
+const PARTITION: [&str; 1] = ["partition"];
+
+/// Counters of the totals, in the order of [`Metrics::committed`].
+fn committed_counters(make: &MetricFactory) -> Result<[IntCounterVec; 6], prometheus::Error> {
+    let total = |name: &str, help: &str| make.counters(name, help, &PARTITION);
+    Ok([
+        total("processor_committed_events_total", "First copies of events")?,
+        total("processor_committed_duplicates_total", "Further copies of events")?,
+        total("processor_committed_revised_total", "Further copies with other values")?,
+        total("processor_committed_late_events_total", "First copies that were late")?,
+        total("processor_committed_dead_letters_total", "Records sent to the dead-letter topic")?,
+        total("processor_committed_skipped_offsets_total", "Offsets skipped by an operator")?,
+    ])
+}
+
 impl Metrics {
     /// Creates and registers all metrics. Series without a partition label start at 0.
     pub fn new() -> Result<Metrics, prometheus::Error> {
-        const PARTITION: [&str; 1] = ["partition"];
         let make = MetricFactory::new("stream-processor", env!("CARGO_PKG_VERSION"))?;
-        let total = |name: &str, help: &str| make.counters(name, help, &PARTITION);
         let gauge = |name: &str, help: &str| make.gauges(name, help, &PARTITION);
         let time = |name: &str, help: &str| make.levels(name, help, &PARTITION);
         let stages =
@@ -93,14 +107,7 @@ impl Metrics {
         let steps = "Seconds per batch and step";
         let latency = "Produce-to-commit time of a batch's oldest event";
         let metrics = Metrics {
-            committed: [
-                total("processor_committed_events_total", "First copies of events")?,
-                total("processor_committed_duplicates_total", "Further copies of events")?,
-                total("processor_committed_revised_total", "Further copies with other values")?,
-                total("processor_committed_late_events_total", "First copies that were late")?,
-                total("processor_committed_dead_letters_total", "Records sent to the dead-letter topic")?,
-                total("processor_committed_skipped_offsets_total", "Offsets skipped by an operator")?,
-            ],
+            committed: committed_counters(&make)?,
             next_offset: gauge("processor_next_offset", "Next offset to process, from the checkpoint")?,
             paused: gauge("processor_paused", "1 while paused by undecodable records, until dlq accept")?,
             halted: gauge("processor_halted", "1 while halted at an offset that cannot be read")?,

@@ -181,7 +181,8 @@ pub fn classify(error: &ExecutionError) -> Failure {
     }
 }
 
-fn classify_prepare(error: &PrepareError) -> Failure {
+/// Maps the error of a statement that could not be prepared to the way the caller handles it.
+pub fn classify_prepare(error: &PrepareError) -> Failure {
     match error {
         PrepareError::AllAttemptsFailed { first_attempt } => classify_attempt(first_attempt),
         _ => Failure::Unavailable,

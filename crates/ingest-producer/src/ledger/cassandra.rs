@@ -8,7 +8,7 @@ use crate::planner::Run;
 use async_trait::async_trait;
 use backon::{ExponentialBuilder, Retryable};
 use common::contracts::run_ledger::{Interval, RunState, RunType};
-use common::runtime::cassandra::{Failure, classify};
+use common::runtime::cassandra::{Failure, StatementError, classify};
 use scylla::client::session::Session;
 use scylla::response::query_result::{QueryResult, QueryRowsResult};
 use scylla::serialize::row::SerializeRow;
@@ -16,11 +16,13 @@ use scylla::statement::Consistency;
 use scylla::statement::prepared::PreparedStatement;
 use scylla::value::{CqlTimestamp, CqlValue, MaybeUnset, Row};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Maximum retries of a read, and the first backoff, which doubles with each retry.
 const READ_RETRIES: usize = 4;
 const READ_PAUSE: Duration = Duration::from_millis(100);
+/// How long to retry the preparation of a statement.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
 const RUN_COLUMNS: &str = "interval_start, interval_end, state, run_type, run_id, attempt, owner, epoch, lease_until, \
                            pages, records, acked, bytes, error, started_at, finished_at, retry_at";
 const RUN_KEY: &str = "stream = ? AND day = ? AND interval_start = ?";
@@ -71,12 +73,18 @@ pub(crate) fn applied(result: QueryResult) -> Result<bool, LedgerError> {
     Ok(matches!(row.columns.first(), Some(Some(CqlValue::Boolean(true)))))
 }
 
-/// Prepares a statement. The error suggests how to create a missing table.
+/// Prepares a statement. Retries for a while if Cassandra does not answer.
 pub(crate) async fn prepare(session: &Session, cql: String) -> Result<PreparedStatement, LedgerError> {
-    session.prepare(cql.as_str()).await.map_err(|e| {
-        let cause = shortened(&e.to_string());
-        LedgerError::Refused(format!("{cause}; do the tables exist? `stream-processor init` creates them"))
-    })
+    let deadline = Instant::now() + PREPARE_TIMEOUT;
+    match common::runtime::cassandra::prepare(session, &cql, deadline).await {
+        Ok(mut statement) => {
+            // The driver must not repeat a compare-and-set.
+            statement.set_is_idempotent(false);
+            Ok(statement)
+        }
+        Err(e @ StatementError::NotSetUp(_)) => Err(LedgerError::Refused(shortened(&e.to_string()))),
+        Err(e @ StatementError::Unavailable(_)) => Err(LedgerError::Unavailable(shortened(&e.to_string()))),
+    }
 }
 
 impl Statements {
