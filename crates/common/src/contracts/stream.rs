@@ -17,6 +17,7 @@ use crate::contracts::topics::TOPIC_RETENTION_MS;
 use chrono_tz::Tz;
 pub use column::{Column, CqlType, OnMisfit};
 pub use event::{ContentMode, EventMapping, EventTime};
+pub use rules::is_reserved_column;
 pub use secrets::{looks_secret, redacted};
 use serde::{Deserialize, Serialize};
 pub use source::{

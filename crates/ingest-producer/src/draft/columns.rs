@@ -4,7 +4,7 @@ use super::PLAUSIBLE_MS;
 use super::records::escaped;
 use crate::source::scan;
 use chrono_tz::Tz;
-use common::contracts::stream::{Column, CqlType, OnMisfit};
+use common::contracts::stream::{Column, CqlType, OnMisfit, is_reserved_column};
 use common::contracts::time::{TimeError, TimeReading, TimeUnit};
 use common::contracts::value;
 use std::borrow::Cow;
@@ -18,12 +18,6 @@ pub(super) const MAX_COLUMNS: usize = 100;
 const MAX_NAME: usize = 48;
 /// Largest whole number that suggests the type `int`. Ids and counters outgrow it.
 const MAX_INT: f64 = 1e6;
-/// Column names that the pipeline adds to the event table, and reserved words of CQL.
-const RESERVED: &str = " bucket shard event_time event_id kafka_offset run_id add allow alter and apply asc authorize \
-     batch begin by columnfamily create default delete desc describe drop entries execute from full grant if in index \
-     infinity insert into is keyspace limit materialized mbean mbeans modify nan norecursive not null of on or order \
-     primary rename replace revoke schema select set table to token truncate unlogged unset update use using view \
-     where with ";
 /// Words in the names of fields that contain times.
 const TIME_WORDS: &str = " at closed created date datetime day end epoch expires generated modified occurred on opened \
      published since start t time timestamp ts updated when ";
@@ -158,7 +152,7 @@ pub(super) fn column_name(pointer: &str) -> String {
     if !name.starts_with(|c: char| c.is_ascii_lowercase()) {
         name = if name.is_empty() { "value".to_owned() } else { format!("field_{name}") };
     }
-    if is_in(&name, RESERVED) {
+    if is_reserved_column(&name) {
         name.push_str("_value");
     }
     name.truncate(MAX_NAME);

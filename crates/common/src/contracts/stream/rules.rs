@@ -20,6 +20,11 @@ const DEFAULT_CATCH_UP_LIMIT_MS: i64 = 7 * DAY_MS;
 const LATENESS_INTERVALS: i64 = 3;
 /// Columns of the event table that the pipeline adds. A stream definition must not declare them.
 const RESERVED_COLUMNS: [&str; 6] = ["bucket", "shard", "event_time", "event_id", "kafka_offset", "run_id"];
+/// Words that CQL does not accept as names: the reserved words of Cassandra 5.
+const CQL_WORDS: &str = " add allow alter and apply asc authorize batch begin by columnfamily create default delete desc \
+     describe drop entries execute from full grant if in index infinity insert into is keyspace limit materialized mbean \
+     mbeans modify nan norecursive not null of on or order primary rename replace revoke schema select set table to token \
+     truncate unlogged unset update use using view where with ";
 const MAX_COLUMNS: usize = 128;
 
 /// The nominal length of an interval. Only the planner can evaluate a cron expression, so its intervals count as one
@@ -53,6 +58,15 @@ pub(super) fn check(d: &Definition, problems: &mut Vec<String>) {
     check_ttl(d, problems);
 }
 
+fn is_cql_word(name: &str) -> bool {
+    CQL_WORDS.split_whitespace().any(|word| word == name)
+}
+
+/// Whether no column may have this name, because the pipeline or CQL reserves it.
+pub fn is_reserved_column(name: &str) -> bool {
+    RESERVED_COLUMNS.contains(&name) || is_cql_word(name)
+}
+
 fn is_identifier(name: &str, most: usize) -> bool {
     name.len() <= most
         && name.starts_with(|c: char| c.is_ascii_lowercase())
@@ -67,6 +81,11 @@ fn check_names(d: &Definition, problems: &mut Vec<String>) {
              at most 40 characters"
         ));
     }
+    if is_cql_word(name) {
+        problems.push(format!(
+            "`stream.name`: CQL reserves `{name}`, and the table has this name; choose another one"
+        ));
+    }
     if d.columns.is_empty() || d.columns.len() > MAX_COLUMNS {
         problems.push(format!("`column`: {} columns declared; from 1 to {MAX_COLUMNS}", d.columns.len()));
     }
@@ -79,8 +98,11 @@ fn check_names(d: &Definition, problems: &mut Vec<String>) {
                  most 48 characters"
             ));
         }
-        if RESERVED_COLUMNS.contains(&name.as_str()) {
-            problems.push(format!("column `{name}`: the pipeline reserves this name; choose another one"));
+        if is_reserved_column(name) {
+            let who = if is_cql_word(name) { "CQL" } else { "the pipeline" };
+            problems.push(format!(
+                "column `{name}`: {who} reserves this name; choose another one and set `pointer = \"/{name}\"`"
+            ));
         }
         if !seen.insert(name) {
             problems.push(format!("column `{name}`: declared twice"));

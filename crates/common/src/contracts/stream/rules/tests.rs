@@ -84,6 +84,8 @@ fn every_mistake_is_reported_with_its_key_and_a_remedy() {
     );
     check(("ttl = \"365d\"", "ttl = \"3d\""), "shorter than topic retention");
     check(("name = \"email\"", "name = \"event_id\""), "the pipeline reserves this name");
+    check(("name = \"email\"", "name = \"token\""), "CQL reserves this name; choose another one and set");
+    check(("name = \"user_created\"", "name = \"order\""), "CQL reserves `order`");
     check(("measures = [\"age\"]", "measures = [\"email\"]"), "a measure must be int, bigint or double");
 }
 
