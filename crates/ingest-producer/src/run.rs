@@ -13,7 +13,7 @@ use crate::metrics::Metrics;
 use crate::planner::{AfterFailure, FailedAttempt, Run, after_failure};
 use crate::publish::{Acks, Publish, RunHeaders};
 use crate::registration::CheckTopic;
-use crate::source::client::{FetchPage, Page};
+use crate::source::client::{FetchPage, Page, check_is_over};
 use crate::source::extract::{Extractor, Outgoing};
 use crate::source::request::Requests;
 use crate::source::walk::{Walk, Walker};
@@ -231,7 +231,10 @@ impl Runner {
                 let page = walk.fetch().await.inspect_err(|_| self.metrics.fetches_failed.inc())?;
                 timer.observe_duration();
                 let Some(page) = page else { break };
-                self.check_clock(&page, claim.interval)?;
+                if let Some(sent_at_ms) = page.sent_at_ms() {
+                    self.metrics.clock_ahead_seconds.set((self.now() - sent_at_ms) / 1000);
+                    check_is_over(claim.interval, sent_at_ms)?;
+                }
                 let (records, last) = self.publish_page(&walk, &headers, &page, progress).await?;
                 walk.advance(&page, records, last.as_deref())?;
             }
@@ -243,22 +246,6 @@ impl Runner {
             )));
         }
         progress.acks.all().await
-    }
-
-    /// Fails if the interval is not over on the clock of the source, because records may then be missing.
-    fn check_clock(&self, page: &Page, interval: Interval) -> Result<(), AttemptError> {
-        let Some(sent_at_ms) = page.sent_at_ms() else { return Ok(()) };
-        let ahead_ms = self.now() - sent_at_ms;
-        self.metrics.clock_ahead_seconds.set(ahead_ms / 1000);
-        let left_ms = interval.end_ms - sent_at_ms;
-        if left_ms <= 0 {
-            return Ok(());
-        }
-        let error = AttemptError::retryable(format!(
-            "the interval ends in {left_ms} ms by the clock of the source (header Date); the clock of this machine is \
-             {ahead_ms} ms ahead"
-        ));
-        Err(AttemptError { retry_after_ms: Some(left_ms), ..error })
     }
 
     /// Publishes the records of a page while reading it, and returns their number and the last one. At most one batch is in

@@ -9,6 +9,7 @@ use super::records::Body;
 use super::request::PageRequest;
 use crate::error::AttemptError;
 use async_trait::async_trait;
+use common::contracts::run_ledger::Interval;
 use common::contracts::stream::{BodyFormat, SourceSettings, Statuses, redacted};
 use common::runtime::config::ConfigError;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -69,6 +70,18 @@ impl Page {
     pub fn fetched<'a>(&'a self, records: u64, last: Option<&'a [u8]>) -> Fetched<'a> {
         Fetched { records, last, body: self.json(), headers: &self.headers }
     }
+}
+
+/// Fails if the interval was not over when the source sent a page, on its own clock: records may then be missing.
+pub fn check_is_over(interval: Interval, sent_at_ms: i64) -> Result<(), AttemptError> {
+    let left_ms = interval.end_ms - sent_at_ms;
+    if left_ms <= 0 {
+        return Ok(());
+    }
+    let error = AttemptError::retryable(format!(
+        "the interval ends in {left_ms} ms by the clock of the source (header Date), so the clock of this machine is ahead"
+    ));
+    Err(AttemptError { retry_after_ms: Some(left_ms), ..error })
 }
 
 /// Fetches pages. Implemented for HTTP and by fakes in tests.
