@@ -80,7 +80,8 @@ async fn an_event_of_another_program_counts_once_in_whichever_accepted_mode_it_a
     pipeline.set_stream_text(&narrow);
     let refused = pipeline.run("stream-processor", &["init"], &[]).await;
     assert_eq!(refused.status.code(), Some(REFUSED), "{}", text(&refused.stderr));
-    assert!(text(&refused.stderr).contains("registered with \"plain\", now without it"));
+    let stderr = text(&refused.stderr);
+    assert!(stderr.contains("event.accept") && stderr.contains("now without it; add it again"), "{stderr}");
 }
 
 impl Pipeline {
