@@ -75,8 +75,7 @@ impl Modes {
     fn mode_of(&self, record: &Record<'_>) -> ContentMode {
         let has_attributes = record.headers.iter().any(|(name, _)| name.starts_with(ATTRIBUTE_PREFIX));
         let may_be_structured = !has_attributes || self.accept.contains(&ContentMode::Structured);
-        let prefix = content_type(record).get(..STRUCTURED_PREFIX.len());
-        if may_be_structured && prefix.is_some_and(|p| p.eq_ignore_ascii_case(STRUCTURED_PREFIX.as_bytes())) {
+        if may_be_structured && is_structured(content_type(record)) {
             return ContentMode::Structured;
         }
         if has_attributes { ContentMode::Binary } else { ContentMode::Plain }
@@ -87,6 +86,11 @@ fn content_type<'a>(record: &Record<'a>) -> &'a [u8] {
     let mut headers = record.headers.iter();
     let found = headers.find(|(name, _)| name.eq_ignore_ascii_case(event::HEADER_CONTENT_TYPE));
     found.and_then(|(_, value)| *value).map_or(&[], <[u8]>::trim_ascii)
+}
+
+fn is_structured(content_type: &[u8]) -> bool {
+    let prefix = content_type.get(..STRUCTURED_PREFIX.len());
+    prefix.is_some_and(|prefix| prefix.eq_ignore_ascii_case(STRUCTURED_PREFIX.as_bytes()))
 }
 
 fn not_accepted(mode: ContentMode) -> Reason {
