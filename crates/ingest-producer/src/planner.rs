@@ -469,7 +469,8 @@ pub fn after_failure(policy: &RetryPolicy, failed: &FailedAttempt) -> AfterFailu
         return fail("retrying soon does not help".to_owned());
     }
     if let Some(attempts) = policy.attempts.filter(|attempts| failed.failures >= *attempts) {
-        return fail(format!("attempt {} of {attempts}", failed.failures));
+        let past = if failed.failures > attempts { ", past the limit" } else { "" };
+        return fail(format!("attempt {} of {attempts}{past}", failed.failures));
     }
     let doublings = failed.failures.saturating_sub(1).min(30);
     let pause_ms = jittered(policy.backoff_ms.saturating_mul(1 << doublings).min(policy.max_backoff_ms));
@@ -880,7 +881,7 @@ pub(crate) mod tests {
         check(&policy, 1, None, 3_599_500, fail("deadline of 3600 s", 675_000));
         check(&policy, 1, None, 60_000_000, fail("deadline of 3600 s", 675_000));
         check(&policy, 1, Some(1_000_000), 60_000_000, fail("deadline of 3600 s", 1_000_000));
-        check(&few, 9, None, 40_000, fail("attempt 9 of 5", 15_000));
+        check(&few, 9, None, 40_000, fail("attempt 9 of 5, past the limit", 15_000));
         let fatal =
             FailedAttempt { retryable: false, failures: 1, elapsed_ms: 0, retry_after_ms: None, jitter: 0.0 };
         assert_eq!(after_failure(&policy, &fatal), fail("retrying soon does not help", 1500));
