@@ -78,7 +78,7 @@ pub fn draft(answer: &Answer<'_>) -> Result<String, DraftError> {
         BodyFormat::Ndjson | BodyFormat::Csv { .. } => records::Found {
             pointer: String::new(),
             shape: RecordShape::Rows,
-            what: "lines",
+            place: records::Place::Lines,
             count: 0,
             others: vec![],
         },

@@ -32,7 +32,7 @@ pub async fn new(args: &NewArgs, now_ms: i64) -> anyhow::Result<CommandOutput> {
     let mut source = Definition::parse("source new", LEAST)?.source;
     source.allow_private = args.allow_private;
     source.headers.clone_from(&args.header);
-    // The lines of any text pass unchanged; the draft tells the format.
+    // This format accepts any text; the draft determines the real one.
     source.format = BodyFormat::Ndjson;
     let client = SourceClient::new(&source)?;
     let page = client.fetch(&PageRequest { post: false, url, body: None }).await.map_err(|e| {

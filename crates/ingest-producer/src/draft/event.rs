@@ -49,7 +49,7 @@ pub(super) fn ids(fields: &[Field<'_>], time: Option<&str>, is_keyed: bool) -> I
     } else if let Some(field) = named.first() {
         (vec![field.pointer.clone()], "Its value is unique in this page, and its name says that it is an id.")
     } else if let Some(field) = by_time {
-        (vec![field.pointer.clone()], "Each record of this page has a time of its own.")
+        (vec![field.pointer.clone()], "No two records of this page have the same time.")
     } else if let Some(pair) = pair(fields, time).filter(|_| !is_one) {
         (pair, "No single field is unique in this page, but these two together are.")
     } else if let Some(field) = unique.iter().find(|f| !is_one && f.cql_type == CqlType::Text) {

@@ -148,7 +148,7 @@ impl Draft<'_> {
             let end = if is_inclusive {
                 "The API includes the end, because both bounds were the same."
             } else {
-                "If the API includes the end, records at the bound come twice and count once, or write {interval.last}."
+                "If the API includes the end, records at the bound are fetched twice and counted once; to avoid that, write {interval.last}."
             };
             comment(out, &format!("Placeholders of the interval replace its bounds in the URL. {end}"));
         }
@@ -161,7 +161,7 @@ impl Draft<'_> {
         }
         self.credentials(out);
         let named: Vec<&str> = found.others.iter().take(MAX_OTHERS).map(String::as_str).collect();
-        comment(out, &format!("Records: {}.{}", found.what, others("Other places", &named)));
+        comment(out, &format!("Records: {}.{}", found.place.words(), others("Other places", &named)));
         let _ = writeln!(out, "records = {}", quoted(&found.pointer));
         if found.shape == RecordShape::Columnar {
             out.push_str("shape = \"columnar\"\n");
@@ -213,7 +213,7 @@ impl Draft<'_> {
         for (n, auth) in in_header.chain(in_query).enumerate() {
             if n == 0 {
                 let text = format!(
-                    "Secrets never stand in this file: export {variable}, or name a file with …_file."
+                    "This file must not contain secrets: export {variable}, or name a file with …_file."
                 );
                 comment(out, &text);
                 let _ = writeln!(out, "auth = {auth}");
@@ -249,7 +249,7 @@ impl Draft<'_> {
         let Some(pointer) = &time.pointer else {
             comment(
                 out,
-                "No field of every record holds a time up to now, so an event gets a time within the interval in which it \
+                "No field is a past time in every record, so an event gets a time within the interval in which it \
                  is fetched: a record that several intervals return counts in each. Set time = \"/FIELD\" if there is one.",
             );
             let _ = writeln!(out, "time = \"interval\"\ntype = \"{}\"", self.name());

@@ -80,15 +80,11 @@ impl<'a> Around<'a> {
 
     /// The mark that says whether more pages follow, as a key of `pagination`.
     fn more(&self) -> Option<String> {
-        let more = self
-            .leaf(MORE, |leaf| leaf.is_boolean())
-            .map(|leaf| format!(", more = {}", quoted(leaf.pointer)));
-        more.or_else(|| self.no_more())
-    }
-
-    fn no_more(&self) -> Option<String> {
-        self.leaf(NO_MORE, |leaf| leaf.is_boolean())
-            .map(|leaf| format!(", more = {}", quoted(&format!("!{}", leaf.pointer))))
+        let mark = |list, negation: &str| {
+            let leaf = self.leaf(list, |leaf| leaf.is_boolean())?;
+            Some(format!(", more = {}", quoted(&format!("{negation}{}", leaf.pointer))))
+        };
+        mark(MORE, "").or_else(|| mark(NO_MORE, "!"))
     }
 
     /// The mark of the end for pages that are counted. A number of records is the last choice: some sources count

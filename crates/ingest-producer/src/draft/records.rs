@@ -3,7 +3,7 @@
 use super::DraftError;
 use crate::source::body::format_of;
 use crate::source::paginate::is_set;
-use crate::source::records::{Body, kind, records};
+use crate::source::records::{Body, records};
 use crate::source::scan::{self, Member};
 use common::contracts::extract::without_nan;
 use common::contracts::stream::{BodyFormat, RecordShape};
@@ -24,6 +24,31 @@ const USUAL_NAMES: [&str; 17] = [
     "records", "results", "rows", "value", "values", "issues",
 ];
 
+/// What the value at the pointer of the records is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    Objects,
+    Values,
+    Columns,
+    Keyed,
+    Single,
+    Lines,
+}
+
+impl Place {
+    /// How the draft describes it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Place::Objects => "a list of objects",
+            Place::Values => "a list of lists or values",
+            Place::Columns => "an object of lists",
+            Place::Keyed => "an object whose keys identify the records",
+            Place::Single => "one object, the only record",
+            Place::Lines => "lines",
+        }
+    }
+}
+
 /// Where the records are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Found {
@@ -31,8 +56,7 @@ pub(super) struct Found {
     pub pointer: String,
     /// `source.shape`.
     pub shape: RecordShape,
-    /// What the value at the pointer is, in words.
-    pub what: &'static str,
+    pub place: Place,
     /// Number of records.
     pub count: usize,
     /// Other places that may have been meant.
@@ -104,17 +128,17 @@ pub(super) fn find(text: &[u8]) -> Found {
     let mut found = Vec::new();
     collect(text, "", 0, &mut found);
     // The first of several equal places wins, so places are compared in reverse.
-    let rank = |f: &&Found| (f.count > 0, is_object_list(f), is_usual(&f.pointer), f.count);
+    let rank = |f: &&Found| (f.count > 0, f.place != Place::Values, is_usual(&f.pointer), f.count);
     let best = found.iter().rev().max_by_key(rank).cloned();
     let best = best.unwrap_or(Found {
         pointer: String::new(),
         shape: RecordShape::Rows,
-        what: "one object, the only record",
+        place: Place::Single,
         count: 1,
         others: vec![],
     });
     let others = found.iter().filter(|f| f.pointer != best.pointer && f.count > 0);
-    let others = others.map(|f| format!("\"{}\" ({}, {})", f.pointer, f.what, f.count)).collect();
+    let others = others.map(|f| format!("\"{}\" ({}, {})", f.pointer, f.place.words(), f.count)).collect();
     Found { others, ..best }
 }
 
@@ -124,33 +148,25 @@ fn is_usual(pointer: &str) -> bool {
     USUAL_NAMES.contains(&name.as_str())
 }
 
-/// Whether a place has records with named fields, rather than lists or single values.
-fn is_object_list(found: &Found) -> bool {
-    found.what != LIST_OF_VALUES
-}
-
-const LIST_OF_VALUES: &str = "a list of lists or values";
-
 /// Adds every place below `text` that may contain the records.
 fn collect(text: &[u8], pointer: &str, depth: usize, found: &mut Vec<Found>) {
-    let at = |pointer: String, shape, what, count| Found { pointer, shape, what, count, others: vec![] };
+    let at = |pointer: String, shape, place, count| Found { pointer, shape, place, count, others: vec![] };
     match text.first() {
         Some(b'[') => {
             let elements: Vec<_> = scan::elements(text, 0).map_while(Result::ok).collect();
             let objects = elements.iter().filter(|e| e.text.first() == Some(&b'{')).count();
-            let what = if 2 * objects >= elements.len() { "a list of objects" } else { LIST_OF_VALUES };
+            let place = if 2 * objects >= elements.len() { Place::Objects } else { Place::Values };
             // An empty list of another name may be a value of the only record.
             if !elements.is_empty() || pointer.is_empty() || is_usual(pointer) {
-                found.push(at(pointer.to_owned(), RecordShape::Rows, what, elements.len()));
+                found.push(at(pointer.to_owned(), RecordShape::Rows, place, elements.len()));
             }
         }
         Some(b'{') if depth < MAX_DEPTH => {
             let members: Vec<Member<'_>> = scan::members(text, 0).map_while(Result::ok).collect();
             if let Some(count) = columnar(&members) {
-                found.push(at(pointer.to_owned(), RecordShape::Columnar, "an object of lists", count));
+                found.push(at(pointer.to_owned(), RecordShape::Columnar, Place::Columns, count));
             } else if is_keyed(&members) {
-                let what = "an object whose keys identify the records";
-                found.push(at(format!("{pointer}/*"), RecordShape::Rows, what, members.len()));
+                found.push(at(format!("{pointer}/*"), RecordShape::Rows, Place::Keyed, members.len()));
             } else {
                 for member in &members {
                     collect(member.text, &format!("{pointer}/{}", escaped(&member.name)), depth + 1, found);
@@ -233,10 +249,10 @@ pub(super) fn leaves(text: &[u8], found: &Found) -> Vec<(String, String)> {
 fn surroundings(text: &[u8], pointer: &str, skipped: &str, leaves: &mut Vec<(String, String)>) {
     for member in scan::members(text, 0).map_while(Result::ok) {
         let inner = format!("{pointer}/{}", escaped(&member.name));
-        match kind(member.text.first()) {
+        match member.text.first() {
             _ if inner == skipped => {}
-            "an array" => {}
-            "an object" => surroundings(member.text, &inner, skipped, leaves),
+            Some(b'[') => {}
+            Some(b'{') => surroundings(member.text, &inner, skipped, leaves),
             _ => leaves.push((inner, String::from_utf8_lossy(member.text).into_owned())),
         }
     }

@@ -171,7 +171,7 @@ fn time_form(value: &str) -> Option<&'static str> {
     let reading = TimeReading { unit: TimeUnit::Seconds, ..TimeReading::default() };
     match reading.read(value) {
         _ if NaiveDate::parse_from_str(value, "%Y-%m-%d").is_ok() => Some(":%Y-%m-%d"),
-        // Other forms, such as RFC 2822, cannot be told from a name.
+        // Other forms, such as RFC 2822, cannot be distinguished from a name.
         Ok(_) if value.contains('T') => Some(""),
         Err(TimeError::NoZone) if value.len() == "2026-01-01T00:00".len() => Some(":%Y-%m-%dT%H:%M"),
         Err(TimeError::NoZone) if value.contains('T') => Some(":%Y-%m-%dT%H:%M:%S"),
